@@ -1,0 +1,306 @@
+"""One YAML is one run. The schema of that YAML: frozen pydantic models, a docstring under every field.
+
+Unknown keys are errors (`extra="forbid"`); loading, overriding and reporting live in `config_loading.py`.
+Lengths are counted in tokens, sizes of batches in sequences, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model and the attention that replaces its softmax."""
+
+    base: str | None = None
+    """Hub id or local folder of a LlamaForCausalLM. Null only where the `tiny` section builds one."""
+    tokenizer: str | None = None
+    """Hub id or local folder of the tokenizer. Null: the base model's own."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of base and tokenizer."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base model. Off unless you ask for it."""
+    attention: Literal["linear", "softmax"] = "linear"
+    """`linear`: Hedgehog. `softmax`: leave the attention as it is (the baseline)."""
+    feature_map: str = "hedgehog_softmax"
+    """Name in `hedgehog.kernels.feature_maps.FEATURE_MAPS`."""
+    feature_dim: int | None = Field(default=None, ge=1)
+    """Width of the learned map W (head_dim x feature_dim) before ± concatenation. Null: head_dim."""
+    feature_map_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of that feature map (see its docstring)."""
+    attention_eps: float = Field(default=1e-6, gt=0, le=1e-2)
+    """Added to the denominator of linear attention."""
+    chunk_size: int = Field(default=128, ge=16, le=1024)
+    """Tokens per chunk of the chunked linear attention."""
+    attention_backend: Literal["auto", "torch"] = "auto"
+    """Implementation of linear attention; `auto` takes the fastest that works and logs why."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Quantize the frozen base weights (bitsandbytes). Null: keep them in `engine.precision`."""
+
+
+class DataConfig(Section):
+    """Dialogues and summaries, and how they become tokens."""
+
+    dataset: str | None = None
+    """Hub id, or a local folder holding train/validation(val)/test files (.json, .jsonl). Alternative to the files below."""
+    train_file: str | None = None
+    """JSON (a list of objects) or JSONL file of training rows."""
+    validation_file: str | None = None
+    """Rows for KL and loss while training. Null: `num_validation_examples` are held out of train."""
+    test_file: str | None = None
+    """Rows that `evaluate` scores."""
+    id_field: str = "id"
+    """Key of a row's identifier (rows without one are numbered)."""
+    dialogue_field: str = "dialogue"
+    """Key of the dialogue text."""
+    summary_field: str = "summary"
+    """Key of the reference summary."""
+    prompt_template: str = "Summarize this dialogue.\n{dialogue}\n---\nSummary:\n"
+    """Text before the summary; must contain {dialogue} exactly once."""
+    max_length_tokens: int = Field(default=1024, ge=16)
+    """Longest prompt + summary. Longer rows follow `overlong`."""
+    overlong: Literal["drop", "truncate_dialogue"] = "drop"
+    """What happens to a longer row: dropped, or its dialogue cut at the end. Both are counted; a summary is never cut."""
+    num_validation_examples: int = Field(default=200, ge=1)
+    """Held out of train when there is no validation file; at most this many are used for validation otherwise."""
+    max_train_examples: int | None = Field(default=None, ge=1)
+    """Use a seeded sample of this many training rows. Null: all."""
+    max_test_examples: int | None = Field(default=None, ge=1)
+    """Use the first this many test rows. Null: all."""
+    drop_train_duplicates: bool = True
+    """Drop training rows whose dialogue and summary repeat an earlier row word for word."""
+
+    @model_validator(mode="after")
+    def _template_has_one_dialogue(self) -> DataConfig:
+        if self.prompt_template.count("{dialogue}") != 1:
+            raise ValueError("prompt_template must contain {dialogue} exactly once")
+        return self
+
+
+class TinyConfig(Section):
+    """Inputs that `prepare` makes itself: a dialogue corpus, a tokenizer and a small Llama pretrained on it."""
+
+    num_train_dialogues: int = Field(default=4000, ge=10)
+    """Generated training rows."""
+    num_validation_dialogues: int = Field(default=100, ge=1)
+    """Generated validation rows."""
+    num_test_dialogues: int = Field(default=100, ge=1)
+    """Generated test rows."""
+    vocab_size: int = Field(default=1024, ge=300)
+    """Pieces of the sentencepiece (BPE, byte fallback) tokenizer."""
+    hidden_size: int = Field(default=128, ge=16)
+    """Width of the model."""
+    num_layers: int = Field(default=4, ge=1)
+    """Decoder layers."""
+    num_heads: int = Field(default=4, ge=1)
+    """Query heads."""
+    num_key_value_heads: int = Field(default=2, ge=1)
+    """Key/value heads (fewer than num_heads: grouped-query attention)."""
+    intermediate_size: int = Field(default=384, ge=16)
+    """Width of the MLP."""
+    pretrain_steps: int = Field(default=600, ge=1)
+    """Optimizer steps of pretraining on the dialogues."""
+    pretrain_batch_size: int = Field(default=16, ge=1)
+    """Sequences a step."""
+    pretrain_learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TinyConfig:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
+            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_key_value_heads")
+        return self
+
+
+class ScheduleConfig(Section):
+    """What both training stages share: batches, steps and the learning rate's course."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows. Ignored where `max_steps` is set."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps. Null: from `epochs`."""
+    global_batch_size: int = Field(default=8, ge=1)
+    """Sequences an optimizer step, over all processes and accumulation."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences a process runs at once. global_batch_size must be a multiple of micro_batch_size x world size."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Course after warm-up; cosine and linear end at `min_lr_ratio` of the peak."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Last learning rate over the peak."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps with a linearly rising rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    adam_beta2: float = Field(default=0.99, gt=0, lt=1)
+    """AdamW's second-moment decay (beta1 is 0.9)."""
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm (distill: per layer and micro-batch, so that layers stay independent). Null: no clipping."""
+    packing: bool = False
+    """Join rows into sequences of `data.max_length_tokens`, attention and state reset at their borders."""
+    save_every_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints; the last two and the best are kept."""
+    eval_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between validations. Null: only at the end."""
+    log_every_steps: int = Field(default=1, ge=1)
+    """Steps between progress lines (metrics.jsonl has every step)."""
+
+
+class DistillConfig(ScheduleConfig):
+    """Stage one: feature maps learn to reproduce the frozen softmax attention, layer by layer."""
+
+    enabled: bool = True
+    """False: keep the maps at their start (T2R's recipe: maps are learned in stage two only). The KL is still measured."""
+    layers: str | None = None
+    """Subset such as `8-15` or `0,2,5-7`. Null: all. Subsets are joined by `hedgehog merge`."""
+    cross_entropy_weight: float = Field(default=1.0, ge=0)
+    """Weight of the soft cross-entropy between attention weights (Hedgehog's loss)."""
+    output_mse_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared error between attention outputs (LoLCATs' loss), relative to the outputs' variance."""
+    loss_eps: float = Field(default=1e-6, gt=0, le=1e-2)
+    """epsilon of s' = s + eps in the loss: keeps a gradient where the student's similarity is zero."""
+    query_block: int = Field(default=256, ge=16)
+    """Query rows a tile of the loss."""
+
+    @model_validator(mode="after")
+    def _some_objective(self) -> DistillConfig:
+        if self.cross_entropy_weight + self.output_mse_weight <= 0:
+            raise ValueError("cross_entropy_weight and output_mse_weight cannot both be 0")
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: int = Field(default=8, ge=1)
+    """r."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before A."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Linear modules that get an adapter."""
+
+
+class FinetuneConfig(ScheduleConfig):
+    """Stage two: LoRA on the summaries; loss on the summary's tokens only."""
+
+    enabled: bool = True
+    """False: evaluate and export the model without an adapter (zero-shot)."""
+    lora: LoraConfig = LoraConfig()
+    """The adapter."""
+    train_feature_maps: bool = True
+    """Let the feature maps learn along with the adapter."""
+    feature_map_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the feature maps. Null: `learning_rate`."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`: bitsandbytes' 8-bit AdamW."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
+
+
+class EvaluateConfig(Section):
+    """Stage three: generate on the test rows, ROUGE, perplexity of the references."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Dialogues generated together (left-padded)."""
+    max_new_tokens: int = Field(default=96, ge=1)
+    """Longest generated summary."""
+    num_beams: int = Field(default=1, ge=1)
+    """1: greedy."""
+    min_new_tokens: int = Field(default=1, ge=0)
+    """Shortest generated summary."""
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    """Forbid repeating n-grams of this size. 0: allow."""
+    bootstrap_samples: int = Field(default=1000, ge=0)
+    """Resamples for the 95 % intervals. 0: none."""
+    perplexity: bool = True
+    """Also measure the loss on the reference summaries."""
+
+
+class ExportConfig(Section):
+    """Stage four: one folder that plain transformers loads."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the written weights (feature maps stay float32)."""
+    max_shard_size: str = "5GB"
+    """Largest weight file."""
+    max_logit_drift: float | None = Field(default=None, gt=0)
+    """Fail when merged and unmerged logits differ by more than this (max absolute). Null: report only."""
+    push_to_hub: str | None = None
+    """Repository id to upload the folder to. Null: never."""
+
+
+class EngineConfig(Section):
+    """DeepSpeed and the machine."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO: 1 shards optimizer states, 2 also gradients, 3 also the weights."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in CPU memory."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON merged over what this section makes (for experts). Relative to the config file."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of frozen weights and activations. Feature maps, adapters and optimizer stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: cuda where torch finds it."""
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads a process uses on a CPU. Null: cores / processes."""
+
+
+class LoggingConfig(Section):
+    """What is written besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard event files beside metrics.jsonl."""
+
+
+class VariantConfig(Section):
+    """A baseline converted beside the main run and scored in the same table: dotted keys over the main config."""
+
+    label: str | None = None
+    """Name in the table. Null: the variant's key."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """For example {model.attention: softmax}. Only sections model, distill and finetune may differ."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run folder."""
+    output_dir: str = "runs"
+    """Folder that holds the run folders, relative to the working directory."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every named random generator."""
+    label: str | None = None
+    """Name of the main conversion in tables. Null: `main`."""
+    model: ModelConfig = ModelConfig()
+    """Base model and attention."""
+    data: DataConfig = DataConfig()
+    """Dataset and tokenization."""
+    tiny: TinyConfig | None = None
+    """Make the inputs (corpus, tokenizer, model) instead of reading them."""
+    distill: DistillConfig = DistillConfig()
+    """Stage one."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Stage two."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Stage three."""
+    export: ExportConfig = ExportConfig()
+    """Stage four."""
+    engine: EngineConfig = EngineConfig()
+    """DeepSpeed, precision, device."""
+    logging: LoggingConfig = LoggingConfig()
+    """TensorBoard."""
+    variants: dict[str, VariantConfig] = Field(default_factory=dict)
+    """Baselines for the table, by name."""
