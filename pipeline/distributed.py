@@ -1,0 +1,117 @@
+"""Who am I among the processes: rank, world size, device; from torchrun's, Slurm's or no variables at all."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import EngineConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run. `device` is this process's; alone, rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def ensure_process_group(self) -> None:
+        """Start torch.distributed (gloo on a CPU, NCCL on CUDA) through DeepSpeed, once.
+
+        A process alone gets the variables that DeepSpeed insists on and a free port, so that it needs no launcher.
+        """
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return
+        from .deepspeed_import import import_deepspeed
+
+        deepspeed = import_deepspeed()
+
+        os.environ.setdefault("RANK", str(self.rank))
+        os.environ.setdefault("WORLD_SIZE", str(self.world_size))
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        if self.world_size == 1:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", str(free_port()))
+        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            self.ensure_process_group()
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        self.ensure_process_group()
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        self.ensure_process_group()
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def discover_world(engine: EngineConfig) -> World:
+    """Read rank and world size, choose this process's device and its number of CPU threads.
+
+    torchrun's RANK, WORLD_SIZE and LOCAL_RANK come first; else one process alone.
+
+    Raises:
+        ConfigError: several processes but no rendezvous address, or CUDA asked for and not there.
+    """
+    import torch
+
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if world_size > 1 and not os.environ.get("MASTER_ADDR"):
+        raise ConfigError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set: start the processes with torchrun.")
+    use_cuda = torch.cuda.is_available() if engine.device == "auto" else engine.device == "cuda"
+    if use_cuda and not torch.cuda.is_available():
+        raise ConfigError("engine.device: cuda, but torch finds no CUDA device; set engine.device=cpu or auto.")
+    if use_cuda:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        threads = engine.cpu_threads or max(1, (len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(threads)
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)

@@ -1,0 +1,242 @@
+"""What a stage says while it runs: progress on the terminal, `metrics.jsonl` on disk, TensorBoard on request.
+
+Metric names carry their unit (`loss_nats`, `learning_rate`, `grad_norm`, `tokens_per_s`). Only rank 0 speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PLAIN_INTERVAL_S = 5.0
+"""Shortest time between two progress lines where there is no terminal."""
+_SMOOTHING = 0.9
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak: CUDA's allocator counter, and on Linux the resident set's high-water mark."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's since its start
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """Peak since `reset_peak_memory`: allocated GPU memory where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def format_duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, second = divmod(int(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def rewind_metrics(file: Path, step: int) -> None:
+    """Drop the records after `step`, and a torn last line: the resumed stage writes them again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record.get("step", 0) > step:
+            break
+        kept.append(line)
+    from .run_folder import atomic_write
+
+    atomic_write(file, "".join(line + "\n" for line in kept))
+
+
+class Reporter:
+    """Progress of one stage. On ranks other than 0 every call does nothing.
+
+    Args:
+        title: shown before every line ("distill", "softmax/finetune").
+        folder: the stage's folder; None keeps nothing on disk.
+        is_main: whether this rank speaks.
+        log_every_steps: steps between progress lines.
+        tensorboard: also write event files to `<folder>/tensorboard`.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        folder: Path | None,
+        *,
+        is_main: bool = True,
+        log_every_steps: int = 1,
+        tensorboard: bool = False,
+    ) -> None:
+        from rich.console import Console
+
+        self.title = title
+        self.is_main = is_main
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._file = folder / "metrics.jsonl" if folder is not None and is_main else None
+        self._log_every_steps = log_every_steps
+        self._progress: Any = None
+        self._task: Any = None
+        self._tokens_per_s = 0.0
+        self._steps_per_s = 0.0
+        self._last_time = time.monotonic()
+        self._last_step: int | None = None
+        self._last_plain = 0.0
+        self._tensorboard_writer: Any = None
+        if tensorboard and is_main and folder is not None:
+            self._tensorboard_writer = _open_tensorboard(folder / "tensorboard", self)
+
+    def info(self, message: str) -> None:
+        """Print a line."""
+        if self.is_main:
+            self.console.print(f"[bold]{self.title}[/bold]  ", end="")
+            self.console.print(message, markup=False)
+
+    def warning(self, message: str) -> None:
+        """Print a line that should be noticed."""
+        if self.is_main:
+            self.console.print(f"[bold]{self.title}[/bold]  [yellow]warning:[/yellow] ", end="")
+            self.console.print(message, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Print a table: numbers right-aligned, the first column left."""
+        if not self.is_main:
+            return
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*[str(cell) for cell in row])
+        self.console.print(table)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step`, before going on from there."""
+        if self._file is not None:
+            rewind_metrics(self._file, step)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Append one object to metrics.jsonl."""
+        if self._file is None:
+            return
+        with open(self._file, "a") as file:
+            file.write(json.dumps(dict(record)) + "\n")
+
+    def step(self, step: int, total: int, *, tokens: int = 0, metrics: Mapping[str, Any] | None = None) -> None:
+        """Record step number `step` (from 1) of `total` and move the progress display on.
+
+        Args:
+            tokens: tokens processed by this step, over all ranks.
+            metrics: figures of this step; floats are shown and recorded.
+        """
+        if not self.is_main:
+            return
+        metrics = dict(metrics or {})
+        now = time.monotonic()
+        elapsed = max(now - self._last_time, 1e-9)
+        first = self._last_step is None
+        self._last_time, self._last_step = now, step
+        if first:
+            self._tokens_per_s, self._steps_per_s = tokens / elapsed, 1 / elapsed
+        else:
+            self._tokens_per_s = _SMOOTHING * self._tokens_per_s + (1 - _SMOOTHING) * tokens / elapsed
+            self._steps_per_s = _SMOOTHING * self._steps_per_s + (1 - _SMOOTHING) / elapsed
+        record = {
+            "step": step,
+            "tokens": tokens,
+            **metrics,
+            "step_s": round(elapsed, 4),
+            "memory_bytes": peak_memory_bytes(),
+        }
+        self.record(record)
+        if self._tensorboard_writer is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self._tensorboard_writer.add_scalar(f"{self.title}/{name}", value, step)
+        self._show(step, total, metrics, now)
+
+    def _show(self, step: int, total: int, metrics: Mapping[str, Any], now: float) -> None:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
+        remaining_s = (total - step) / max(self._steps_per_s, 1e-9)
+        tail = f"{self._tokens_per_s:,.0f} tokens/s  ETA {format_duration(remaining_s)}"
+        tail += f"  memory {format_bytes(peak_memory_bytes())}"
+        if self.console.is_terminal:
+            if self._progress is None:
+                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+                self._progress = Progress(
+                    TextColumn(f"[bold]{self.title}"),
+                    BarColumn(bar_width=24),
+                    MofNCompleteColumn(),
+                    TextColumn("{task.fields[figures]}"),
+                    console=self.console,
+                    transient=False,
+                )
+                self._progress.start()
+                self._task = self._progress.add_task("", total=total, figures="")
+            self._progress.update(self._task, completed=step, total=total, figures=f"{shown}  {tail}")
+            if step >= total:
+                self._stop_progress()
+        elif step >= total or (step % self._log_every_steps == 0 and now - self._last_plain >= _PLAIN_INTERVAL_S):
+            self._last_plain = now
+            self.info(f"step {step}/{total}  {shown}  {tail}")
+
+    def restart_clock(self) -> None:
+        """Do not count the time since the last step (a validation, a save) as part of the next one."""
+        self._last_time = time.monotonic()
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._last_step = None
+
+    def close(self) -> None:
+        """End the progress display and flush what is open."""
+        self._stop_progress()
+        if self._tensorboard_writer is not None:
+            self._tensorboard_writer.close()
+            self._tensorboard_writer = None
+
+
+def _open_tensorboard(folder: Path, reporter: Reporter) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        reporter.warning(
+            f"logging.tensorboard is on, but {error}: install the [eval] extra. metrics.jsonl is written as always."
+        )
+        return None
+    return SummaryWriter(os.fspath(folder))

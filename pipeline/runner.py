@@ -1,0 +1,352 @@
+"""Runs stages: skips what is done, refuses what changed, resumes what was killed, writes the manifest last.
+
+A stage module (`hedgehog.stages.<stage>`) declares CONSUMES, SECTIONS and IGNORED, and has `run(ctx)`. Everything
+that is the same for all stages is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import RunConfig
+from .config_loading import apply_variant, config_differences, dump_resolved, flatten
+from .distributed import World, discover_world
+from .errors import CheckpointError, ConfigError, ResourceError
+from .manifest import Manifest, StageInput, describe_artifact, fingerprint, read_manifest
+from .metrics import Reporter, format_bytes, format_duration, peak_memory_bytes, reset_peak_memory
+from .run_folder import STAGES, VARIANT_STAGES, RunFolder, atomic_write, storage_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STAGE_MODULES = {stage: f"hedgehog.stages.{stage}" for stage in STAGES}
+_VERSIONED_PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "datasets",
+    "bitsandbytes",
+    "safetensors",
+    "hedgehog-llama",
+)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage hands back: its artifacts by name, facts for the manifest, or why there was nothing to do."""
+
+    artifacts: Mapping[str, str | Path] = field(default_factory=dict)
+    """Name to path inside the stage's folder; a file or a folder."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """JSON facts: `status` and the next stages read them."""
+    skipped: str | None = None
+    """Reason for having done nothing."""
+
+
+@dataclass(frozen=True)
+class VariantInputs:
+    """A conversion that `evaluate` scores: its config and the finished stages that made it."""
+
+    name: str
+    label: str
+    config: RunConfig
+    inputs: dict[str, StageInput]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything a stage may know."""
+
+    config: RunConfig
+    """The variant's overrides are applied already."""
+    stage: str
+    variant: str | None
+    run_folder: RunFolder
+    folder: Path
+    """The stage's own folder; it exists."""
+    world: World
+    fingerprint: str
+    """SHA-256 over config sections and consumed artifacts; checkpoints carry it."""
+    inputs: dict[str, StageInput]
+    variants: dict[str, VariantInputs]
+    """`main` and every variant; filled for `evaluate` only."""
+    reporter: Reporter
+
+    def rng(self, name: str) -> torch.Generator:
+        """A CPU generator seeded from the run's seed and a name, so that no two uses share a stream."""
+        digest = hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | None = None, force: bool = False) -> None:
+    """Run the stages from `first` to `last` in order, each for the main conversion and for every variant.
+
+    Raises:
+        ConfigError: an unknown stage, or `first` after `last`.
+        HedgehogError: what a stage raises.
+    """
+    names: list[str] = list(STAGES)
+    for stage in (first, last):
+        if stage is not None and stage not in names:
+            raise ConfigError(f"unknown stage '{stage}'; the stages are {', '.join(names)}.")
+    start, end = names.index(first or names[0]), names.index(last or names[-1])
+    if start > end:
+        raise ConfigError(f"--from {first} comes after --to {last}; the order is {', '.join(names)}.")
+    selected = names[start : end + 1]
+    if "prepare" in selected:
+        run_stage(config, "prepare", force=force)
+    for variant in (None, *config.variants):
+        for stage in VARIANT_STAGES:
+            if stage in selected:
+                run_stage(config, stage, variant=variant, force=force)
+    for stage in ("evaluate", "export"):
+        if stage in selected:
+            run_stage(config, stage, force=force)
+
+
+def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, force: bool = False) -> Manifest:
+    """Run or resume one stage.
+
+    Args:
+        config: the run's config, without a variant's overrides.
+        variant: run the stage for this variant instead of the main conversion.
+        force: where the stage is done or its config or input changed, begin it anew. The earlier folder is kept as
+            `<stage>.previous`.
+
+    Raises:
+        ConfigError: unknown variant, or a variant asked of a stage that has none.
+        CheckpointError: an input is missing or changed, or the stage's own config changed and `force` is off.
+        ResourceError: the disk is full, refuses, or memory ran out.
+    """
+    if variant is not None and stage in ("prepare", "evaluate"):
+        raise ConfigError(f"{stage} is done once for all variants; leave --variant away.")
+    effective = config if variant is None else apply_variant(config, variant)
+    with storage_errors(stage):
+        return _run_stage(
+            config,
+            effective,
+            stage,
+            variant,
+            _layers_folder(effective, stage),
+            _stage_module(stage).run,
+            force,
+        )
+
+
+def merge_layers(config: RunConfig, *, variant: str | None = None, force: bool = False) -> Manifest:
+    """Join the subsets that `distill --layers` trained into the distill stage's artifact."""
+    effective = config if variant is None else apply_variant(config, variant)
+    effective = effective.model_copy(update={"distill": effective.distill.model_copy(update={"layers": None})})
+    with storage_errors("merge"):
+        return _run_stage(config, effective, "distill", variant, None, _stage_module("distill").merge, force)
+
+
+def _layers_folder(config: RunConfig, stage: str) -> str | None:
+    return config.distill.layers.replace(" ", "") if stage == "distill" and config.distill.layers else None
+
+
+def _stage_module(stage: str) -> ModuleType:
+    return importlib.import_module(STAGE_MODULES[stage])
+
+
+def _run_stage(
+    config: RunConfig,
+    effective: RunConfig,
+    stage: str,
+    variant: str | None,
+    layers: str | None,
+    function: Callable[[StageContext], StageResult],
+    force: bool,
+) -> Manifest:
+    module = _stage_module(stage)
+    run_folder = RunFolder(Path(effective.output_dir) / effective.name)
+    folder = run_folder.stage(stage, variant, layers)
+    title = "/".join(part for part in (variant, stage, layers) if part)
+    world = discover_world(effective.engine)
+    reporter_options = {"is_main": world.is_main, "tensorboard": effective.logging.tensorboard}
+    log_every_steps = getattr(getattr(effective, stage, None), "log_every_steps", 1)
+
+    inputs = {name: _open_input(run_folder, name, variant) for name in module.CONSUMES}
+    variants: dict[str, VariantInputs] = {}
+    if stage == "evaluate":
+        variants = _open_variants(config, run_folder, module.CONSUMES, inputs)
+    sections = stage_sections(effective, module)
+    consumed = {name: entry.manifest.output_fingerprint for name, entry in inputs.items()}
+    for name, entry in variants.items():
+        consumed |= {f"{name}/{key}": value.manifest.output_fingerprint for key, value in entry.inputs.items()}
+    stage_fingerprint = fingerprint({"stage": stage, "config": sections, "consumed": consumed})
+
+    previous: Manifest | None = world.broadcast(read_manifest(folder) if world.is_main else None)
+    quiet = Reporter(title, None, is_main=world.is_main)
+    if previous is not None and previous.fingerprint != stage_fingerprint:
+        if not force:
+            raise CheckpointError(_refusal(title, folder, previous, sections, consumed))
+        previous = None
+    if previous is not None and previous.status == "done" and not force:
+        quiet.info(f"done already ({previous.finished_at}); nothing to do. --force runs it again.")
+        return previous
+    if world.is_main:
+        if force and folder.exists():
+            _set_aside(folder, quiet)
+            previous = None
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(run_folder.config_file, dump_resolved(config))
+    previous = world.broadcast(previous)
+
+    manifest = previous or Manifest(stage=stage, variant=variant, fingerprint=stage_fingerprint, config=sections)
+    manifest.consumed, manifest.versions, manifest.world_size = consumed, _versions(), world.world_size
+    manifest.started_at = manifest.started_at or _now()
+    if previous is not None:
+        manifest.num_resumes += 1
+        quiet.info(f"goes on in {folder}")
+    if world.is_main:
+        manifest.write(folder)
+    world.barrier()
+
+    reporter = Reporter(title, folder, log_every_steps=log_every_steps, **reporter_options)
+    context = StageContext(
+        config=effective,
+        stage=stage,
+        variant=variant,
+        run_folder=run_folder,
+        folder=folder,
+        world=world,
+        fingerprint=stage_fingerprint,
+        inputs=inputs,
+        variants=variants,
+        reporter=reporter,
+    )
+    reset_peak_memory()
+    started = time.monotonic()
+    try:
+        with _out_of_memory(title), _duration_kept(manifest, folder, world, started):
+            result = function(context)
+    finally:
+        reporter.close()
+    peak = max(world.gather(peak_memory_bytes()))
+    if world.is_main:
+        manifest.artifacts = {name: describe_artifact(folder, path) for name, path in result.artifacts.items()}
+        manifest.summary, manifest.skipped = dict(result.summary), result.skipped
+        manifest.status, manifest.finished_at, manifest.peak_memory_bytes = (
+            "done",
+            _now(),
+            max(manifest.peak_memory_bytes, peak),
+        )
+        manifest.write(folder)
+        if result.skipped:
+            reporter.info(f"skipped: {result.skipped}")
+        else:
+            reporter.info(
+                f"done in {format_duration(manifest.duration_s)}, peak memory {format_bytes(peak)}; results in {folder}"
+            )
+    manifest = world.broadcast(manifest)
+    return manifest
+
+
+def stage_sections(config: RunConfig, module: ModuleType) -> dict[str, Any]:
+    """The part of the config that a stage's result depends on, flattened to dotted keys."""
+    flat = flatten(config)
+    wanted = tuple(module.SECTIONS)
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in module.IGNORED and any(key == name or key.startswith(name + ".") for name in wanted)
+    }
+
+
+def _open_input(run_folder: RunFolder, stage: str, variant: str | None) -> StageInput:
+    folder = run_folder.stage(stage, variant)
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.status != "done":
+        state = "has not run" if manifest is None else "is not finished"
+        option = f" --variant {variant}" if variant and stage in VARIANT_STAGES else ""
+        raise CheckpointError(
+            f"stage {stage} {state} (no finished manifest in {folder}): run `hedgehog {stage} CONFIG{option}` first."
+        )
+    return StageInput(folder, manifest)
+
+
+def _open_variants(
+    config: RunConfig, run_folder: RunFolder, consumes: tuple[str, ...], main_inputs: dict[str, StageInput]
+) -> dict[str, VariantInputs]:
+    opened = {"main": VariantInputs("main", config.label or "main", config, main_inputs)}
+    for name, variant in config.variants.items():
+        inputs = {stage: _open_input(run_folder, stage, name) for stage in consumes}
+        opened[name] = VariantInputs(name, variant.label or name, apply_variant(config, name), inputs)
+    return opened
+
+
+def _refusal(title: str, folder: Path, previous: Manifest, sections: dict[str, Any], consumed: dict[str, str]) -> str:
+    lines = config_differences(previous.config, sections)
+    for name in sorted(consumed.keys() | previous.consumed.keys()):
+        if consumed.get(name) != previous.consumed.get(name):
+            lines.append(f"input from {name}: its artifacts changed")
+    changes = "\n".join(f"  {line}" for line in lines)
+    state = "finished" if previous.status == "done" else "begun"
+    return (
+        f"{title} was {state} in {folder} with another config or input:\n{changes}\n"
+        f"Undo the change, choose another name=…, or begin the stage anew with --force "
+        f"(the folder is kept as {folder.name}.previous)."
+    )
+
+
+def _set_aside(folder: Path, reporter: Reporter) -> None:
+    import shutil
+
+    previous = folder.with_name(folder.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(folder, previous)
+    reporter.info(f"--force: the earlier folder is kept as {previous}")
+
+
+@contextlib.contextmanager
+def _duration_kept(manifest: Manifest, folder: Path, world: World, started: float) -> Iterator[None]:
+    """Add this attempt's working time to the manifest, also when the attempt ends with an exception."""
+    try:
+        yield
+    except BaseException:
+        manifest.duration_s += time.monotonic() - started
+        if world.is_main:
+            with contextlib.suppress(OSError):
+                manifest.write(folder)
+        raise
+    manifest.duration_s += time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _out_of_memory(title: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{title}: out of GPU memory ({str(error).splitlines()[0]}). Lower micro_batch_size or "
+            "data.max_length_tokens, raise engine.zero_stage, set engine.offload_optimizer or "
+            "model.quantization=nf4; `hedgehog validate` estimates each."
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _VERSIONED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
