@@ -1,0 +1,90 @@
+"""A tokenized split: all rows end to end in one memory-mapped safetensors file.
+
+input_ids      int32 (T,)    prompt, summary, EOS of row 0, then of row 1, …
+offsets        int64 (N + 1,)  row i is input_ids[offsets[i] : offsets[i + 1]]
+prompt_lengths int32 (N,)    tokens of row i that belong to the prompt; what follows is the summary and EOS
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import CheckpointError
+
+
+class TokenizedSplit:
+    """Read-only rows of tokens. Opening reads the header only; a row's tokens are read when asked for."""
+
+    def __init__(self, input_ids: torch.Tensor, offsets: torch.Tensor, prompt_lengths: torch.Tensor):
+        self.input_ids = input_ids
+        self.offsets = offsets
+        self.prompt_lengths = prompt_lengths
+        self.lengths = offsets[1:] - offsets[:-1]
+        """int64 (N,): tokens of each row."""
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> TokenizedSplit:
+        """Rows in memory, from pairs (prompt tokens, summary tokens with EOS)."""
+        flat: list[int] = []
+        offsets, prompt_lengths = [0], []
+        for prompt_ids, summary_ids in rows:
+            flat.extend(prompt_ids)
+            flat.extend(summary_ids)
+            offsets.append(len(flat))
+            prompt_lengths.append(len(prompt_ids))
+        return cls(
+            torch.tensor(flat, dtype=torch.int32),
+            torch.tensor(offsets, dtype=torch.int64),
+            torch.tensor(prompt_lengths, dtype=torch.int32),
+        )
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenizedSplit:
+        """Memory-map the file that `write` made. CheckpointError where it is missing, torn or something
+        else."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("input_ids", "offsets", "prompt_lengths")}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path}: not a readable token file ({error}); run prepare again with --force"
+            ) from None
+        split = cls(**tensors)
+        lengths = split.lengths
+        whole = (
+            len(split.offsets) == len(split.prompt_lengths) + 1
+            and int(split.offsets[0]) == 0
+            and int(split.offsets[-1]) == len(split.input_ids)
+            and bool((lengths > split.prompt_lengths).all())
+        )
+        if not whole:
+            raise CheckpointError(f"{path}: offsets and tokens disagree; run prepare again with --force")
+        return split
+
+    def write(self, path: str | Path) -> None:
+        """Write atomically: temporary file, fsync, rename."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(
+            {"input_ids": self.input_ids, "offsets": self.offsets, "prompt_lengths": self.prompt_lengths},
+            str(temporary),
+        )
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Row `index`: (input_ids int64 (L,), number of prompt tokens)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a split with {len(self)} rows")
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.input_ids[start:end].to(torch.int64), int(self.prompt_lengths[index])
