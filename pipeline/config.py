@@ -6,15 +6,32 @@ Lengths are counted in tokens, sizes of batches in sequences, unless a name says
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+LAYERS_PATTERN = r"\d+(-\d+)?(,\d+(-\d+)?)*"
 
 
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_silent_conversion(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is not the number 1 and "3" is not 3: pydantic would take both without a word."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if (int in kinds or float in kinds) and isinstance(value, (bool, str)):
+            raise ValueError("not a number")
+        if bool in kinds and not isinstance(value, bool):
+            raise ValueError("neither true nor false")
+        return value
 
 
 class ModelConfig(Section):
@@ -116,7 +133,9 @@ class TinyConfig(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
-            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_key_value_heads")
+            raise ValueError(
+                "hidden_size must be a multiple of num_heads, and num_heads of num_key_value_heads"
+            )
         return self
 
 
@@ -170,6 +189,22 @@ class DistillConfig(ScheduleConfig):
     """epsilon of s' = s + eps in the loss: keeps a gradient where the student's similarity is zero."""
     query_block: int = Field(default=256, ge=16)
     """Query rows a tile of the loss."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_are_ranges(cls, value: Any) -> Any:
+        """YAML reads a single layer as a number."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, str):
+            value = value.replace(" ", "")
+            if not re.fullmatch(LAYERS_PATTERN, value):
+                raise ValueError("expected layers such as 8-15 or 0,2,5-7")
+            for span in value.split(","):
+                first, _, last = span.partition("-")
+                if last and int(last) < int(first):
+                    raise ValueError(f"the range {span} runs backwards")
+        return value
 
     @model_validator(mode="after")
     def _some_objective(self) -> DistillConfig:
@@ -232,8 +267,8 @@ class ExportConfig(Section):
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the written weights (feature maps stay float32)."""
-    max_shard_size: str = "5GB"
-    """Largest weight file."""
+    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?([KMGT]i?)?B$")
+    """Largest weight file: a number and KB, MB, GB or KiB, MiB, GiB."""
     max_logit_drift: float | None = Field(default=None, gt=0)
     """Fail when merged and unmerged logits differ by more than this (max absolute). Null: report only."""
     push_to_hub: str | None = None
