@@ -1,0 +1,113 @@
+"""The decoding state of a Hedgehog-Llama: one fixed-size sum per layer, whatever the length.
+
+B batch, H query heads, F features, V value dim. Per layer: S = Σ φ(k)vᵀ (B, H, F, V) and z = Σ φ(k) (B, H, F), fp32.
+This file travels with every export.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ...kernels.linear_attention import LinearAttentionState
+
+
+class HedgehogCacheLayer(CacheLayerMixin):
+    """One layer's state. Nothing grows: `num_seen_tokens` is only a count (padding included)."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: LinearAttentionState | None = None
+        self.num_seen_tokens = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise RuntimeError("a linear-attention state is made by its first forward pass")
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError(
+            "linear attention keeps sums, not keys and values: HedgehogCache cannot be update()d"
+        )
+
+    def store(self, state: LinearAttentionState, num_new_tokens: int) -> None:
+        """Replace the state by one that has also seen `num_new_tokens` more tokens (padding included)."""
+        self.state = state
+        self.num_seen_tokens += num_new_tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.num_seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1  # transformers' word for "no maximum"
+
+    def offload(self) -> None:
+        raise RuntimeError("a linear-attention state is small and of constant size: it is not offloaded")
+
+    prefetch = offload
+
+    def reset(self) -> None:
+        self.state = None
+        self.num_seen_tokens = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.state is not None:
+            self.state = self.state.reorder(beam_idx.to(self.state.kv_state_BHFV.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            device = self.state.kv_state_BHFV.device
+            rows_B = torch.arange(self.state.kv_state_BHFV.shape[0], device=device)
+            self.state = self.state.reorder(rows_B.repeat_interleave(repeats))
+
+    batch_select_indices = reorder_cache
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "a HedgehogCache cannot be cropped: its state is a sum over all tokens seen, and no token can be taken "
+            "out of it. Reset it and run the shorter sequence, or copy.deepcopy() it before going on"
+        )
+
+
+class HedgehogCache(Cache):
+    """What `past_key_values` is for linear attention. Its size does not depend on how much was read or generated.
+
+    Beam search reorders it; left padding leaves no trace in it; several tokens may arrive at a time.
+    `num_real_tokens_B` counts each row's tokens without padding: the next token's position.
+    """
+
+    def __init__(self, num_hidden_layers: int) -> None:
+        super().__init__(layers=[HedgehogCacheLayer() for _ in range(num_hidden_layers)])
+        self.num_real_tokens_B: torch.Tensor | None = None
+
+    def num_bytes(self) -> int:
+        """Bytes that the states of all layers take."""
+        return sum(layer.state.num_bytes() for layer in self.layers if layer.state is not None)
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_real_tokens_B = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.num_real_tokens_B is not None:
+            self.num_real_tokens_B = self.num_real_tokens_B[beam_idx.to(self.num_real_tokens_B.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.num_real_tokens_B is not None:
+            self.num_real_tokens_B = self.num_real_tokens_B.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+
+__all__ = ["HedgehogCache", "HedgehogCacheLayer"]

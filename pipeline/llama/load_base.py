@@ -1,0 +1,209 @@
+"""Loading the Llama that a run starts from: every way in which a user's folder can be wrong has its own message.
+
+Only safetensors are read, never pickle, and no code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from ..errors import ModelError
+
+QUANTIZATIONS = ("nf4", "int8")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
+
+
+def load_base(
+    path_or_id: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype,
+    revision: str | None = None,
+    quantization: str | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str = "sdpa",
+) -> LlamaForCausalLM:
+    """The Llama in a local folder, or of a hub id, in eval mode.
+
+    dtype          of the weights (a torch dtype or its name); with `quantization` of the computation
+    quantization   None, "nf4" (4 bit, double quantization) or "int8", through bitsandbytes; works on a CPU
+    device         where to put it; None leaves it where transformers puts it (the CPU, or ZeRO-3's shards)
+
+    Raises ModelError, with the cure, for: a missing folder, a model that is not a Llama, a missing shard, a
+    truncated file, pickled weights only, tensors that are missing, a hub id that cannot be fetched, a quantization that
+    cannot be done.
+    """
+    name = str(path_or_id)
+    dtype = _torch_dtype(dtype)
+    check_base(path_or_id, revision=revision)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "attn_implementation": attn_implementation,
+        "output_loading_info": True,
+    }
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization, dtype)
+        if device is not None:
+            options["device_map"] = {"": str(device)}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        llama, info = LlamaForCausalLM.from_pretrained(name, **options)
+    except OSError as error:
+        raise _cannot_fetch(name, error) from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{name}: a safetensors file is truncated or damaged ({error}); fetch it again"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
+    if device is not None and quantization is None:
+        llama = llama.to(device)
+    return llama.eval()
+
+
+def check_base(path_or_id: str | os.PathLike, *, revision: str | None = None) -> LlamaConfig:
+    """Everything that can be checked before a weight is read: returns the config or raises ModelError."""
+    name = str(path_or_id)
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return _check_folder(folder)
+    if folder.exists():
+        raise ModelError(
+            f"{name}: is a file; a base model is a folder with config.json and model*.safetensors"
+        )
+    if not _HUB_ID.match(name) or name.startswith("."):
+        raise ModelError(f"{name}: there is no such folder; correct the path to the base model")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_fetch(name, error) from error
+    if config.model_type != "llama":
+        raise _not_a_llama(name, config.model_type)
+    return config
+
+
+def check_tokenizer_fits(tokenizer: Any, config: LlamaConfig) -> None:
+    """ModelError if the tokenizer has ids that the model's embedding has not."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ModelError(
+            f"the tokenizer ({getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}) has ids up to {largest}, "
+            f"but the model's vocabulary ends at {config.vocab_size - 1}: use the tokenizer that belongs to the model, or "
+            "enlarge the model's embedding first"
+        )
+
+
+def _check_folder(folder: Path) -> LlamaConfig:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ModelError(
+            f"{folder}: has no config.json; a base model is a folder with config.json and model*.safetensors"
+        )
+    try:
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{config_file}: cannot be read as JSON ({error})") from error
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type != "llama":
+        raise _not_a_llama(str(folder), model_type)
+    try:
+        config = LlamaConfig.from_pretrained(folder)
+    except Exception as error:  # transformers' validation has its own families of errors
+        raise ModelError(f"{config_file}: not a valid Llama configuration ({error})") from error
+    for file in _weight_files(folder):
+        _check_safetensors(file)
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the folder's index names, or the single one. All of them exist."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{folder}: has only pickled weights ({pickled[0]}), which are never loaded because unpickling runs code; "
+                "convert them to safetensors first (load them where you trust them, then save_pretrained)"
+            )
+        raise ModelError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: is not an index of safetensors ({error!r}); fetch it again") from error
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: the index names {', '.join(missing)}, which is missing; fetch it again")
+    return [folder / shard for shard in shards]
+
+
+def _check_safetensors(file: Path) -> None:
+    """A safetensors header says how long the file must be: a truncated one shows without reading the weights."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from error
+
+
+def _not_a_llama(name: str, model_type: object) -> ModelError:
+    if model_type == "hedgehog_llama":
+        return ModelError(
+            f"{name}: is already a Hedgehog-Llama; a run starts from the Llama that it was made from"
+        )
+    return ModelError(
+        f"{name}: is not a Llama but has model_type {model_type!r}; only Llama models can be converted"
+    )
+
+
+def _cannot_fetch(name: str, error: BaseException) -> ModelError:
+    reason = " ".join(str(error).split())[:300]
+    return ModelError(
+        f"{name}: is no local folder, and cannot be fetched from the hub either ({reason}); without a network, put the "
+        "model's folder on this machine and give its path"
+    )
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"dtype {dtype!r} is not a floating-point type; known: float32, bfloat16")
+    if found == torch.float16:
+        raise ModelError("dtype float16 overflows in the feature maps; use bfloat16 or float32")
+    return found
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    if quantization not in QUANTIZATIONS:
+        raise ModelError(f"quantization {quantization!r} is unknown; known: {', '.join(QUANTIZATIONS)}")
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a broken native library raises all sorts
+        raise ModelError(
+            f"quantization {quantization!r} needs bitsandbytes, which cannot be imported here ({error}); install it, or "
+            "leave quantization out"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )

@@ -1,0 +1,495 @@
+"""Hedgehog-Llama: Llama with every softmax attention replaced by learned linear attention.
+
+    φ(x) = f(W x)        y_i = Σ_{j≤i} (φ(q_i)·φ(k_j)) v_j / Σ_{j≤i} φ(q_i)·φ(k_j)        q, k after RoPE
+
+B batch, L length, H query heads, K key/value heads, D head dim, F features, V value dim (= D).
+
+Norms, MLP, RoPE (its scaling included), initialisation and losses are transformers' Llama; the attention and its cache
+are ours. With config.attention = "softmax" the layers keep transformers' own LlamaAttention, so the same class is
+also the softmax baseline, with the same arguments (segment_ids too), weight names and exactly Llama's numbers.
+
+This file travels with every export: it imports torch, transformers and the files that travel with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+from ...kernels.backends import Backend, select_attention_backend
+from ...kernels.feature_maps import FeatureMap, make_feature_map
+from ...kernels.linear_attention import recurrent_linear_attention_step, run_index_BL
+from .configuration_hedgehog_llama import HedgehogLlamaConfig
+from .hedgehog_cache import HedgehogCache, HedgehogCacheLayer
+
+logger = logging.getLogger(__name__)
+
+FEATURE_MAP_NAMES = ("feature_map_q", "feature_map_k")
+
+
+class HedgehogLlamaAttention(LlamaAttention):
+    """Linear attention with Llama's projections and one feature map for queries, one for keys, per query head."""
+
+    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        for name, side in zip(FEATURE_MAP_NAMES, ("query", "key"), strict=True):
+            feature_map = make_feature_map(
+                config.feature_map,
+                num_heads=config.num_attention_heads,
+                head_dim=self.head_dim,
+                feature_dim=config.feature_dim,
+                side=side,
+                seed=config.feature_map_seed,
+                options=config.feature_map_options,
+            )
+            self.add_module(name, feature_map)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        """As nn.Module's, but .to(bfloat16) and .half() leave the feature maps fp32: φ is rounded once, after it."""
+        if not recurse:
+            return super()._apply(fn, recurse=False)
+        for name, child in self.named_children():
+            child._apply(_keeping_float32(fn) if name in FEATURE_MAP_NAMES else fn)
+        return super()._apply(fn, recurse=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: HedgehogCache | None = None,
+        position_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        attention_backend: Backend | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states (B, L, hidden) → the same shape. attention_mask (B, L) bool, True for real tokens, or None.
+
+        φ is computed in fp32 and rounded once to the values' dtype; sums are fp32.
+        """
+        B, L = hidden_states.shape[:2]
+        q_BHLD = self.q_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
+        k_BKLD = self.k_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
+        v_BKLV = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
+        q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
+
+        k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
+        with torch.autocast(hidden_states.device.type, enabled=False):  # it would run φ's projection in bf16
+            phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(v_BKLV.dtype)
+            phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(v_BKLV.dtype)
+
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if L == 1 and layer is not None and layer.state is not None and not torch.is_grad_enabled():
+            o_BHLV = self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, attention_mask, layer)
+        else:
+            assert attention_backend is not None, "the model chooses the backend"
+            o_BHLV, state = attention_backend.causal_attention(
+                phi_q_BHLF,
+                phi_k_BHLF,
+                v_BKLV,
+                mask_BL=attention_mask,
+                segment_ids_BL=segment_ids,
+                initial_state=None if layer is None else layer.state,
+                eps=self.config.attention_eps,
+                chunk_size=self.config.chunk_size,
+                return_state=layer is not None,
+            )
+            if layer is not None:
+                layer.store(state, num_new_tokens=L)
+        o_BLHV = o_BHLV.transpose(1, 2).reshape(B, L, -1).to(hidden_states.dtype)
+        return self.o_proj(o_BLHV), None
+
+    def _one_token(
+        self,
+        phi_q_BHLF: torch.Tensor,
+        phi_k_BHLF: torch.Tensor,
+        v_BKLV: torch.Tensor,
+        mask_BL: torch.Tensor | None,
+        layer: HedgehogCacheLayer,
+    ) -> torch.Tensor:
+        if mask_BL is not None:
+            phi_k_BHLF = (
+                phi_k_BHLF * mask_BL[:, None, :, None]
+            )  # padding is zeroed in φ(k): softmax of 0 is not 0
+        o_BHV, state = recurrent_linear_attention_step(
+            phi_q_BHLF[:, :, 0],
+            phi_k_BHLF[:, :, 0],
+            v_BKLV[:, :, 0],
+            layer.state,
+            eps=self.config.attention_eps,
+        )
+        layer.store(state, num_new_tokens=1)
+        return o_BHV.unsqueeze(2)
+
+
+class HedgehogLlamaDecoderLayer(LlamaDecoderLayer):
+    """Llama's decoder layer around the attention that the config asks for."""
+
+    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.attention == "linear":
+            self.self_attn = HedgehogLlamaAttention(config, layer_idx)
+
+
+class HedgehogLlamaPreTrainedModel(LlamaPreTrainedModel):
+    config_class = HedgehogLlamaConfig
+    config: HedgehogLlamaConfig
+    _no_split_modules = ["HedgehogLlamaDecoderLayer"]
+    # transformers' own output capturing would need attention weights, which linear attention never has
+    _can_record_outputs = {}
+    # from_pretrained(dtype=bfloat16) keeps these fp32
+    _keep_in_fp32_modules_strict = list(FEATURE_MAP_NAMES)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FeatureMap):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
+    """The decoder stack: token ids → last hidden states, with a HedgehogCache (linear) or DynamicCache (softmax)."""
+
+    def __init__(self, config: HedgehogLlamaConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [HedgehogLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self._logged_backends: set[str] = set()
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, L, hidden). `attention_mask` (B, L) or (B, past + L), 1 for real tokens, 0 for padding.
+
+        `segment_ids` (B, L): packed sequences. Runs of equal ids attend only to themselves, and positions start
+        again at each unless `position_ids` says otherwise. They exclude a cache.
+        `use_cache` defaults to config.use_cache in eval mode and to False in training.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("output_attentions", None):
+            raise ValueError(
+                "output_attentions: attention weights are never formed here; use hidden states or logits"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if segment_ids is not None:
+            if past_key_values is not None:
+                raise ValueError(
+                    "segment_ids are for whole packed rows: they cannot go on from past_key_values"
+                )
+            use_cache = False
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None:
+            past_key_values = self._new_cache()
+
+        if self.config.attention == "linear":
+            layer_inputs = self._linear_inputs(
+                inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values
+            )
+        else:
+            layer_inputs = self._softmax_inputs(
+                inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values
+            )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=layer_inputs["position_ids"])
+
+        hidden_states = inputs_embeds
+        all_hidden_states = [hidden_states] if output_hidden_states else None
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **layer_inputs,
+                **kwargs,
+            )
+            if all_hidden_states is not None:
+                all_hidden_states.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        if all_hidden_states is not None:
+            all_hidden_states[-1] = hidden_states  # as Llama does: the last entry is after the final norm
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
+        )
+
+    def _new_cache(self) -> Cache:
+        if self.config.attention == "linear":
+            return HedgehogCache(self.config.num_hidden_layers)
+        return DynamicCache(config=self.config)
+
+    def _linear_inputs(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        segment_ids: torch.LongTensor | None,
+        cache: Cache | None,
+    ) -> dict[str, Any]:
+        """Masks and absolute positions (B, L) of the new tokens. φ sees absolute positions, so padding must not count."""
+        B, L = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        if cache is not None and not isinstance(cache, HedgehogCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; linear attention needs a HedgehogCache: pass None and it "
+                "is made"
+            )
+        mask_BL = None
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.shape[1] < L:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; linear attention is causal by itself and "
+                    f"takes (batch, length) with 0 for padding, at least {L} long"
+                )
+            mask_BL = attention_mask[:, -L:].to(device=device, dtype=torch.bool)
+        if segment_ids is not None:
+            segment_ids = segment_ids.to(device)
+        num_seen_B = torch.zeros(B, dtype=torch.long, device=device)
+        if cache is not None and cache.num_real_tokens_B is not None:
+            num_seen_B = cache.num_real_tokens_B
+        if position_ids is None:
+            position_ids = row_positions(B, L, mask_BL, segment_ids, device) + num_seen_B[:, None]
+        position_ids = position_ids.to(device).expand(B, L)
+        if cache is not None:
+            cache.num_real_tokens_B = num_seen_B + (L if mask_BL is None else mask_BL.sum(1))
+        return {
+            "attention_mask": mask_BL,
+            "position_ids": position_ids,
+            "segment_ids": segment_ids,
+            "attention_backend": self._attention_backend(device, inputs_embeds.dtype),
+        }
+
+    def _attention_backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
+        """The one place where the implementation of causal linear attention is chosen; logged once with its reason."""
+        feature_map = self.layers[0].self_attn.feature_map_q
+        backend = select_attention_backend(
+            self.config.attention_backend,
+            device=device,
+            dtype=dtype,
+            num_features=feature_map.num_features,
+            value_dim=self.config.head_dim,
+        )
+        line = f"linear attention backend: {backend.name} ({backend.reason})"
+        if line not in self._logged_backends:
+            self._logged_backends.add(line)
+            logger.info(line)
+        return backend
+
+    def _softmax_inputs(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        segment_ids: torch.LongTensor | None,
+        cache: Cache | None,
+    ) -> dict[str, Any]:
+        """Exactly what LlamaModel gives its layers; with segment_ids a causal block-diagonal mask."""
+        B, L = inputs_embeds.shape[:2]
+        mask_BL = None
+        if segment_ids is not None:
+            segment_ids = segment_ids.to(inputs_embeds.device)
+            mask_BL = None if attention_mask is None else attention_mask.to(inputs_embeds.device, torch.bool)
+        if position_ids is None:
+            if segment_ids is not None:
+                position_ids = row_positions(B, L, mask_BL, segment_ids, inputs_embeds.device)
+            else:
+                past = 0 if cache is None else cache.get_seq_length()
+                position_ids = (torch.arange(L, device=inputs_embeds.device) + past).unsqueeze(0)
+        if segment_ids is not None:
+            attention_mask = self._packed_softmax_mask(inputs_embeds, mask_BL, segment_ids)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        return {"attention_mask": causal_mask, "position_ids": position_ids}
+
+    def _packed_softmax_mask(
+        self, inputs_embeds: torch.Tensor, mask_BL: torch.Tensor | None, segment_ids_BL: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, 1, L, L): which keys a query sees. Bool for SDPA, additive for eager attention."""
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"segment_ids with softmax attention need attn_implementation 'sdpa' or 'eager', not {implementation!r}"
+            )
+        run_BL = run_index_BL(segment_ids_BL, mask_BL)
+        visible_BLL = (run_BL[:, :, None] == run_BL[:, None, :]).tril()
+        if mask_BL is not None:
+            visible_BLL = visible_BLL & mask_BL[:, None, :]
+        # a padding row sees itself, or its softmax would be 0/0
+        itself_LL = torch.eye(run_BL.shape[1], dtype=torch.bool, device=run_BL.device)
+        visible_B1LL = (visible_BLL | itself_LL)[:, None]
+        if implementation == "sdpa":
+            return visible_B1LL
+        lowest = torch.finfo(inputs_embeds.dtype).min
+        return torch.zeros_like(visible_B1LL, dtype=inputs_embeds.dtype).masked_fill(~visible_B1LL, lowest)
+
+
+class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
+    """Hedgehog-Llama with its language-model head; generate() as usual (no assisted decoding: a state has no undo)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HedgehogLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = HedgehogLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # tells generate() that tokens cannot be taken back
+        self._is_stateful = config.attention == "linear"
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        segment_ids: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits (B, L, vocab) as LlamaForCausalLM; see HedgehogLlamaModel.forward for masks, segments and cache.
+
+        `labels` (B, L), −100 to leave out, are shifted inside. The first token of each packed segment is never a
+        target, just as the first token of a row never is. `logits_to_keep`: the last n positions (0: all), or an
+        index tensor of positions.
+        """
+        loss_kwargs = {
+            name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs
+        }
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_ids=segment_ids,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+
+        loss = None
+        if labels is not None:
+            if segment_ids is not None:
+                mask_BL = (
+                    None if attention_mask is None else attention_mask.to(segment_ids.device, torch.bool)
+                )
+                labels = labels.masked_fill(_first_tokens(segment_ids, mask_BL).to(labels.device), -100)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Give generate() a HedgehogCache where it would make a DynamicCache."""
+        if self.config.attention == "linear" and model_kwargs.get("past_key_values") is None:
+            if generation_config.use_cache is False:
+                return
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r}: linear attention has one kind of "
+                    "cache, of constant size; leave cache_implementation out"
+                )
+            model_kwargs["past_key_values"] = HedgehogCache(self.config.num_hidden_layers)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn` of nn.Module._apply without its step down to half precision: device moves and fp64 still happen."""
+
+    def keeping(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        if tensor.dtype == torch.float32 and moved.dtype in (torch.bfloat16, torch.float16):
+            return tensor.to(moved.device)
+        return moved
+
+    return keeping
+
+
+def row_positions(
+    batch_size: int,
+    length: int,
+    mask_BL: torch.Tensor | None,
+    segment_ids_BL: torch.Tensor | None,
+    device: torch.device,
+) -> torch.LongTensor:
+    """(B, L): 0, 1, 2, … over the real tokens of each row, again from 0 at each segment's border. Padding counts not."""
+    if mask_BL is None:
+        mask_BL = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+    real_BL = mask_BL.long()
+    count_BL = real_BL.cumsum(1)
+    if segment_ids_BL is not None:
+        run_BL = run_index_BL(segment_ids_BL, mask_BL)
+        starts_BL = torch.ones_like(mask_BL)
+        starts_BL[:, 1:] = run_BL[:, 1:] != run_BL[:, :-1]
+        before_BL = torch.where(starts_BL, count_BL - real_BL, 0).cummax(1).values
+        count_BL = count_BL - before_BL
+    return (count_BL - 1).clamp_min(0)
+
+
+def _first_tokens(segment_ids_BL: torch.Tensor, mask_BL: torch.Tensor | None) -> torch.Tensor:
+    """(B, L) bool, True at the first real token of each packed segment."""
+    first_BL = row_positions(*segment_ids_BL.shape, mask_BL, segment_ids_BL, segment_ids_BL.device) == 0
+    return first_BL if mask_BL is None else first_BL & mask_BL
+
+
+__all__ = ["HedgehogLlamaForCausalLM", "HedgehogLlamaModel", "HedgehogLlamaPreTrainedModel"]

@@ -1,0 +1,165 @@
+"""The frozen Llama as a teacher: its queries, keys and values, layer by layer, and nothing kept of a layer once left.
+
+B batch, L length, H query heads, K key/value heads, D head dim, V value dim (= D).
+
+The attention runs through torch's scaled_dot_product_attention with is_causal, row by row where rows differ (left
+padding, packed segments), so that no L × L matrix or mask is ever formed. Every weight is used by calling the module
+that owns it, so ZeRO-3 gathers layer by layer and quantized layers work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
+
+from ...kernels.linear_attention import run_index_BL
+from .modeling_hedgehog_llama import row_positions
+
+
+@dataclass(frozen=True)
+class TeacherLayer:
+    """What one layer's softmax attention saw. q and k are after RoPE; k and v have K heads (head h uses h // (H // K))."""
+
+    layer_index: int
+    q_BHLD: torch.Tensor
+    k_BKLD: torch.Tensor
+    v_BKLV: torch.Tensor
+    scale: float
+    o_BHLV: torch.Tensor  # softmax attention's output, before o_proj
+
+
+class TeacherForward:
+    """Runs a frozen Llama up to the last layer asked for, and yields the attention inputs of those asked for.
+
+        for layer in TeacherForward(llama)(input_ids_BL, layers=[8, 9]):
+            loss = attention_distillation_loss(layer.q_BHLD, layer.k_BKLD, …)
+
+    No layer above the last one asked for is run, nor that layer's MLP, nor the logits. No gradient is recorded
+    inside; the caller's own grad mode holds between layers.
+    """
+
+    def __init__(self, llama: LlamaForCausalLM | LlamaModel) -> None:
+        self.decoder: LlamaModel = llama.model if isinstance(llama, LlamaForCausalLM) else llama
+        self.num_layers = self.decoder.config.num_hidden_layers
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids_BL: torch.LongTensor,
+        *,
+        layers: Iterable[int] | None = None,
+        mask_BL: torch.Tensor | None = None,
+        position_ids_BL: torch.LongTensor | None = None,
+        segment_ids_BL: torch.LongTensor | None = None,
+    ) -> Iterator[TeacherLayer]:
+        """Yield a TeacherLayer for each of `layers` (default: all), in ascending order.
+
+        mask_BL        1 or True for real tokens; padding may stand anywhere. Rows of padding come out as zeros
+        position_ids   default: 0, 1, 2, … over each row's real tokens, again from 0 at each segment's border
+        segment_ids    packed rows: runs of equal ids attend only to themselves
+
+        Raises ValueError for a layer that does not exist.
+        """
+        wanted = set(range(self.num_layers)) if layers is None else set(layers)
+        outside = sorted(wanted - set(range(self.num_layers)))
+        if outside:
+            raise ValueError(
+                f"layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}"
+            )
+        if not wanted:
+            return
+        hidden_BLE = self.decoder.embed_tokens(input_ids_BL)
+        mask_BL = None if mask_BL is None else mask_BL.bool()
+        spans = attention_spans(mask_BL, segment_ids_BL)
+        if position_ids_BL is None:
+            position_ids_BL = row_positions(*input_ids_BL.shape, mask_BL, segment_ids_BL, input_ids_BL.device)
+        position_embeddings = self.decoder.rotary_emb(hidden_BLE, position_ids=position_ids_BL)
+        last = max(wanted)
+        for layer_index in range(last + 1):
+            layer = self.decoder.layers[layer_index]
+            seen = _attend(layer, layer_index, hidden_BLE, position_embeddings, spans)
+            if layer_index < last:
+                hidden_BLE = _finish_layer(layer, hidden_BLE, seen.o_BHLV)
+            if layer_index in wanted:
+                yield seen
+            del seen
+
+
+def attention_spans(
+    mask_BL: torch.Tensor | None, segment_ids_BL: torch.Tensor | None
+) -> list[tuple[int, int, int]] | None:
+    """[(row, start, end)]: the stretches of real tokens that attend causally within themselves; None if that is
+    every whole row.
+
+    Right padding alone needs no spans: causality keeps it from being seen. Padding inside a stretch splits nothing that
+    belongs together, so it is not allowed there: ValueError.
+    """
+    right_padded = mask_BL is None or bool((mask_BL.long().diff(dim=1) <= 0).all())
+    if segment_ids_BL is None and right_padded:
+        return None
+    given = mask_BL if mask_BL is not None else segment_ids_BL
+    assert given is not None
+    real_BL = torch.ones(given.shape, dtype=torch.bool) if mask_BL is None else mask_BL.bool().cpu()
+    run_BL = torch.zeros(given.shape, dtype=torch.long)
+    if segment_ids_BL is not None:
+        run_BL = run_index_BL(segment_ids_BL.cpu(), real_BL)
+    spans = []
+    for row in range(given.shape[0]):
+        for run in run_BL[row][real_BL[row]].unique().tolist():
+            places = (real_BL[row] & (run_BL[row] == run)).nonzero().flatten()
+            start, end = int(places[0]), int(places[-1]) + 1
+            if end - start != len(places):
+                raise ValueError(
+                    f"row {row}: padding between the tokens of a sequence; pad left or right of it"
+                )
+            spans.append((row, start, end))
+    return spans
+
+
+def _attend(
+    layer: LlamaDecoderLayer,
+    layer_index: int,
+    hidden_BLE: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    spans: list[tuple[int, int, int]] | None,
+) -> TeacherLayer:
+    attention = layer.self_attn
+    B, L = hidden_BLE.shape[:2]
+    normed_BLE = layer.input_layernorm(hidden_BLE)
+    q_BHLD = attention.q_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
+    k_BKLD = attention.k_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
+    v_BKLV = attention.v_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
+    q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
+    if spans is None:
+        o_BHLV = _causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, attention.scaling)
+    else:
+        o_BHLV = torch.zeros_like(q_BHLD)
+        for row, start, end in spans:
+            here = (slice(row, row + 1), slice(None), slice(start, end))
+            o_BHLV[here] = _causal_softmax_attention(
+                q_BHLD[here], k_BKLD[here], v_BKLV[here], attention.scaling
+            )
+    return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, attention.scaling, o_BHLV)
+
+
+def _causal_softmax_attention(
+    q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLV: torch.Tensor, scale: float
+) -> torch.Tensor:
+    grouped = q_BHLD.shape[1] != k_BKLD.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHLD, k_BKLD, v_BKLV, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+
+
+def _finish_layer(layer: LlamaDecoderLayer, hidden_BLE: torch.Tensor, o_BHLV: torch.Tensor) -> torch.Tensor:
+    B, _, L, _ = o_BHLV.shape
+    hidden_BLE = hidden_BLE + layer.self_attn.o_proj(o_BHLV.transpose(1, 2).reshape(B, L, -1))
+    return hidden_BLE + layer.mlp(layer.post_attention_layernorm(hidden_BLE))
+
+
+__all__ = ["TeacherForward", "TeacherLayer", "attention_spans"]
