@@ -1,0 +1,46 @@
+# Every target builds the environment it needs: .venv, from pyproject.toml and constraints.txt.
+#
+#   make run     convert the built-in tiny Llama: prepare, distill, finetune, evaluate, export
+#   make test    the whole test-suite (no GPU, no network)
+#   make lint    ruff and pyright
+#   make bench   speed and memory of the kernels on this machine
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+
+.PHONY: install run test lint format bench clean
+
+install: $(VENV)/.installed
+
+# torch first and pinned: with it there, no other package pulls a second build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10 to 3.13 is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, then the rest (some minutes the first time) ..."
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[dev,eval]'
+	@touch $@
+
+run: install
+	$(BIN)/hedgehog run configs/tiny.yaml
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
