@@ -77,7 +77,9 @@ class FeatureMap(nn.Module):
         unknown = sorted(set(options or {}) - set(self.option_defaults))
         if unknown:
             known = ", ".join(self.option_defaults) or "none"
-            raise ValueError(f"feature map '{self.name}' has no option {', '.join(unknown)}; its options: {known}")
+            raise ValueError(
+                f"feature map '{self.name}' has no option {', '.join(unknown)}; its options: {known}"
+            )
         self.num_heads, self.head_dim, self.side, self.seed = num_heads, head_dim, side, seed
         self.feature_dim = head_dim if feature_dim is None else feature_dim
         self.options = {**self.option_defaults, **(options or {})}
@@ -141,8 +143,12 @@ class LearnedFeatureMap(FeatureMap):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.options["init"] not in ("identity", "identity+orthogonal"):
-            raise ValueError(f"init must be 'identity' or 'identity+orthogonal', not {self.options['init']!r}")
-        self.weight = nn.Parameter(torch.empty(self.num_heads, self.head_dim, self.feature_dim, dtype=torch.float32))
+            raise ValueError(
+                f"init must be 'identity' or 'identity+orthogonal', not {self.options['init']!r}"
+            )
+        self.weight = nn.Parameter(
+            torch.empty(self.num_heads, self.head_dim, self.feature_dim, dtype=torch.float32)
+        )
         self.reset_parameters()
 
     @property
@@ -259,7 +265,10 @@ class Cosformer(FeatureMap):
     def activate(self, z_BHLP: Tensor, positions_BL: Tensor | None) -> Tensor:
         if positions_BL is None:
             positions_BL = torch.arange(z_BHLP.shape[2], device=z_BHLP.device).unsqueeze(0)
-        fraction_BL = positions_BL.to(z_BHLP.dtype).clamp(0, self.options["max_positions"]) / self.options["max_positions"]
+        fraction_BL = (
+            positions_BL.to(z_BHLP.dtype).clamp(0, self.options["max_positions"])
+            / self.options["max_positions"]
+        )
         angle_B1L1 = (fraction_BL * (math.pi / 2))[:, None, :, None]
         positive = torch.relu(z_BHLP)
         return torch.cat([positive * angle_B1L1.cos(), positive * angle_B1L1.sin()], dim=-1)

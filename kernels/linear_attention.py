@@ -91,9 +91,13 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _check_shapes(phi_q: Tensor, phi_k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> None:
+def _check_shapes(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None
+) -> None:
     if phi_q.dim() != 4 or phi_k.shape != phi_q.shape:
-        raise ValueError(f"phi_q {tuple(phi_q.shape)} and phi_k {tuple(phi_k.shape)} must both be (B, H, L, F)")
+        raise ValueError(
+            f"phi_q {tuple(phi_q.shape)} and phi_k {tuple(phi_k.shape)} must both be (B, H, L, F)"
+        )
     batch, heads, length, _ = phi_q.shape
     if v.dim() != 4 or (v.shape[0], v.shape[2]) != (batch, length) or heads % v.shape[1]:
         raise ValueError(
@@ -266,7 +270,11 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         out = torch.empty(batch, heads, length, value_dim, dtype=v.dtype, device=v.device)
         denominator = torch.empty(batch, heads, length, 1, dtype=chunks.acc, device=v.device)
         for span in chunks.spans():
-            q, k, v_chunk = chunks.take(phi_q, span), chunks.take_keys(phi_k, span), chunks.take_values(v, span)
+            q, k, v_chunk = (
+                chunks.take(phi_q, span),
+                chunks.take_keys(phi_k, span),
+                chunks.take_values(v, span),
+            )
             scores = chunks.keep_visible_(torch.bmm(q, k.transpose(1, 2)), span)
             q_state = _scaled(q, chunks.sees_state(span))
             numerator = torch.bmm(scores, v_chunk).baddbmm_(q_state, kv_state)
@@ -310,7 +318,11 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         grad_kv = grad_kv.reshape(-1, features, value_dim).to(chunks.acc, copy=True)
         grad_k_sum = grad_k_sum.reshape(-1, features, 1).to(chunks.acc, copy=True)
         for span in reversed(chunks.spans()):
-            q, k, v_chunk = chunks.take(phi_q, span), chunks.take_keys(phi_k, span), chunks.take_values(v, span)
+            q, k, v_chunk = (
+                chunks.take(phi_q, span),
+                chunks.take_keys(phi_k, span),
+                chunks.take_values(v, span),
+            )
             dn, dd = numerator_and_denominator_grads(span)
             scores = chunks.keep_visible_(torch.bmm(q, k.transpose(1, 2)), span)
             grad_scores = chunks.keep_visible_(torch.baddbmm(dd, dn, v_chunk.transpose(1, 2)), span)
@@ -335,10 +347,20 @@ class _ChunkedLinearAttention(torch.autograd.Function):
             return grad_q, grad_k, grad_v, None, None, None, None
         dtype = ctx.initial_shapes[0]
         grad_initial = grad_kv.view(batch, heads, features, value_dim).to(dtype)
-        return grad_q, grad_k, grad_v, grad_initial, grad_k_sum.view(batch, heads, features).to(dtype), None, None
+        return (
+            grad_q,
+            grad_k,
+            grad_v,
+            grad_initial,
+            grad_k_sum.view(batch, heads, features).to(dtype),
+            None,
+            None,
+        )
 
 
-def _advance_state_(kv_state: Tensor, k_sum: Tensor, k: Tensor, v: Tensor, chunks: _Chunks, span: slice) -> None:
+def _advance_state_(
+    kv_state: Tensor, k_sum: Tensor, k: Tensor, v: Tensor, chunks: _Chunks, span: slice
+) -> None:
     """S ← S + φkᵀ v and z ← z + Σ φk over one chunk, in place; starts afresh after a segment border."""
     survives = chunks.state_survives(span)
     if survives is not None:
@@ -413,7 +435,9 @@ def noncausal_linear_attention(
     return torch.cat(rows)
 
 
-def _noncausal_one_segment(phi_q: Tensor, phi_k: Tensor, v: Tensor, mask_BL: Tensor | None, eps: float) -> Tensor:
+def _noncausal_one_segment(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, mask_BL: Tensor | None, eps: float
+) -> Tensor:
     acc = _accumulation_dtype(phi_q)
     phi_q, phi_k = phi_q.to(acc), phi_k.to(acc)
     if mask_BL is not None:
