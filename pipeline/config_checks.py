@@ -1,0 +1,157 @@
+"""Rules that join several keys of a config. Pure: no files, no network, no torch.
+
+`errors` make a run impossible; `notes` are settings that are allowed but have no effect or deserve a look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .config import RunConfig, ScheduleConfig
+from .errors import ConfigError
+
+VARIANT_SECTIONS = ("model", "distill", "finetune")
+VARIANT_FIXED_KEYS = ("model.base", "model.tokenizer", "model.revision", "model.trust_remote_code")
+"""Shared by all variants, because `prepare` runs once."""
+RESERVED_VARIANT_NAMES = ("main", "prepare", "distill", "finetune", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a config: the keys it concerns, the first of which leads the message, and what to do."""
+
+    keys: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.message}"
+
+
+def cross_field_errors(config: RunConfig) -> list[Problem]:
+    """Every combination of keys that cannot work, whatever the number of processes."""
+    return [*_input_errors(config), *_batch_errors(config), *_engine_errors(config), *_evaluate_errors(config)]
+
+
+def world_errors(config: RunConfig, world_size: int) -> list[Problem]:
+    """Batches that cannot be split over `world_size` processes."""
+    problems = []
+    for name, schedule in schedules(config):
+        whole = schedule.micro_batch_size * world_size
+        if schedule.global_batch_size % whole:
+            below = schedule.global_batch_size // whole * whole
+            choices = " or ".join(str(size) for size in (below, below + whole) if size)
+            processes = f" x {world_size} processes = {whole}" if world_size > 1 else ""
+            problems.append(
+                Problem(
+                    tuple(f"{name}.{key}" for key in ("global_batch_size", "micro_batch_size")),
+                    f"{schedule.global_batch_size} is not a multiple of micro_batch_size {schedule.micro_batch_size}"
+                    f"{processes}; take {choices}, or another micro_batch_size.",
+                )
+            )
+    return problems
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Refuse a world size that the batches cannot be split over.
+
+    Raises:
+        ConfigError: names every stage that does not fit.
+    """
+    problems = world_errors(config, world_size)
+    if problems:
+        raise ConfigError("\n".join(str(problem) for problem in problems))
+
+
+def notes(config: RunConfig) -> list[Problem]:
+    """Settings without effect, which somebody may have meant otherwise."""
+    return list(_notes(config))
+
+
+def schedules(config: RunConfig) -> list[tuple[str, ScheduleConfig]]:
+    """The training stages that will run, with their schedules."""
+    found: list[tuple[str, ScheduleConfig]] = []
+    if config.model.attention == "linear" and config.distill.enabled:
+        found.append(("distill", config.distill))
+    if config.finetune.enabled:
+        found.append(("finetune", config.finetune))
+    return found
+
+
+def _input_errors(config: RunConfig) -> Iterator[Problem]:
+    model, data = config.model, config.data
+    if config.tiny is not None:
+        made = [f"model.{name}" for name in ("base", "tokenizer", "revision") if getattr(model, name)]
+        made += [
+            f"data.{name}" for name in ("dataset", "train_file", "validation_file", "test_file") if getattr(data, name)
+        ]
+        for key in made:
+            yield Problem(
+                (key, "tiny"), "the section `tiny` makes this input itself; remove this key, or set tiny: null."
+            )
+        return
+    if model.base is None:
+        yield Problem(
+            ("model.base", "tiny"),
+            "missing; give the folder or hub id of a Llama, here or as model.base=… on the command line.",
+        )
+    if data.dataset is None:
+        for split in ("train", "test"):
+            if getattr(data, f"{split}_file") is None:
+                yield Problem(
+                    (f"data.{split}_file", "data.dataset", "tiny"),
+                    "missing; give a .json or .jsonl file, or data.dataset (a folder or hub id).",
+                )
+
+
+def _batch_errors(config: RunConfig) -> Iterator[Problem]:
+    yield from world_errors(config, world_size=1)
+
+
+def _engine_errors(config: RunConfig) -> Iterator[Problem]:
+    engine, quantization = config.engine, config.model.quantization
+    if quantization is not None and engine.zero_stage == 3:
+        yield Problem(
+            ("engine.zero_stage", "model.quantization"),
+            f"3 shards the weights, and {quantization} weights cannot be sharded; take 0, 1 or 2, or no quantization.",
+        )
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        yield Problem(
+            ("engine.offload_optimizer", "engine.zero_stage"), "needs ZeRO; set engine.zero_stage to 1, 2 or 3."
+        )
+    if engine.offload_optimizer and config.finetune.enabled and config.finetune.optimizer == "adamw8bit":
+        yield Problem(
+            ("finetune.optimizer", "engine.offload_optimizer"),
+            "adamw8bit cannot be offloaded to the CPU; take adamw, or offload_optimizer false.",
+        )
+
+
+def _evaluate_errors(config: RunConfig) -> Iterator[Problem]:
+    evaluate = config.evaluate
+    if evaluate.min_new_tokens > evaluate.max_new_tokens:
+        yield Problem(
+            ("evaluate.min_new_tokens", "evaluate.max_new_tokens"),
+            f"{evaluate.min_new_tokens} is more than max_new_tokens {evaluate.max_new_tokens}.",
+        )
+
+
+def _notes(config: RunConfig) -> Iterator[Problem]:
+    model, finetune = config.model, config.finetune
+    if finetune.feature_map_learning_rate is not None and not finetune.train_feature_maps:
+        yield Problem(("finetune.feature_map_learning_rate",), "has no effect while train_feature_maps is false.")
+    if model.attention == "softmax":
+        for key in ("feature_dim", "feature_map_options"):
+            if getattr(model, key):
+                yield Problem((f"model.{key}",), "has no effect while model.attention is softmax.")
+    for name, schedule in (("distill", config.distill), ("finetune", finetune)):
+        if (
+            schedule.max_steps is not None
+            and "epochs" in schedule.model_fields_set
+            and "max_steps" in schedule.model_fields_set
+        ):
+            yield Problem((f"{name}.epochs",), "has no effect while max_steps is set.")
+    if config.distill.layers is not None:
+        yield Problem(
+            ("distill.layers",),
+            "trains a subset of the layers; the stages after distill need all of them, joined by `hedgehog merge`.",
+        )
