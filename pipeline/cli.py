@@ -1,0 +1,288 @@
+"""The `hedgehog` command. It only parses and reports; what a command does is imported when the command runs.
+
+Nothing heavy is imported here, so that `hedgehog --help` answers at once: no torch, no pydantic, no rich.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import ConfigError, HedgehogError
+from .run_folder import STAGES
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+INTERRUPTED_EXIT_CODE = 130
+
+app = typer.Typer(
+    name="hedgehog",
+    help="Convert a pretrained Llama into a linear-attention Hedgehog-Llama: distill, finetune, evaluate, export.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Stage = Enum("Stage", {name: name for name in STAGES}, type=str)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="section.key=value", help="Replace values of the config: finetune.epochs=3.", show_default=False
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Begin anew what is finished or has another config.")]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", metavar="NAME", help="A variant of the config instead of the main conversion."),
+]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    first: Annotated[Stage | None, typer.Option("--from", help="Stage to begin with.", show_default=False)] = None,
+    last: Annotated[Stage | None, typer.Option("--to", help="Stage to end with.", show_default=False)] = None,
+    force: Force = False,
+) -> None:
+    """Run the stages: prepare, distill, finetune, evaluate, export.
+
+    Finished stages are skipped and interrupted ones go on. The config's variants are distilled and finetuned too and
+    scored in the same table.
+
+    \b
+    Example: hedgehog run configs/tiny.yaml
+             hedgehog run configs/llama2-7b-samsum.yaml --from finetune finetune.epochs=3
+    """
+    with _errors_shown():
+        loaded = _load(config, overrides)
+        from .runner import run_pipeline
+
+        run_pipeline(loaded, first=first.value if first else None, last=last.value if last else None, force=force)
+
+
+@app.command()
+def prepare(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Check or make the inputs: base model, tokenizer, tokenized dataset.
+
+    \b
+    Example: hedgehog prepare configs/tiny.yaml
+    """
+    _run_stage("prepare", config, overrides, force=force)
+
+
+@app.command()
+def distill(
+    config: Config,
+    overrides: Overrides = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="8-15", help="Train these layers only; join them with `merge`.")
+    ] = None,
+    variant: Variant = None,
+    force: Force = False,
+) -> None:
+    """Train feature maps to reproduce the frozen softmax attention.
+
+    \b
+    Example: hedgehog distill configs/tiny.yaml --layers 0-1
+    """
+    _run_stage("distill", config, overrides, {"distill.layers": layers}, variant=variant, force=force)
+
+
+@app.command()
+def merge(config: Config, overrides: Overrides = None, variant: Variant = None, force: Force = False) -> None:
+    """Join the layers that several `distill --layers` trained.
+
+    \b
+    Example: hedgehog merge configs/tiny.yaml
+    """
+    with _errors_shown():
+        loaded = _load(config, overrides)
+        from .runner import merge_layers
+
+        merge_layers(loaded, variant=variant, force=force)
+
+
+@app.command()
+def finetune(config: Config, overrides: Overrides = None, variant: Variant = None, force: Force = False) -> None:
+    """Train a LoRA adapter (and the feature maps) on the summaries.
+
+    \b
+    Example: hedgehog finetune configs/tiny.yaml finetune.lora.rank=16
+    """
+    _run_stage("finetune", config, overrides, variant=variant, force=force)
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Summarize the test rows; one table of ROUGE for all variants.
+
+    Also measures the perplexity of the reference summaries. Goes on at the example where it stopped.
+
+    \b
+    Example: hedgehog evaluate configs/tiny.yaml evaluate.num_beams=4
+    """
+    _run_stage("evaluate", config, overrides, force=force)
+
+
+@app.command()
+def export(
+    config: Config,
+    overrides: Overrides = None,
+    variant: Variant = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (export.dtype).")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="5GB", help="Largest file (export.max_shard_size).")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload it too (export.push_to_hub).")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write one merged folder that plain transformers loads.
+
+    The folder is loaded again in a clean process and its logits are compared with the unmerged model's.
+
+    \b
+    Example: hedgehog export configs/tiny.yaml --dtype float32
+    """
+    options = {"export.dtype": dtype, "export.max_shard_size": max_shard_size, "export.push_to_hub": push_to_hub}
+    _run_stage("export", config, overrides, options, variant=variant, force=force)
+
+
+@app.command()
+def validate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG|section.key=value", help="YAML files, and overrides for all of them."),
+    ],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of processes, one per GPU, to reckon with.")] = 1,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per config.")] = False,
+) -> None:
+    """Check configs: every error, batch arithmetic, estimated memory.
+
+    Touches neither a GPU nor the network.
+
+    \b
+    Example: hedgehog validate configs/*.yaml
+             hedgehog validate configs/llama2-70b-samsum.yaml --gpus 8
+    """
+    with _errors_shown():
+        from .validation import validate_configs
+
+        files = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
+        overrides = [argument for argument in arguments if argument not in files]
+        if not files:
+            raise ConfigError("no config file given; for example: hedgehog validate configs/tiny.yaml")
+        if not validate_configs(files, overrides, world_size=gpus, as_json=json_output):
+            raise typer.Exit(HedgehogError.exit_code)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name under runs/, or its YAML.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how far a run is, and the command that goes on.
+
+    \b
+    Example: hedgehog status runs/tiny
+    """
+    with _errors_shown():
+        from .status import print_status
+
+        print_status(run, as_json=json_output)
+
+
+@app.command()
+def env(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions and devices, and which optional packages are there.
+
+    \b
+    Example: hedgehog env
+    """
+    with _errors_shown():
+        from .environment import print_environment
+
+        print_environment(as_json=json_output)
+
+
+def main() -> None:
+    """Entry point of the `hedgehog` command."""
+    app()
+
+
+def _run_stage(
+    stage: str,
+    config: Path,
+    overrides: list[str] | None,
+    options: dict[str, str | None] | None = None,
+    *,
+    variant: str | None = None,
+    force: bool = False,
+) -> None:
+    with _errors_shown():
+        given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
+        loaded = _load(config, [*(overrides or []), *given])
+        from .runner import run_stage
+
+        run_stage(loaded, stage, variant=variant, force=force)
+
+
+def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+    """The config, after all that can be refused before a stage starts."""
+    from .config_checks import check_world
+    from .config_loading import load_config
+
+    config = load_config(path, overrides or [])
+    check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
+    from .feature_map_checks import check_feature_maps
+
+    check_feature_maps(config)
+    return config
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """A user's mistake becomes one message and exit code 2, Ctrl-C the command that goes on; all else crashes loudly.
+
+    What is wrong with a config is the same on every rank and told once, by rank 0. Other errors may concern one
+    rank's machine only, so every rank tells its own.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        yield
+    except HedgehogError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, ConfigError):
+            print(f"error (rank {rank}): {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"\ninterrupted. To go on: {resume_command(sys.argv[1:])}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+
+def resume_command(arguments: list[str]) -> str:
+    """The command line that goes on where this one stopped: the same, but --force would begin anew."""
+    return shlex.join(["hedgehog", *(argument for argument in arguments if argument != "--force")])
+
+
+if __name__ == "__main__":
+    main()
