@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import ConfigError, HedgehogError
-from .run_folder import STAGES
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -34,7 +33,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-Stage = Enum("Stage", {name: name for name in STAGES}, type=str)
+
+class Stage(str, Enum):
+    """The stages in order, as choices of --from and --to."""
+
+    prepare = "prepare"
+    distill = "distill"
+    finetune = "finetune"
+    evaluate = "evaluate"
+    export = "export"
+
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.", show_default=False)]
 Overrides = Annotated[
@@ -76,7 +84,7 @@ def run(
 
 @app.command()
 def prepare(config: Config, overrides: Overrides = None, force: Force = False) -> None:
-    """Check or make the inputs: base model, tokenizer, tokenized dataset.
+    """Check or make the inputs: base model, tokenizer, tokens.
 
     \b
     Example: hedgehog prepare configs/tiny.yaml
@@ -211,7 +219,7 @@ def status(
 
 @app.command()
 def env(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions and devices, and which optional packages are there.
+    """Show versions, devices and optional packages.
 
     \b
     Example: hedgehog env
