@@ -1,0 +1,184 @@
+"""The runner with stages made of three lines: what is skipped, refused, resumed, begun anew."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hedgehog.pipeline import runner
+from hedgehog.pipeline.config import FinetuneConfig, RunConfig, VariantConfig
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, ResourceError
+from hedgehog.pipeline.manifest import read_manifest
+from hedgehog.pipeline.runner import StageContext, StageResult, run_pipeline, run_stage
+
+CONSUMES = {
+    "prepare": (),
+    "distill": ("prepare",),
+    "finetune": ("prepare", "distill"),
+    "evaluate": ("prepare", "distill", "finetune"),
+    "export": ("prepare", "distill", "finetune"),
+}
+
+
+class FakeStages:
+    """Five stages that write one file each and remember in which order they ran."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.failure: BaseException | None = None
+        self.content = "1"
+
+    def module(self, stage: str) -> ModuleType:
+        module = ModuleType(f"fake_{stage}")
+
+        def run(ctx: StageContext) -> StageResult:
+            self.calls.append("/".join(filter(None, (ctx.variant, ctx.stage))))
+            if self.failure is not None:
+                raise self.failure
+            for entry in ctx.inputs.values():
+                entry.artifact("file")
+            (ctx.folder / "out.txt").write_text(f"{ctx.stage} {self.content} {ctx.config.finetune.learning_rate}")
+            return StageResult(artifacts={"file": "out.txt"}, summary={"rows": 3})
+
+        module.__dict__.update(
+            CONSUMES=CONSUMES[stage],
+            SECTIONS=("seed", stage),
+            IGNORED=frozenset({"finetune.log_every_steps"}),
+            run=run,
+        )
+        return module
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStages]:
+    fake = FakeStages()
+    for stage in CONSUMES:
+        monkeypatch.setitem(sys.modules, f"fake_{stage}", fake.module(stage))
+        monkeypatch.setitem(runner.STAGE_MODULES, stage, f"fake_{stage}")
+    yield fake
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    variant = VariantConfig(overrides={"model.attention": "softmax"})
+    return RunConfig(name="r", output_dir=str(tmp_path), variants={"softmax": variant})
+
+
+def test_the_whole_pipeline_runs_each_conversion_then_scores_and_exports(stages: FakeStages, config: RunConfig) -> None:
+    run_pipeline(config)
+    assert stages.calls == [
+        "prepare", "distill", "finetune", "softmax/distill", "softmax/finetune", "evaluate", "export",
+    ]  # fmt: skip
+    root = Path(config.output_dir) / "r"
+    assert (root / "variants" / "softmax" / "finetune" / "manifest.json").is_file()
+    assert (root / "config.resolved.yaml").is_file()
+
+
+def test_a_finished_run_does_nothing_and_says_so(
+    stages: FakeStages, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_pipeline(config)
+    stages.calls.clear()
+    capsys.readouterr()
+    run_pipeline(config)
+    assert stages.calls == []
+    assert capsys.readouterr().out.count("nothing to do") == 7
+
+
+def test_from_and_to_choose_a_range(stages: FakeStages, config: RunConfig) -> None:
+    run_pipeline(config, last="distill")
+    assert stages.calls == ["prepare", "distill", "softmax/distill"]
+    with pytest.raises(ConfigError, match="comes after"):
+        run_pipeline(config, first="export", last="distill")
+    with pytest.raises(ConfigError, match="unknown stage 'distil'"):
+        run_pipeline(config, first="distil")
+
+
+def test_an_unfinished_input_names_the_command_that_makes_it(stages: FakeStages, config: RunConfig) -> None:
+    run_stage(config, "prepare")
+    with pytest.raises(CheckpointError, match="hedgehog distill CONFIG"):
+        run_stage(config, "finetune")
+    with pytest.raises(CheckpointError, match="hedgehog distill CONFIG --variant softmax"):
+        run_stage(config, "finetune", variant="softmax")
+
+
+def test_a_changed_config_is_refused_with_the_difference_until_forced(stages: FakeStages, config: RunConfig) -> None:
+    run_pipeline(config)
+    changed = config.model_copy(update={"finetune": FinetuneConfig(learning_rate=5e-4)})
+    with pytest.raises(CheckpointError, match=r"finetune\.learning_rate"):
+        run_stage(changed, "finetune")
+    folder = Path(config.output_dir) / "r" / "finetune"
+    assert (folder / "out.txt").read_text().endswith("0.001")
+    run_stage(changed, "finetune", force=True)
+    assert (folder / "out.txt").read_text().endswith("0.0005")
+    assert (folder.with_name("finetune.previous") / "out.txt").read_text().endswith("0.001")
+
+
+def test_a_key_that_does_not_change_the_result_is_not_a_change(stages: FakeStages, config: RunConfig) -> None:
+    run_pipeline(config)
+    stages.calls.clear()
+    run_stage(config.model_copy(update={"finetune": FinetuneConfig(log_every_steps=50)}), "finetune")
+    assert stages.calls == []
+
+
+def test_a_changed_input_is_refused(stages: FakeStages, config: RunConfig) -> None:
+    run_pipeline(config)
+    stages.content = "2"
+    run_stage(config, "prepare", force=True)
+    with pytest.raises(CheckpointError, match="input from prepare: its artifacts changed"):
+        run_stage(config, "distill")
+
+
+def test_an_equal_input_made_again_is_no_change(stages: FakeStages, config: RunConfig) -> None:
+    run_pipeline(config)
+    run_stage(config, "prepare", force=True)
+    stages.calls.clear()
+    run_stage(config, "distill")
+    assert stages.calls == []
+
+
+def test_a_killed_stage_goes_on_in_its_folder(stages: FakeStages, config: RunConfig) -> None:
+    run_stage(config, "prepare")
+    stages.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(config, "distill")
+    folder = Path(config.output_dir) / "r" / "distill"
+    (folder / "checkpoint").write_text("step 7")
+    manifest = read_manifest(folder)
+    assert manifest is not None and manifest.status == "running"
+    stages.failure = None
+    manifest = run_stage(config, "distill")
+    assert manifest.status == "done" and manifest.num_resumes == 1
+    assert (folder / "checkpoint").read_text() == "step 7"
+    assert manifest.summary == {"rows": 3}
+
+
+def test_a_full_disk_is_one_message(stages: FakeStages, config: RunConfig) -> None:
+    stages.failure = OSError(errno.ENOSPC, "No space left on device", "x")
+    with pytest.raises(ResourceError, match="prepare: the disk is full"):
+        run_stage(config, "prepare")
+
+
+def test_variants_belong_to_the_training_stages(stages: FakeStages, config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="once for all variants"):
+        run_stage(config, "prepare", variant="softmax")
+    with pytest.raises(ConfigError, match="softmx"):
+        run_stage(config, "distill", variant="softmx")
+
+
+def test_named_generators_differ_by_name_and_repeat_by_seed(stages: FakeStages, config: RunConfig) -> None:
+    drawn: list[tuple[int, ...]] = []
+
+    def run(ctx: StageContext) -> StageResult:
+        drawn.append(tuple(int(ctx.rng(name).initial_seed()) for name in ("order", "order", "dropout")))
+        return StageResult()
+
+    sys.modules["fake_prepare"].run = run  # type: ignore[attr-defined]
+    run_stage(config, "prepare")
+    (first, again, other) = drawn[0]
+    assert first == again != other
