@@ -1,0 +1,88 @@
+"""A finished conversion as a model: base weights, feature maps and adapter, unmerged, as `finetune` left them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .config import RunConfig
+    from .manifest import StageInput
+
+
+def load_variant_model(
+    config: RunConfig, inputs: Mapping[str, StageInput], device: torch.device, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """The model of one variant in eval mode: a HedgehogLlamaForCausalLM, or a LlamaForCausalLM for softmax attention.
+
+    The maps come from `finetune`, or from `distill` where nothing was finetuned; LoRA layers stay separate modules.
+
+    Args:
+        config: the variant's own config (overrides applied).
+        inputs: its finished stages `prepare`, `distill` and `finetune`.
+        dtype: of the base weights; feature maps and adapter stay float32.
+
+    Raises:
+        ModelError, CheckpointError: an artifact is missing, torn, or does not fit the model.
+    """
+    from .llama.convert import load_hedgehog
+    from .llama.load_base import load_base
+
+    model: PreTrainedModel = load_base(
+        inputs["prepare"].summary["base_model"],
+        dtype=dtype,
+        revision=config.model.revision,
+        quantization=config.model.quantization,
+        device=device,
+    )
+    if config.model.attention == "linear":
+        maps_from = inputs["distill"] if inputs["finetune"].skipped else inputs["finetune"]
+        model = load_hedgehog(
+            model,  # type: ignore[arg-type]
+            maps_from.artifact("feature_maps"),
+            attention_eps=config.model.attention_eps,
+            chunk_size=config.model.chunk_size,
+            attention_backend=config.model.attention_backend,
+            feature_map_seed=config.seed,
+        )
+    if not inputs["finetune"].skipped:
+        model = _attach_adapter(model, inputs["finetune"].artifact("adapter"))
+    return model.eval()
+
+
+def _attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with its target modules wrapped in peft's LoRA layers, in place."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    peft_model = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    wanted = {
+        name.replace(f".{peft_model.active_adapter}.", ".")
+        for name, _ in peft_model.named_parameters()
+        if "lora_" in name
+    }
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        found = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (a file handle, not a dict)
+    if wanted != found:
+        # peft only warns, and would leave the missing adapters at their start
+        differing = sorted(wanted ^ found)
+        raise CheckpointError(
+            f"{folder}: the adapter does not fit the model ({len(differing)} tensors differ, such as {differing[0]}); "
+            "run finetune again with --force"
+        )
+    return peft_model.get_base_model()  # type: ignore[return-value]
+
+
+def softmax_reference(variants: Mapping[str, RunConfig]) -> str | None:
+    """Name of the finetuned variant with softmax attention that the others are measured against, if there is one."""
+    for name, config in variants.items():
+        if config.model.attention == "softmax" and config.finetune.enabled:
+            return name
+    return None

@@ -1,0 +1,359 @@
+"""Stage three: every variant summarizes the test split; ROUGE, loss on the references, one table.
+
+    for each variant:  load → generate, batch by batch → loss on the references, batch by batch   (all ranks)
+    then:              rouge.json, results.md, the table                                          (rank 0)
+
+Rows are written as they are made, so a killed evaluation goes on at the example where it stopped. A batch is always
+computed whole, and batches depend on the prompts' lengths only: the rows that a resumed run adds are those that an
+uninterrupted run writes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..pipeline.data.tokenize import choose_pad_id, load_tokenizer
+from ..pipeline.data.tokens import TokenizedSplit
+from ..pipeline.errors import DataError, ModelError
+from ..pipeline.generation import (
+    generate_summaries,
+    length_sorted_batches,
+    make_generation_config,
+    reference_losses,
+)
+from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, score_rouge
+from ..pipeline.row_log import RowLog, read_complete_rows
+from ..pipeline.run_folder import atomic_write, write_json
+from ..pipeline.runner import StageContext, StageResult, VariantInputs
+from ..pipeline.score_report import (
+    TABLE_COLUMNS,
+    VariantScores,
+    comparison_lines,
+    markdown_report,
+    summarize_scores,
+    table_rows,
+)
+from ..pipeline.variants import load_variant_model, softmax_reference
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+CONSUMES = ("prepare", "distill", "finetune")
+SECTIONS = ("evaluate", "model", "variants", "engine.precision", "seed")
+IGNORED = frozenset({"evaluate.batch_size", "model.chunk_size", "model.attention_backend"})
+
+_SAMPLE_MAX_CHARACTERS = 700
+
+
+@dataclass(frozen=True)
+class _TestSplit:
+    """The test rows as text and as tokens, in the same order, and how summaries are generated."""
+
+    examples: list[dict[str, Any]]
+    tokens: TokenizedSplit
+    tokenizer: Any
+    generation_config: GenerationConfig
+    prompt_batches: list[list[int]]
+    reference_batches: list[list[int]]
+
+    def prompt(self, index: int) -> torch.Tensor:
+        input_ids, prompt_length = self.tokens[index]
+        return input_ids[:prompt_length]
+
+
+def run(ctx: StageContext) -> StageResult:
+    """Score `main` and every variant.
+
+    Raises:
+        DataError: there are no test rows.
+        ModelError, CheckpointError: a variant cannot be loaded, or gives NaN.
+    """
+    test = _open_test_split(ctx)
+    for number, variant in enumerate(ctx.variants.values()):
+        _run_variant(ctx, variant, test, number)
+    if not ctx.world.is_main:
+        return StageResult()
+    return _report(ctx, test)
+
+
+def _open_test_split(ctx: StageContext) -> _TestSplit:
+    prepare, settings = ctx.inputs["prepare"], ctx.config.evaluate
+    with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
+        examples = [json.loads(line) for line in file]
+    tokens = TokenizedSplit.open(prepare.artifact("tokens_test"))
+    if not examples:
+        raise DataError("the test split has no rows: give data.test_file rows that fit data.max_length_tokens")
+    assert len(examples) == len(tokens), "prepare writes examples and tokens in the same order"
+    tokenizer = load_tokenizer(
+        prepare.summary["tokenizer"],
+        revision=ctx.config.model.revision,
+        trust_remote_code=ctx.config.model.trust_remote_code,
+    )
+    pad_id, _ = choose_pad_id(tokenizer)
+    return _TestSplit(
+        examples=examples,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        generation_config=make_generation_config(
+            settings, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id, pad_id=pad_id
+        ),
+        prompt_batches=length_sorted_batches(tokens.prompt_lengths.tolist(), settings.batch_size),
+        reference_batches=length_sorted_batches(tokens.lengths.tolist(), settings.batch_size),
+    )
+
+
+def _predictions_file(ctx: StageContext, variant: str) -> Path:
+    return ctx.folder / "predictions" / f"{variant}.jsonl"
+
+
+def _losses_file(ctx: StageContext, variant: str) -> Path:
+    return ctx.folder / "reference_losses" / f"{variant}.jsonl"
+
+
+def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, number: int) -> None:
+    """Generate and measure whatever of this variant is missing. `number` counts variants, for the progress."""
+    with (
+        RowLog(_predictions_file(ctx, variant.name), ctx.world) as predictions,
+        RowLog(_losses_file(ctx, variant.name), ctx.world) as losses,
+    ):
+        to_generate = _unfinished(test.prompt_batches, predictions.done)
+        to_measure = _unfinished(test.reference_batches, losses.done) if ctx.config.evaluate.perplexity else []
+        if not to_generate and not to_measure:
+            ctx.reporter.info(f"{variant.label}: all {len(test.examples)} summaries are there already")
+            return
+        done = f", {len(predictions.done)} done already" if predictions.done else ""
+        ctx.reporter.info(f"{variant.label}: summarizes {len(test.examples)} dialogues{done}")
+        model = load_variant_model(variant.config, variant.inputs, ctx.world.device, ctx.config.engine.precision)
+        batches_per_variant = len(test.prompt_batches) + len(test.reference_batches)
+        progress = _Progress(ctx, first=number * batches_per_variant, total=len(ctx.variants) * batches_per_variant)
+
+        for position in _share(to_generate, ctx):
+            batch = test.prompt_batches[position]
+            rows = _generate_rows(model, test, batch)
+            predictions.append([row for row in rows if row["index"] not in predictions.done])
+            num_new = sum(row["num_tokens"] for row in rows)
+            progress.step(position, num_new, {"new_tokens_per_summary": num_new / len(rows)})
+
+        for position in _share(to_measure, ctx):
+            batch = test.reference_batches[position]
+            measured = reference_losses(
+                model, [test.tokens[index] for index in batch], test.generation_config.pad_token_id
+            )
+            losses.append(
+                [
+                    {"index": index, "loss_nats": loss, "num_tokens": num_tokens}
+                    for index, (loss, num_tokens) in zip(batch, measured, strict=True)
+                    if index not in losses.done
+                ]
+            )
+            num_targets = sum(num_tokens for _, num_tokens in measured)
+            loss_nats = sum(loss for loss, _ in measured) / num_targets
+            progress.step(len(test.prompt_batches) + position, num_targets, {"loss_nats": loss_nats})
+    del model
+    gc.collect()
+    if ctx.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _unfinished(batches: list[list[int]], done: frozenset[int]) -> list[int]:
+    """Positions of the batches with a row that is not done."""
+    return [position for position, batch in enumerate(batches) if not done.issuperset(batch)]
+
+
+def _share(positions: list[int], ctx: StageContext) -> Iterator[int]:
+    """This rank's part: every world_size-th of the unfinished batches, whoever made the finished ones."""
+    yield from positions[ctx.world.rank :: ctx.world.world_size]
+
+
+@dataclass
+class _Progress:
+    """Counts batches over all variants, so that the time that remains is that of the whole stage."""
+
+    ctx: StageContext
+    first: int
+    total: int
+    started: bool = False
+
+    def step(self, position: int, tokens: int, metrics: dict[str, float]) -> None:
+        step = self.first + position + 1
+        if not self.started:
+            self.ctx.reporter.rewind(step - 1)
+            self.started = True
+        self.ctx.reporter.step(step, self.total, tokens=tokens * self.ctx.world.world_size, metrics=metrics)
+
+
+def _generate_rows(model: Any, test: _TestSplit, batch: list[int]) -> list[dict[str, Any]]:
+    summaries = generate_summaries(model, [test.prompt(index) for index in batch], test.generation_config)
+    rows = []
+    for index, summary in zip(batch, summaries, strict=True):
+        example = test.examples[index]
+        rows.append(
+            {
+                "index": index,
+                "id": example["id"],
+                "prediction": test.tokenizer.decode(summary.token_ids, skip_special_tokens=True).strip(),
+                "reference": example["summary"],
+                "seen_in_train": example["seen_in_train"],
+                "num_tokens": len(summary.token_ids),
+                "truncated": summary.truncated,
+            }
+        )
+    return rows
+
+
+def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
+    """Score what all ranks wrote; write rouge.json and results.md; show the table and a sample."""
+    settings = ctx.config.evaluate
+    scores = {name: _score(ctx, variant) for name, variant in ctx.variants.items()}
+    reference = softmax_reference({name: variant.config for name, variant in ctx.variants.items()})
+    seen_N = torch.tensor([bool(example["seen_in_train"]) for example in test.examples])
+    figures = summarize_scores(
+        scores,
+        seen_in_train_N=seen_N,
+        reference=reference,
+        bootstrap_samples=settings.bootstrap_samples,
+        generators={subset: ctx.rng(f"evaluate/bootstrap/{subset}") for subset in ("all", "unseen")},
+    )
+    write_json(
+        ctx.folder / "rouge.json",
+        {
+            "settings": {
+                "metric": "rouge-score, F1 in points (x 100), Porter stemming",
+                "sentences_of_rougeLsum": SENTENCE_RULE,
+                "generation": {
+                    key: getattr(settings, key)
+                    for key in ("max_new_tokens", "min_new_tokens", "num_beams", "no_repeat_ngram_size")
+                },
+                "intervals": {
+                    "kind": "percentile bootstrap over examples, paired between variants",
+                    "level": INTERVAL_LEVEL,
+                    "samples": settings.bootstrap_samples,
+                    "seed": ctx.config.seed,
+                },
+                "precision": ctx.config.engine.precision,
+                "prompt_template": ctx.config.data.prompt_template,
+            },
+            "num_examples": len(test.examples),
+            "num_examples_seen_in_train": int(seen_N.sum()),
+            "softmax_reference": reference,
+            "variants": figures,
+        },
+    )
+    training = {name: _training_facts(variant) for name, variant in ctx.variants.items()}
+    rows, comparisons = table_rows(figures, training), comparison_lines(figures, reference)
+    title = f"{ctx.config.name}: {len(test.examples)} test dialogues"
+    atomic_write(ctx.folder / "results.md", markdown_report(title, rows, comparisons, _notes(ctx, test, seen_N)))
+
+    ctx.reporter.table(title, TABLE_COLUMNS, rows)
+    for line in comparisons:
+        ctx.reporter.info(line)
+    for name, variant in figures.items():
+        if variant["generation"]["num_truncated"]:
+            ctx.reporter.warning(
+                f"{ctx.variants[name].label}: {variant['generation']['num_truncated']} of {len(test.examples)} "
+                f"summaries were cut at evaluate.max_new_tokens={settings.max_new_tokens}"
+            )
+    _show_sample(ctx, test)
+    ctx.reporter.info(
+        f"scores {ctx.folder / 'rouge.json'}, table {ctx.folder / 'results.md'}, summaries {ctx.folder / 'predictions'}"
+    )
+    return StageResult(
+        artifacts={"rouge": "rouge.json", "predictions": "predictions"},
+        summary={
+            "num_examples": len(test.examples),
+            "softmax_reference": reference,
+            "variants": {name: _headline(variant) for name, variant in figures.items()},
+            "training": training,
+            "results": "results.md",
+        },
+    )
+
+
+def _score(ctx: StageContext, variant: VariantInputs) -> VariantScores:
+    predictions = read_complete_rows(_predictions_file(ctx, variant.name))
+    loss_N = num_tokens_N = None
+    if ctx.config.evaluate.perplexity:
+        losses = read_complete_rows(_losses_file(ctx, variant.name))
+        loss_N = torch.tensor([row["loss_nats"] for row in losses], dtype=torch.float64)
+        num_tokens_N = torch.tensor([row["num_tokens"] for row in losses])
+        bad = [row["index"] for row in losses if not math.isfinite(row["loss_nats"])]
+        if bad:
+            raise ModelError(
+                f"{variant.label}: the loss of {len(bad)} reference summaries is not finite (first: row {bad[0]}); the "
+                "model's weights or feature maps hold NaN or overflow: look at its distill and finetune metrics"
+            )
+    model = variant.config.model
+    linear = model.attention == "linear"
+    return VariantScores(
+        label=variant.label,
+        rouge=score_rouge([row["prediction"] for row in predictions], [row["reference"] for row in predictions]),
+        loss_N=loss_N,
+        num_tokens_N=num_tokens_N,
+        generation={
+            "num_truncated": sum(row["truncated"] for row in predictions),
+            "num_empty": sum(not row["prediction"] for row in predictions),
+            "mean_new_tokens": sum(row["num_tokens"] for row in predictions) / len(predictions),
+        },
+        facts={
+            "attention": model.attention,
+            "feature_map": model.feature_map if linear else None,
+            "finetuned": not variant.inputs["finetune"].skipped,
+            "kl_mean_nats": variant.inputs["distill"].summary.get("kl_mean") if linear else None,
+        },
+    )
+
+
+def _training_facts(variant: VariantInputs) -> dict[str, float | int | None]:
+    """Minutes of distill and finetune together, and the larger of their memory peaks."""
+    trained = [variant.inputs[stage].manifest for stage in ("distill", "finetune") if not variant.inputs[stage].skipped]
+    return {
+        "minutes": sum(manifest.duration_s for manifest in trained) / 60 if trained else None,
+        "peak_memory_bytes": max((manifest.peak_memory_bytes for manifest in trained), default=None),
+    }
+
+
+def _headline(variant: dict[str, Any]) -> dict[str, Any]:
+    scores = variant["all"]
+    keys = ("rouge1", "rouge2", "rougeL", "rougeLsum", "rouge1_ratio", "loss_nats_per_token", "perplexity")
+    return {"label": variant["label"], **{key: scores[key]["value"] for key in keys if scores.get(key) is not None}}
+
+
+def _notes(ctx: StageContext, test: _TestSplit, seen_N: torch.Tensor) -> list[str]:
+    settings = ctx.config.evaluate
+    search = "greedy" if settings.num_beams == 1 else f"{settings.num_beams} beams"
+    intervals = f", ± half of the {INTERVAL_LEVEL:.0%} bootstrap interval" if settings.bootstrap_samples else ""
+    return [
+        f"{len(test.examples)} test dialogues, {int(seen_N.sum())} of which stand word for word in train (`rouge.json` "
+        f"also has the scores without them). {search}, at most {settings.max_new_tokens} new tokens, "
+        f"{ctx.config.engine.precision}.",
+        f"ROUGE: F1 x 100 with stemming{intervals}. Loss and perplexity: per token of the reference summaries, "
+        "end token included. KL: of the distilled from the softmax attention, after stage one. Train: distill + "
+        "finetune.",
+    ]
+
+
+def _show_sample(ctx: StageContext, test: _TestSplit) -> None:
+    """The first short dialogue that is not in train, its reference and every variant's summary."""
+    index = next(
+        (
+            number
+            for number, example in enumerate(test.examples)
+            if not example["seen_in_train"] and len(example["dialogue"]) <= _SAMPLE_MAX_CHARACTERS
+        ),
+        0,
+    )
+    example = test.examples[index]
+    lines = [f"sample {example['id']}:", *(f"    {line}" for line in example["dialogue"].splitlines())]
+    lines.append(f"  reference: {example['summary']}")
+    for name, variant in ctx.variants.items():
+        row = read_complete_rows(_predictions_file(ctx, name))[index]
+        lines.append(f"  {variant.label}: {row['prediction'] or '(nothing)'}")
+    ctx.reporter.info("\n".join(lines))
