@@ -51,9 +51,7 @@ class HedgehogLlamaConfig(LlamaConfig):
 
     def _check_hedgehog_fields(self) -> None:
         if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(
-                f"feature_map: {self.feature_map!r} is unknown; known: {', '.join(sorted(FEATURE_MAPS))}"
-            )
+            raise ValueError(f"feature_map: {self.feature_map!r} is unknown; known: {', '.join(sorted(FEATURE_MAPS))}")
         if self.attention not in ATTENTION_KINDS:
             raise ValueError(f"attention: {self.attention!r} is unknown; known: {', '.join(ATTENTION_KINDS)}")
         if not isinstance(self.feature_map_options, dict):
@@ -64,7 +62,7 @@ class HedgehogLlamaConfig(LlamaConfig):
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
         if not self.attention_eps >= 0:
             raise ValueError(f"attention_eps: expected a number ≥ 0, got {self.attention_eps!r}")
-        if self.num_attention_heads % self.num_key_value_heads != 0:
+        if self.num_key_value_heads is None or self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"

@@ -9,14 +9,15 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ..errors import ModelError
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
@@ -34,6 +35,7 @@ __all__ = [
     "load_hedgehog",
     "read_feature_maps",
     "save_feature_maps",
+    "to_plain_llama",
 ]
 
 FEATURE_MAPS_FORMAT = "hedgehog-feature-maps-1"
@@ -54,6 +56,8 @@ def convert_llama(llama: LlamaForCausalLM, **hedgehog_fields: Any) -> HedgehogLl
         fields.pop(name, None)
     try:
         config = HedgehogLlamaConfig(**{**fields, **hedgehog_fields})
+        with no_init_weights(), torch.device("meta"):
+            model = HedgehogLlamaForCausalLM(config)
     except ValueError as error:
         raise ModelError(f"cannot convert {llama.config.name_or_path or 'this Llama'}: {error}") from error
     config._name_or_path = llama.config._name_or_path
@@ -61,15 +65,14 @@ def convert_llama(llama: LlamaForCausalLM, **hedgehog_fields: Any) -> HedgehogLl
     config.architectures = [HedgehogLlamaForCausalLM.__name__]
     config.dtype = llama.config.dtype
 
-    with no_init_weights(), torch.device("meta"):
-        model = HedgehogLlamaForCausalLM(config)
     for name in ("embed_tokens", "norm", "rotary_emb"):
         setattr(model.model, name, getattr(llama.model, name))
     model.lm_head = llama.lm_head
-    for hedgehog_layer, llama_layer in zip(model.model.layers, llama.model.layers, strict=True):
+    layer_pairs = zip(model.model.layers, cast("Iterable[LlamaDecoderLayer]", llama.model.layers), strict=True)
+    for hedgehog_layer, llama_layer in layer_pairs:
         for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
             setattr(hedgehog_layer, name, getattr(llama_layer, name))
-        attention = hedgehog_layer.self_attn
+        attention = cast(nn.Module, hedgehog_layer.self_attn)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(attention, name, getattr(llama_layer.self_attn, name))
         if config.attention == "linear":
@@ -88,11 +91,42 @@ def convert_llama(llama: LlamaForCausalLM, **hedgehog_fields: Any) -> HedgehogLl
     return model.train(llama.training)
 
 
-def feature_map_modules(model: nn.Module) -> dict[tuple[int, str], nn.Module]:
+def to_plain_llama(model: HedgehogLlamaForCausalLM) -> LlamaForCausalLM:
+    """The plain Llama that an attention="softmax" model is, around the same modules: its export needs no custom code.
+
+    Raises ValueError for a model with linear attention.
+    """
+    if model.config.attention != "softmax":
+        raise ValueError("only a model with attention='softmax' is a plain Llama")
+    hedgehog_fields = set(model.config.to_dict()) - set(LlamaConfig().to_dict())
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in hedgehog_fields}
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    config = LlamaConfig(**fields)
+    config._attn_implementation = model.config._attn_implementation
+    config.architectures = [LlamaForCausalLM.__name__]
+    with no_init_weights(), torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    for name in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(llama.model, name, getattr(model.model, name))
+    llama.lm_head = model.lm_head
+    layer_pairs = zip(
+        cast("Iterable[LlamaDecoderLayer]", llama.model.layers),
+        cast("Iterable[LlamaDecoderLayer]", model.model.layers),
+        strict=True,
+    )
+    for llama_layer, layer in layer_pairs:
+        for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+            setattr(llama_layer, name, getattr(layer, name))
+    llama.generation_config = model.generation_config
+    return llama.train(model.training)
+
+
+def feature_map_modules(model: HedgehogLlamaForCausalLM) -> dict[tuple[int, str], nn.Module]:
     """{(layer, "feature_map_q" | "feature_map_k"): module} of a Hedgehog-Llama, in the order of the layers."""
     return {
         (index, name): getattr(layer.self_attn, name)
-        for index, layer in enumerate(model.model.layers)
+        for index, layer in enumerate(cast("Iterable[LlamaDecoderLayer]", model.model.layers))
         for name in FEATURE_MAP_NAMES
         if hasattr(layer.self_attn, name)
     }
@@ -117,7 +151,7 @@ def save_feature_maps(
     or not at all.
     """
     metadata = dict(metadata or {})
-    if isinstance(maps, nn.Module):
+    if isinstance(maps, HedgehogLlamaForCausalLM):
         metadata = {**feature_map_metadata(maps.config), **metadata}
         maps = {
             f"layers.{index}.{name}.{key}": tensor
@@ -144,13 +178,11 @@ def read_feature_maps(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
     """(tensors, metadata) of a file that save_feature_maps wrote. ModelError if it is missing, torn or another kind."""
     file = Path(file)
     if not file.is_file():
-        raise ModelError(
-            f"{file}: there is no such file of feature maps; run the distill stage, or correct the path"
-        )
+        raise ModelError(f"{file}: there is no such file of feature maps; run the distill stage, or correct the path")
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a handle, not a dict)
     except SafetensorError as error:
         raise ModelError(f"{file}: truncated or not a safetensors file ({error}); make it again") from error
     if header.get("format") != FEATURE_MAPS_FORMAT:

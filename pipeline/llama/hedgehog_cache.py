@@ -6,6 +6,8 @@ This file travels with every export.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -29,15 +31,16 @@ class HedgehogCacheLayer(CacheLayerMixin):
         raise RuntimeError("a linear-attention state is made by its first forward pass")
 
     def update(self, *args, **kwargs):
-        raise RuntimeError(
-            "linear attention keeps sums, not keys and values: HedgehogCache cannot be update()d"
-        )
+        raise RuntimeError("linear attention keeps sums, not keys and values: HedgehogCache cannot be update()d")
 
     def store(self, state: LinearAttentionState, num_new_tokens: int) -> None:
         """Replace the state by one that has also seen `num_new_tokens` more tokens (padding included)."""
         self.state = state
         self.num_seen_tokens += num_new_tokens
         self.is_initialized = True
+
+    def num_bytes(self) -> int:
+        return 0 if self.state is None else self.state.num_bytes()
 
     def get_seq_length(self) -> int:
         return self.num_seen_tokens
@@ -58,7 +61,7 @@ class HedgehogCacheLayer(CacheLayerMixin):
         self.num_seen_tokens = 0
         self.is_initialized = False
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self.state is not None:
             self.state = self.state.reorder(beam_idx.to(self.state.kv_state_BHFV.device))
 
@@ -68,7 +71,8 @@ class HedgehogCacheLayer(CacheLayerMixin):
             rows_B = torch.arange(self.state.kv_state_BHFV.shape[0], device=device)
             self.state = self.state.reorder(rows_B.repeat_interleave(repeats))
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
@@ -88,16 +92,19 @@ class HedgehogCache(Cache):
         super().__init__(layers=[HedgehogCacheLayer() for _ in range(num_hidden_layers)])
         self.num_real_tokens_B: torch.Tensor | None = None
 
+    def layer(self, layer_index: int) -> HedgehogCacheLayer:
+        return cast(HedgehogCacheLayer, self.layers[layer_index])
+
     def num_bytes(self) -> int:
         """Bytes that the states of all layers take."""
-        return sum(layer.state.num_bytes() for layer in self.layers if layer.state is not None)
+        return sum(layer.num_bytes() for layer in cast("list[HedgehogCacheLayer]", self.layers))
 
     def reset(self) -> None:
         super().reset()
         self.num_real_tokens_B = None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
         if self.num_real_tokens_B is not None:
             self.num_real_tokens_B = self.num_real_tokens_B[beam_idx.to(self.num_real_tokens_B.device)]
 
@@ -107,7 +114,7 @@ class HedgehogCache(Cache):
             self.num_real_tokens_B = self.num_real_tokens_B.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.reorder_cache(indices)
+        self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
 
 __all__ = ["HedgehogCache", "HedgehogCacheLayer"]

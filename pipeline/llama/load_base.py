@@ -57,13 +57,12 @@ def load_base(
     if revision is not None:
         options["revision"] = revision
     try:
-        llama, info = LlamaForCausalLM.from_pretrained(name, **options)
+        loaded: Any = LlamaForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise _cannot_fetch(name, error) from error
     except SafetensorError as error:
-        raise ModelError(
-            f"{name}: a safetensors file is truncated or damaged ({error}); fetch it again"
-        ) from error
+        raise ModelError(f"{name}: a safetensors file is truncated or damaged ({error}); fetch it again") from error
+    llama, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -80,16 +79,14 @@ def check_base(path_or_id: str | os.PathLike, *, revision: str | None = None) ->
     if folder.is_dir():
         return _check_folder(folder)
     if folder.exists():
-        raise ModelError(
-            f"{name}: is a file; a base model is a folder with config.json and model*.safetensors"
-        )
+        raise ModelError(f"{name}: is a file; a base model is a folder with config.json and model*.safetensors")
     if not _HUB_ID.match(name) or name.startswith("."):
         raise ModelError(f"{name}: there is no such folder; correct the path to the base model")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_fetch(name, error) from error
-    if config.model_type != "llama":
+    if not isinstance(config, LlamaConfig):
         raise _not_a_llama(name, config.model_type)
     return config
 
@@ -99,9 +96,9 @@ def check_tokenizer_fits(tokenizer: Any, config: LlamaConfig) -> None:
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
         raise ModelError(
-            f"the tokenizer ({getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}) has ids up to {largest}, "
-            f"but the model's vocabulary ends at {config.vocab_size - 1}: use the tokenizer that belongs to the model, or "
-            "enlarge the model's embedding first"
+            f"the tokenizer ({getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}) has ids up to "
+            f"{largest}, but the model's vocabulary ends at {config.vocab_size - 1}: use the tokenizer that belongs "
+            "to the model, or enlarge the model's embedding first"
         )
 
 
@@ -137,8 +134,8 @@ def _weight_files(folder: Path) -> list[Path]:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         if pickled:
             raise ModelError(
-                f"{folder}: has only pickled weights ({pickled[0]}), which are never loaded because unpickling runs code; "
-                "convert them to safetensors first (load them where you trust them, then save_pretrained)"
+                f"{folder}: has only pickled weights ({pickled[0]}), which are never loaded because unpickling runs "
+                "code; convert them to safetensors first (load them where you trust them, then save_pretrained)"
             )
         raise ModelError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
     try:
@@ -162,12 +159,8 @@ def _check_safetensors(file: Path) -> None:
 
 def _not_a_llama(name: str, model_type: object) -> ModelError:
     if model_type == "hedgehog_llama":
-        return ModelError(
-            f"{name}: is already a Hedgehog-Llama; a run starts from the Llama that it was made from"
-        )
-    return ModelError(
-        f"{name}: is not a Llama but has model_type {model_type!r}; only Llama models can be converted"
-    )
+        return ModelError(f"{name}: is already a Hedgehog-Llama; a run starts from the Llama that it was made from")
+    return ModelError(f"{name}: is not a Llama but has model_type {model_type!r}; only Llama models can be converted")
 
 
 def _cannot_fetch(name: str, error: BaseException) -> ModelError:
@@ -194,8 +187,8 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a broken native library raises all sorts
         raise ModelError(
-            f"quantization {quantization!r} needs bitsandbytes, which cannot be imported here ({error}); install it, or "
-            "leave quantization out"
+            f"quantization {quantization!r} needs bitsandbytes, which cannot be imported here ({error}); install it, "
+            "or leave quantization out"
         ) from error
     from transformers import BitsAndBytesConfig
 

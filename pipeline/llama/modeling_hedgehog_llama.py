@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -35,9 +35,9 @@ from transformers.models.llama.modeling_llama import (
 
 from ...kernels.backends import Backend, select_attention_backend
 from ...kernels.feature_maps import FeatureMap, make_feature_map
-from ...kernels.linear_attention import recurrent_linear_attention_step, run_index_BL
+from ...kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step, run_index_BL
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
-from .hedgehog_cache import HedgehogCache, HedgehogCacheLayer
+from .hedgehog_cache import HedgehogCache
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,10 @@ FEATURE_MAP_NAMES = ("feature_map_q", "feature_map_k")
 
 class HedgehogLlamaAttention(LlamaAttention):
     """Linear attention with Llama's projections and one feature map for queries, one for keys, per query head."""
+
+    config: HedgehogLlamaConfig
+    feature_map_q: FeatureMap
+    feature_map_k: FeatureMap
 
     def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -75,8 +79,8 @@ class HedgehogLlamaAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: HedgehogCache | None = None,
-        position_ids: torch.LongTensor | None = None,
-        segment_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
         attention_backend: Backend | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -95,9 +99,10 @@ class HedgehogLlamaAttention(LlamaAttention):
             phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(v_BKLV.dtype)
             phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(v_BKLV.dtype)
 
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if L == 1 and layer is not None and layer.state is not None and not torch.is_grad_enabled():
-            o_BHLV = self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, attention_mask, layer)
+        cache_layer = None if past_key_values is None else past_key_values.layer(self.layer_idx)
+        state = None if cache_layer is None else cache_layer.state
+        if L == 1 and state is not None and not torch.is_grad_enabled():
+            o_BHLV, state = self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, attention_mask, state)
         else:
             assert attention_backend is not None, "the model chooses the backend"
             o_BHLV, state = attention_backend.causal_attention(
@@ -106,13 +111,13 @@ class HedgehogLlamaAttention(LlamaAttention):
                 v_BKLV,
                 mask_BL=attention_mask,
                 segment_ids_BL=segment_ids,
-                initial_state=None if layer is None else layer.state,
+                initial_state=state,
                 eps=self.config.attention_eps,
                 chunk_size=self.config.chunk_size,
-                return_state=layer is not None,
+                return_state=cache_layer is not None,
             )
-            if layer is not None:
-                layer.store(state, num_new_tokens=L)
+        if cache_layer is not None:
+            cache_layer.store(state, num_new_tokens=L)
         o_BLHV = o_BHLV.transpose(1, 2).reshape(B, L, -1).to(hidden_states.dtype)
         return self.o_proj(o_BLHV), None
 
@@ -122,21 +127,18 @@ class HedgehogLlamaAttention(LlamaAttention):
         phi_k_BHLF: torch.Tensor,
         v_BKLV: torch.Tensor,
         mask_BL: torch.Tensor | None,
-        layer: HedgehogCacheLayer,
-    ) -> torch.Tensor:
+        state: LinearAttentionState,
+    ) -> tuple[torch.Tensor, LinearAttentionState]:
         if mask_BL is not None:
-            phi_k_BHLF = (
-                phi_k_BHLF * mask_BL[:, None, :, None]
-            )  # padding is zeroed in φ(k): softmax of 0 is not 0
+            phi_k_BHLF = phi_k_BHLF * mask_BL[:, None, :, None]  # padding is zeroed in φ(k): softmax of 0 is not 0
         o_BHV, state = recurrent_linear_attention_step(
             phi_q_BHLF[:, :, 0],
             phi_k_BHLF[:, :, 0],
             v_BKLV[:, :, 0],
-            layer.state,
+            state,
             eps=self.config.attention_eps,
         )
-        layer.store(state, num_new_tokens=1)
-        return o_BHV.unsqueeze(2)
+        return o_BHV.unsqueeze(2), state
 
 
 class HedgehogLlamaDecoderLayer(LlamaDecoderLayer):
@@ -173,9 +175,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [HedgehogLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([HedgehogLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -184,13 +184,13 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        segment_ids: torch.LongTensor | None = None,
+        segment_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -203,18 +203,14 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.pop("output_attentions", None):
-            raise ValueError(
-                "output_attentions: attention weights are never formed here; use hidden states or logits"
-            )
+            raise ValueError("output_attentions: attention weights are never formed here; use hidden states or logits")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = cast(torch.Tensor, self.embed_tokens(input_ids))
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if segment_ids is not None:
             if past_key_values is not None:
-                raise ValueError(
-                    "segment_ids are for whole packed rows: they cannot go on from past_key_values"
-                )
+                raise ValueError("segment_ids are for whole packed rows: they cannot go on from past_key_values")
             use_cache = False
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None
@@ -232,7 +228,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=layer_inputs["position_ids"])
 
         hidden_states = inputs_embeds
-        all_hidden_states = [hidden_states] if output_hidden_states else None
+        all_hidden_states: list[Any] | None = [hidden_states] if output_hidden_states else None
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -262,17 +258,17 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        segment_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> dict[str, Any]:
-        """Masks and absolute positions (B, L) of the new tokens. φ sees absolute positions, so padding must not count."""
+        """Masks and positions (B, L) of the new tokens. φ sees absolute positions, so padding must not count."""
         B, L = inputs_embeds.shape[:2]
         device = inputs_embeds.device
         if cache is not None and not isinstance(cache, HedgehogCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; linear attention needs a HedgehogCache: pass None and it "
-                "is made"
+                f"past_key_values is a {type(cache).__name__}; linear attention needs a HedgehogCache: pass None "
+                "and it is made"
             )
         mask_BL = None
         if attention_mask is not None:
@@ -288,7 +284,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         if cache is not None and cache.num_real_tokens_B is not None:
             num_seen_B = cache.num_real_tokens_B
         if position_ids is None:
-            position_ids = row_positions(B, L, mask_BL, segment_ids, device) + num_seen_B[:, None]
+            position_ids = row_positions((B, L), mask_BL, segment_ids, device) + num_seen_B[:, None]
         position_ids = position_ids.to(device).expand(B, L)
         if cache is not None:
             cache.num_real_tokens_B = num_seen_B + (L if mask_BL is None else mask_BL.sum(1))
@@ -301,13 +297,13 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
 
     def _attention_backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
         """The one place where the implementation of causal linear attention is chosen; logged once with its reason."""
-        feature_map = self.layers[0].self_attn.feature_map_q
+        attention = cast(HedgehogLlamaAttention, cast(HedgehogLlamaDecoderLayer, self.layers[0]).self_attn)
         backend = select_attention_backend(
             self.config.attention_backend,
             device=device,
             dtype=dtype,
-            num_features=feature_map.num_features,
-            value_dim=self.config.head_dim,
+            num_features=attention.feature_map_q.num_features,
+            value_dim=attention.head_dim,
         )
         line = f"linear attention backend: {backend.name} ({backend.reason})"
         if line not in self._logged_backends:
@@ -319,8 +315,8 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        segment_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> dict[str, Any]:
         """Exactly what LlamaModel gives its layers; with segment_ids a causal block-diagonal mask."""
@@ -331,7 +327,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
             mask_BL = None if attention_mask is None else attention_mask.to(inputs_embeds.device, torch.bool)
         if position_ids is None:
             if segment_ids is not None:
-                position_ids = row_positions(B, L, mask_BL, segment_ids, inputs_embeds.device)
+                position_ids = row_positions((B, L), mask_BL, segment_ids, inputs_embeds.device)
             else:
                 past = 0 if cache is None else cache.get_seq_length()
                 position_ids = (torch.arange(L, device=inputs_embeds.device) + past).unsqueeze(0)
@@ -384,15 +380,15 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        segment_ids: torch.LongTensor | None = None,
+        segment_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -403,9 +399,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
         target, just as the first token of a row never is. `logits_to_keep`: the last n positions (0: all), or an
         index tensor of positions.
         """
-        loss_kwargs = {
-            name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs
-        }
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -423,13 +417,9 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if segment_ids is not None:
-                mask_BL = (
-                    None if attention_mask is None else attention_mask.to(segment_ids.device, torch.bool)
-                )
+                mask_BL = None if attention_mask is None else attention_mask.to(segment_ids.device, torch.bool)
                 labels = labels.masked_fill(_first_tokens(segment_ids, mask_BL).to(labels.device), -100)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -445,12 +435,14 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
                 return
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: linear attention has one kind of "
-                    "cache, of constant size; leave cache_implementation out"
+                    f"cache_implementation={generation_config.cache_implementation!r}: linear attention has one kind "
+                    "of cache, of constant size; leave cache_implementation out"
                 )
             model_kwargs["past_key_values"] = HedgehogCache(self.config.num_hidden_layers)
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue] (GenerationMixin's self)
+            generation_config, model_kwargs, *args, **kwargs
+        )
 
 
 def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -466,15 +458,14 @@ def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[to
 
 
 def row_positions(
-    batch_size: int,
-    length: int,
+    shape_BL: torch.Size | tuple[int, int],
     mask_BL: torch.Tensor | None,
     segment_ids_BL: torch.Tensor | None,
     device: torch.device,
-) -> torch.LongTensor:
-    """(B, L): 0, 1, 2, … over the real tokens of each row, again from 0 at each segment's border. Padding counts not."""
+) -> torch.Tensor:
+    """(B, L): 0, 1, 2, … over the real tokens of each row, again from 0 at each segment's border."""
     if mask_BL is None:
-        mask_BL = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+        mask_BL = torch.ones(shape_BL, dtype=torch.bool, device=device)
     real_BL = mask_BL.long()
     count_BL = real_BL.cumsum(1)
     if segment_ids_BL is not None:
@@ -488,7 +479,7 @@ def row_positions(
 
 def _first_tokens(segment_ids_BL: torch.Tensor, mask_BL: torch.Tensor | None) -> torch.Tensor:
     """(B, L) bool, True at the first real token of each packed segment."""
-    first_BL = row_positions(*segment_ids_BL.shape, mask_BL, segment_ids_BL, segment_ids_BL.device) == 0
+    first_BL = row_positions(segment_ids_BL.shape, mask_BL, segment_ids_BL, segment_ids_BL.device) == 0
     return first_BL if mask_BL is None else first_BL & mask_BL
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from .modeling_hedgehog_llama import row_positions
 
 @dataclass(frozen=True)
 class TeacherLayer:
-    """What one layer's softmax attention saw. q and k are after RoPE; k and v have K heads (head h uses h // (H // K))."""
+    """What a layer's softmax attention saw. q and k are after RoPE; query head h uses k/v head h // (H // K)."""
 
     layer_index: int
     q_BHLD: torch.Tensor
@@ -50,12 +51,12 @@ class TeacherForward:
     @torch.no_grad()
     def __call__(
         self,
-        input_ids_BL: torch.LongTensor,
+        input_ids_BL: torch.Tensor,
         *,
         layers: Iterable[int] | None = None,
         mask_BL: torch.Tensor | None = None,
-        position_ids_BL: torch.LongTensor | None = None,
-        segment_ids_BL: torch.LongTensor | None = None,
+        position_ids_BL: torch.Tensor | None = None,
+        segment_ids_BL: torch.Tensor | None = None,
     ) -> Iterator[TeacherLayer]:
         """Yield a TeacherLayer for each of `layers` (default: all), in ascending order.
 
@@ -68,20 +69,18 @@ class TeacherForward:
         wanted = set(range(self.num_layers)) if layers is None else set(layers)
         outside = sorted(wanted - set(range(self.num_layers)))
         if outside:
-            raise ValueError(
-                f"layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}"
-            )
+            raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
         if not wanted:
             return
         hidden_BLE = self.decoder.embed_tokens(input_ids_BL)
         mask_BL = None if mask_BL is None else mask_BL.bool()
         spans = attention_spans(mask_BL, segment_ids_BL)
         if position_ids_BL is None:
-            position_ids_BL = row_positions(*input_ids_BL.shape, mask_BL, segment_ids_BL, input_ids_BL.device)
+            position_ids_BL = row_positions(input_ids_BL.shape, mask_BL, segment_ids_BL, input_ids_BL.device)
         position_embeddings = self.decoder.rotary_emb(hidden_BLE, position_ids=position_ids_BL)
         last = max(wanted)
         for layer_index in range(last + 1):
-            layer = self.decoder.layers[layer_index]
+            layer = cast(LlamaDecoderLayer, self.decoder.layers[layer_index])
             seen = _attend(layer, layer_index, hidden_BLE, position_embeddings, spans)
             if layer_index < last:
                 hidden_BLE = _finish_layer(layer, hidden_BLE, seen.o_BHLV)
@@ -114,9 +113,7 @@ def attention_spans(
             places = (real_BL[row] & (run_BL[row] == run)).nonzero().flatten()
             start, end = int(places[0]), int(places[-1]) + 1
             if end - start != len(places):
-                raise ValueError(
-                    f"row {row}: padding between the tokens of a sequence; pad left or right of it"
-                )
+                raise ValueError(f"row {row}: padding between the tokens of a sequence; pad left or right of it")
             spans.append((row, start, end))
     return spans
 
@@ -141,9 +138,7 @@ def _attend(
         o_BHLV = torch.zeros_like(q_BHLD)
         for row, start, end in spans:
             here = (slice(row, row + 1), slice(None), slice(start, end))
-            o_BHLV[here] = _causal_softmax_attention(
-                q_BHLD[here], k_BKLD[here], v_BKLV[here], attention.scaling
-            )
+            o_BHLV[here] = _causal_softmax_attention(q_BHLD[here], k_BKLD[here], v_BKLV[here], attention.scaling)
     return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, attention.scaling, o_BHLV)
 
 
@@ -151,9 +146,7 @@ def _causal_softmax_attention(
     q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLV: torch.Tensor, scale: float
 ) -> torch.Tensor:
     grouped = q_BHLD.shape[1] != k_BKLD.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHLD, k_BKLD, v_BKLV, is_causal=True, scale=scale, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BHLD, k_BKLD, v_BKLV, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 def _finish_layer(layer: LlamaDecoderLayer, hidden_BLE: torch.Tensor, o_BHLV: torch.Tensor) -> torch.Tensor:
