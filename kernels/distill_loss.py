@@ -71,9 +71,7 @@ def attention_distillation_loss(
     neither query nor key. Row weights w_i are by default 1/number of real tokens; padding's are ignored. `grad=False`
     leaves the gradient out (evaluation). Computes in float32 (float64 for float64 q), g before any rounding.
     """
-    problem = _Problem(
-        q_BHLD, k_BKLD, map_q, map_k, mask_BL, segment_ids_BL, positions_BL, row_weights_BL, grad
-    )
+    problem = _Problem(q_BHLD, k_BKLD, map_q, map_k, mask_BL, segment_ids_BL, positions_BL, row_weights_BL, grad)
     scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
     loss_H, entropy_H = problem.zeros_H(), problem.zeros_H()
     for spans, heads in problem.batches(cells_per_token=block_size):
@@ -105,42 +103,36 @@ def _pass_over_tiles(
     """One pass over row blocks. Returns dφ(q), dφ(k) (zeros without `needs_grad`), Σ w ℓ and Σ w·entropy, both (N,)."""
     num, length, _ = q_NTD.shape
     block_size = min(block_size, length)
-    hidden = torch.ones(block_size, block_size, dtype=torch.bool, device=q_NTD.device).triu(1)
+    lower = q_NTD.new_ones(block_size, block_size).tril()
+    above = (1 - lower) * -1e30  # finite, for a·t below
     tiles = [q_NTD.new_empty(num * block_size * length) for _ in range(3)]
-    grad_q, grad_k = torch.zeros_like(phi_q_NTF), torch.zeros_like(phi_k_NTF)
-    weighted_phi_q = phi_q_NTF * weights_NT.unsqueeze(-1) if needs_grad else phi_q_NTF
+    grad_q, grad_k = torch.empty_like(phi_q_NTF), torch.zeros_like(phi_k_NTF)
     cross_entropy, entropy = q_NTD.new_zeros(num), q_NTD.new_zeros(num)
     for start in range(0, length, block_size):
         stop = min(start + block_size, length)
-        rows = slice(start, stop)
-        shape = (num, stop - start, stop)
-        t, a, s = (tile[: num * (stop - start) * stop].view(shape) for tile in tiles)
-        above = hidden[: stop - start, : stop - start]
+        rows, size = slice(start, stop), stop - start
+        t, a, s = (tile[: num * size * stop].view(num, size, stop) for tile in tiles)
         w = weights_NT[:, rows]
 
         torch.bmm(q_NTD[:, rows], k_NTD[:, :stop].transpose(1, 2), out=t)
-        t[:, :, rows].masked_fill_(above, -1e30)  # finite, for a·t below
+        t[:, :, rows].add_(above[:size, :size])
         torch.softmax(t, dim=-1, out=a)
         log_sum = t.amax(dim=-1) - a.amax(dim=-1).log()
         entropy += (w * (log_sum - torch.linalg.vecdot(a, t))).sum(dim=1)
 
         torch.bmm(phi_q_NTF[:, rows], phi_k_NTF[:, :stop].transpose(1, 2), out=s)
         s.add_(eps)
-        diagonal = s[:, :, rows]
-        z = diagonal.masked_fill_(above, 0).sum(dim=-1)
-        if start > 0:
-            z += s[:, :, :start].sum(dim=-1)
-        diagonal.masked_fill_(above, 1)
-        log_s = torch.log(s, out=t)
+        z = (s[:, :, rows] * lower[:size, :size]).sum(dim=-1).add_(s[:, :, :start].sum(dim=-1))
+        log_s = torch.log(s, out=t)  # above the diagonal a = 0 and log s is finite
         cross_entropy += (w * (z.log() - torch.linalg.vecdot(a, log_s))).sum(dim=1)
 
         if needs_grad:
             g = torch.div(a, s, out=a)
             torch.sub(z.reciprocal().unsqueeze(-1), g, out=g)
-            g[:, :, rows].masked_fill_(above, 0)
-            grad_q[:, rows] = torch.bmm(g, phi_k_NTF[:, :stop])
-            grad_k[:, :stop] += torch.bmm(g.transpose(1, 2), weighted_phi_q[:, rows])
-    return grad_q.mul_(weights_NT.unsqueeze(-1)), grad_k, cross_entropy, entropy
+            g[:, :, rows].mul_(lower[:size, :size])
+            grad_q[:, rows] = torch.bmm(g, phi_k_NTF[:, :stop]).mul_(w.unsqueeze(-1))
+            grad_k[:, :stop] += torch.bmm(g.transpose(1, 2), phi_q_NTF[:, rows] * w.unsqueeze(-1))
+    return grad_q, grad_k, cross_entropy, entropy
 
 
 def output_mse_loss(
@@ -164,9 +156,7 @@ def output_mse_loss(
     The teacher's output is computed where none is given. Arguments otherwise as in `attention_distillation_loss`;
     `eps` is that of linear attention. Memory is linear in L.
     """
-    problem = _Problem(
-        q_BHLD, k_BKLD, map_q, map_k, mask_BL, segment_ids_BL, positions_BL, row_weights_BL, grad
-    )
+    problem = _Problem(q_BHLD, k_BKLD, map_q, map_k, mask_BL, segment_ids_BL, positions_BL, row_weights_BL, grad)
     scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
     loss_H = problem.zeros_H()
     for spans, heads in problem.batches(cells_per_token=map_q.num_features):
@@ -201,11 +191,7 @@ class _Problem:
         grad: bool,
     ) -> None:
         batch, self.num_heads, length, _ = q_BHLD.shape
-        if (
-            self.num_heads % k_BKLD.shape[1]
-            or k_BKLD.shape[0] != batch
-            or k_BKLD.shape[2:] != q_BHLD.shape[2:]
-        ):
+        if self.num_heads % k_BKLD.shape[1] or k_BKLD.shape[0] != batch or k_BKLD.shape[2:] != q_BHLD.shape[2:]:
             raise ValueError(
                 f"k {tuple(k_BKLD.shape)} does not fit q {tuple(q_BHLD.shape)}: (B, K, L, D) with H % K == 0"
             )
@@ -229,9 +215,7 @@ class _Problem:
         return torch.where(total == 0, torch.ones_like(total), total)
 
     def batches(self, cells_per_token: int):
-        return span_batches(
-            self.spans, self.num_heads, MAX_TILE_CELLS.get(self.device.type, 2**25), cells_per_token
-        )
+        return span_batches(self.spans, self.num_heads, MAX_TILE_CELLS.get(self.device.type, 2**25), cells_per_token)
 
     def gather(self, x_BHLX: Tensor, spans: list[Span], heads: slice) -> Tensor:
         return gather_spans(x_BHLX.detach(), spans, heads, self.num_heads, self.dtype)
@@ -252,9 +236,7 @@ class _Problem:
             for n, span in enumerate(spans):
                 at = span.positions
                 positions[0, n, : span.length, 0] = (
-                    torch.arange(at.start, at.stop, device=self.device)
-                    if isinstance(at, slice)
-                    else at.to(self.device)
+                    torch.arange(at.start, at.stop, device=self.device) if isinstance(at, slice) else at.to(self.device)
                 )
         phis, leaves = [], []
         for feature_map, x in zip(self.maps, (q, k), strict=True):
@@ -285,9 +267,7 @@ class _Problem:
         return attach_gradient(loss, self.parameters, self.grads)
 
 
-def row_weights(
-    q_BHLD: Tensor, mask_BL: Tensor | None, row_weights_BL: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def row_weights(q_BHLD: Tensor, mask_BL: Tensor | None, row_weights_BL: Tensor | None, dtype: torch.dtype) -> Tensor:
     """w_i: as given, or 1/number of real tokens; zero on padding."""
     batch, _, length, _ = q_BHLD.shape
     real = torch.ones(batch, length, dtype=torch.bool, device=q_BHLD.device) if mask_BL is None else mask_BL

@@ -77,9 +77,7 @@ class FeatureMap(nn.Module):
         unknown = sorted(set(options or {}) - set(self.option_defaults))
         if unknown:
             known = ", ".join(self.option_defaults) or "none"
-            raise ValueError(
-                f"feature map '{self.name}' has no option {', '.join(unknown)}; its options: {known}"
-            )
+            raise ValueError(f"feature map '{self.name}' has no option {', '.join(unknown)}; its options: {known}")
         self.num_heads, self.head_dim, self.side, self.seed = num_heads, head_dim, side, seed
         self.feature_dim = head_dim if feature_dim is None else feature_dim
         self.options = {**self.option_defaults, **(options or {})}
@@ -101,9 +99,7 @@ class FeatureMap(nn.Module):
         """φ(x), shape (B, H, L, F). `positions_BL` are absolute positions; only `cosformer` looks at them."""
         return self.features(x_BHLD, self.projection_HDP, positions_BL)
 
-    def features(
-        self, x_BHLD: Tensor, projection_HDP: Tensor | None, positions_BL: Tensor | None = None
-    ) -> Tensor:
+    def features(self, x_BHLD: Tensor, projection_HDP: Tensor | None, positions_BL: Tensor | None = None) -> Tensor:
         """φ(x) with the given projection, so that a caller may work through a few heads at a time."""
         dtype = x_BHLD.dtype
         if projection_HDP is not None:
@@ -143,12 +139,8 @@ class LearnedFeatureMap(FeatureMap):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.options["init"] not in ("identity", "identity+orthogonal"):
-            raise ValueError(
-                f"init must be 'identity' or 'identity+orthogonal', not {self.options['init']!r}"
-            )
-        self.weight = nn.Parameter(
-            torch.empty(self.num_heads, self.head_dim, self.feature_dim, dtype=torch.float32)
-        )
+            raise ValueError(f"init must be 'identity' or 'identity+orthogonal', not {self.options['init']!r}")
+        self.weight = nn.Parameter(torch.empty(self.num_heads, self.head_dim, self.feature_dim, dtype=torch.float32))
         self.reset_parameters()
 
     @property
@@ -266,8 +258,7 @@ class Cosformer(FeatureMap):
         if positions_BL is None:
             positions_BL = torch.arange(z_BHLP.shape[2], device=z_BHLP.device).unsqueeze(0)
         fraction_BL = (
-            positions_BL.to(z_BHLP.dtype).clamp(0, self.options["max_positions"])
-            / self.options["max_positions"]
+            positions_BL.to(z_BHLP.dtype).clamp(0, self.options["max_positions"]) / self.options["max_positions"]
         )
         angle_B1L1 = (fraction_BL * (math.pi / 2))[:, None, :, None]
         positive = torch.relu(z_BHLP)
@@ -328,9 +319,7 @@ class Performer(FeatureMap):
         self.projection_HDP.copy_(directions * gaussians.norm(dim=1, keepdim=True))
         self.seed = seed
 
-    def features(
-        self, x_BHLD: Tensor, projection_HDP: Tensor | None, positions_BL: Tensor | None = None
-    ) -> Tensor:
+    def features(self, x_BHLD: Tensor, projection_HDP: Tensor | None, positions_BL: Tensor | None = None) -> Tensor:
         assert projection_HDP is not None
         dtype = torch.promote_types(x_BHLD.dtype, projection_HDP.dtype)
         compute = torch.promote_types(dtype, torch.float32)

@@ -91,13 +91,9 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _check_shapes(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None
-) -> None:
+def _check_shapes(phi_q: Tensor, phi_k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> None:
     if phi_q.dim() != 4 or phi_k.shape != phi_q.shape:
-        raise ValueError(
-            f"phi_q {tuple(phi_q.shape)} and phi_k {tuple(phi_k.shape)} must both be (B, H, L, F)"
-        )
+        raise ValueError(f"phi_q {tuple(phi_q.shape)} and phi_k {tuple(phi_k.shape)} must both be (B, H, L, F)")
     batch, heads, length, _ = phi_q.shape
     if v.dim() != 4 or (v.shape[0], v.shape[2]) != (batch, length) or heads % v.shape[1]:
         raise ValueError(
@@ -358,9 +354,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         )
 
 
-def _advance_state_(
-    kv_state: Tensor, k_sum: Tensor, k: Tensor, v: Tensor, chunks: _Chunks, span: slice
-) -> None:
+def _advance_state_(kv_state: Tensor, k_sum: Tensor, k: Tensor, v: Tensor, chunks: _Chunks, span: slice) -> None:
     """S ← S + φkᵀ v and z ← z + Σ φk over one chunk, in place; starts afresh after a segment border."""
     survives = chunks.state_survives(span)
     if survives is not None:
@@ -435,9 +429,7 @@ def noncausal_linear_attention(
     return torch.cat(rows)
 
 
-def _noncausal_one_segment(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, mask_BL: Tensor | None, eps: float
-) -> Tensor:
+def _noncausal_one_segment(phi_q: Tensor, phi_k: Tensor, v: Tensor, mask_BL: Tensor | None, eps: float) -> Tensor:
     acc = _accumulation_dtype(phi_q)
     phi_q, phi_k = phi_q.to(acc), phi_k.to(acc)
     if mask_BL is not None:

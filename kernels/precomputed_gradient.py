@@ -20,9 +20,7 @@ class _PrecomputedGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            (grad_loss[0] * g).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
+        scaled = ((grad_loss[0] * g).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return None, None, *scaled
 
 

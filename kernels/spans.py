@@ -70,9 +70,7 @@ def span_batches(
         waiting = waiting[size:]
 
 
-def gather_spans(
-    x_BHLX: Tensor, spans: list[Span], heads: slice, num_heads: int, dtype: torch.dtype
-) -> Tensor:
+def gather_spans(x_BHLX: Tensor, spans: list[Span], heads: slice, num_heads: int, dtype: torch.dtype) -> Tensor:
     """The spans' rows of x for query heads `heads`, (heads, spans, longest, X) in `dtype`, zero after each span's end.
 
     x may have fewer heads than `num_heads` (GQA): each query head gets its own key/value head's rows.
@@ -83,8 +81,9 @@ def gather_spans(
         group = num_heads // x_BHLX.shape[1]
         head_index = [head // group for head in range(heads.start, heads.stop)]
     longest = max(span.length for span in spans)
-    out = x_BHLX.new_zeros(heads.stop - heads.start, len(spans), longest, x_BHLX.shape[-1], dtype=dtype)
+    out = x_BHLX.new_empty(heads.stop - heads.start, len(spans), longest, x_BHLX.shape[-1], dtype=dtype)
     for n, span in enumerate(spans):
         positions = span.positions if isinstance(span.positions, slice) else span.positions.to(x_BHLX.device)
         out[:, n, : span.length] = x_BHLX[span.row][:, positions][head_index]
+        out[:, n, span.length :] = 0
     return out
