@@ -1,0 +1,363 @@
+"""An estimate of each stage's peak memory on one GPU (or in one process on a CPU), term by term.
+
+It is an estimate: it counts the large tensors that the stages are known to hold at their peak, not the allocator's
+fragments or a library's scratch. Every term has a name and its formula. Sizes in the formulas:
+
+    W weights of the base, p bytes of `engine.precision` (4 or 2), n processes (GPUs), B micro-batch, T longest row,
+    L layers, E hidden size, I MLP width, H query heads, K key/value heads, D head dim, P feature_dim, F features,
+    S vocabulary, N_map weights of the feature maps, N_lora weights of the adapters
+
+Documentation of the stages' memory: distillation keeps nothing of a layer once it is left, so its activations are flat
+in depth and linear in T; finetuning keeps what each layer's backward needs; generation keeps one fp32 state per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .config import RunConfig
+from .feature_map_checks import FeatureMapSize, feature_map_size
+from .model_shape import ModelShape
+
+GIB = 2**30
+MIB = 2**20
+
+CUDA_OVERHEAD_BYTES = 1 * GIB
+"""CUDA context, cuBLAS and NCCL workspaces, the allocator's fragments."""
+CPU_OVERHEAD_BYTES = 700 * MIB
+"""A Python process that has imported torch, transformers, peft and DeepSpeed."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in NF4 with double quantization: 4 bits, one byte per block of 64, one fp32 per 256 blocks."""
+INT8_BYTES = 1.0
+ADAM_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
+"""Both moments of a weight; 8-bit ones have an fp32 scale per block of 256."""
+BUCKET_BYTES = 200 * 10**6
+"""Largest ZeRO communication bucket: 50 M fp32 numbers, never more than what learns."""
+GATHERED_WEIGHTS = 10**9
+"""Weights that ZeRO-3 lets live at once (DeepSpeed's stage3_max_live_parameters)."""
+SUMMARY_SHARE = 0.25
+"""Part of a training row's tokens that belong to the summary and get logits (SAMSum: 0.15 to 0.2)."""
+LOSS_TILE_CELLS = {"cpu": 2**19, "cuda": 2**25}
+"""Numbers in a tile of the distillation loss; three tiles exist at a time (kernels/distill_loss.py)."""
+
+
+TermKind = Literal["weights", "training", "activations", "overhead"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a stage's peak."""
+
+    name: str
+    num_bytes: float
+    formula: str
+    kind: TermKind = "activations"
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """The estimated peak of one stage; `where` says in which memory: one GPU's, or the CPU's."""
+
+    stage: str
+    variant: str | None
+    where: str
+    terms: tuple[Term, ...]
+
+    @property
+    def num_bytes(self) -> float:
+        """Sum of the terms."""
+        return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def title(self) -> str:
+        """`finetune`, or `finetune (t2r)` for a variant."""
+        return self.stage if self.variant is None else f"{self.stage} ({self.variant})"
+
+
+def estimate_memory(config: RunConfig, shape: ModelShape, *, world_size: int, device: str) -> list[StageEstimate]:
+    """Estimates for every stage that will run, the variants' included.
+
+    Args:
+        config: the whole run's config.
+        shape: the base model's sizes.
+        world_size: processes, one per GPU.
+        device: `cuda` or `cpu`.
+
+    Raises:
+        ValueError: a feature map that the registry refuses.
+    """
+    from .config_loading import variant_configs
+
+    conversions: dict[str | None, RunConfig] = {None: config, **variant_configs(config)}
+    stages = []
+    if config.tiny is not None:
+        stages.append(_estimate_pretraining(config, shape))
+    for name, conversion in conversions.items():
+        sizes = _Sizes(conversion, shape, world_size, device)
+        if sizes.linear:
+            stages.append(StageEstimate("distill", name, device, tuple(_distill_terms(sizes))))
+        if conversion.finetune.enabled:
+            stages.append(StageEstimate("finetune", name, device, tuple(_finetune_terms(sizes))))
+    evaluations = [
+        StageEstimate("evaluate", None, device, tuple(_evaluate_terms(_Sizes(conversion, shape, world_size, device))))
+        for conversion in conversions.values()
+    ]
+    stages.append(max(evaluations, key=lambda estimate: estimate.num_bytes))
+    stages.append(StageEstimate("export", None, "cpu", tuple(_export_terms(_Sizes(config, shape, 1, "cpu")))))
+    return stages
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """A conversion's config and shape with the quantities that the formulas share."""
+
+    config: RunConfig
+    shape: ModelShape
+    world_size: int
+    device: str
+
+    @property
+    def linear(self) -> bool:
+        return self.config.model.attention == "linear"
+
+    @property
+    def precision_bytes(self) -> int:
+        return 2 if self.config.engine.precision == "bfloat16" else 4
+
+    @property
+    def zero_stage(self) -> int:
+        return self.config.engine.zero_stage
+
+    @property
+    def map_size(self) -> FeatureMapSize:
+        """Per head and side; zeros for softmax attention."""
+        if not self.linear:
+            return FeatureMapSize(0, 0)
+        return feature_map_size(self.config.model, self.shape.head_dim)
+
+    @property
+    def features_per_token(self) -> int:
+        """2 H F: φ(q) and φ(k) of one layer."""
+        return 2 * self.shape.num_heads * self.map_size.num_features
+
+    @property
+    def num_map_weights(self) -> int:
+        return 2 * self.shape.num_layers * self.shape.num_heads * self.map_size.num_weights
+
+    @property
+    def num_lora_weights(self) -> int:
+        lora, linears = self.config.finetune.lora, self.shape.linears
+        per_layer = sum(sum(linears[name]) for name in lora.target_modules if name in linears)
+        return self.shape.num_layers * lora.rank * per_layer
+
+    def base_terms(self, *, sharded: bool) -> list[Term]:
+        """The frozen base, quantized or sharded as the config says."""
+        shape, p = self.shape, self.precision_bytes
+        quantization = self.config.model.quantization
+        if quantization is not None:
+            bytes_per_weight = NF4_BYTES if quantization == "nf4" else INT8_BYTES
+            num_bytes = shape.num_layers * shape.num_layer_weights * bytes_per_weight + shape.num_other_weights * p
+            largest = max(inputs * outputs for inputs, outputs in shape.linears.values())
+            return [
+                Term(
+                    "base weights",
+                    num_bytes,
+                    f"{bytes_per_weight:.3f} B per weight in the layers, p elsewhere",
+                    "weights",
+                ),
+                Term("dequantized weight", largest * p, "p · largest linear weight", "weights"),
+            ]
+        if sharded and self.zero_stage == 3:
+            gathered = min(shape.num_weights, GATHERED_WEIGHTS) * p if self.world_size > 1 else 0
+            return [
+                Term("base weights", shape.num_weights * p / self.world_size, "p · W / n", "weights"),
+                Term("gathered weights", gathered, "p · min(W, 10⁹)", "weights"),
+            ]
+        return [Term("base weights", shape.num_weights * p, "p · W", "weights")]
+
+    def training_terms(self, num_trained: int, optimizer: str, *, weights_whole: bool) -> list[Term]:
+        """What learns, in fp32: weights, gradients, ZeRO's copy, Adam's moments, a communication bucket."""
+        stage, n = self.zero_stage, self.world_size
+        weight_share = n if stage == 3 and not weights_whole else 1
+        gradient_share = n if stage >= 2 else 1
+        state_share = n if stage >= 1 else 1
+        state_bytes = ADAM_BYTES[optimizer] + (4 if stage >= 1 else 0)
+        if self.config.engine.offload_optimizer and self.device == "cuda":
+            state_bytes = 0
+        return [
+            Term(
+                "trained weights",
+                4 * num_trained / weight_share,
+                "4 · N" + (" / n" if weight_share > 1 else ""),
+                "training",
+            ),
+            Term(
+                "gradients",
+                4 * num_trained / gradient_share,
+                "4 · N" + (" / n" if gradient_share > 1 else ""),
+                "training",
+            ),
+            Term(
+                "optimizer",
+                state_bytes * num_trained / state_share,
+                "offloaded to the CPU"
+                if state_bytes == 0
+                else f"{state_bytes:g} · N" + (" / n" if state_share > 1 else ""),
+                "training",
+            ),
+            Term("ZeRO bucket", min(BUCKET_BYTES, 4 * num_trained) if stage else 0, "4 · min(N, 50 M)", "training"),
+        ]
+
+    def overhead_term(self) -> Term:
+        if self.device == "cuda":
+            return Term("overhead", CUDA_OVERHEAD_BYTES, "CUDA context, workspaces, fragments: 1 GiB", "overhead")
+        return Term("overhead", CPU_OVERHEAD_BYTES, "Python and libraries: 0.7 GiB", "overhead")
+
+
+def _distill_terms(sizes: _Sizes) -> list[Term]:
+    shape, distill = sizes.shape, sizes.config.distill
+    p, batch, length = sizes.precision_bytes, distill.micro_batch_size, sizes.config.data.max_length_tokens
+    tokens = batch * length
+    learns = distill.enabled and sizes.num_map_weights > 0
+    terms = sizes.base_terms(sharded=True)
+    if learns:
+        terms += sizes.training_terms(sizes.num_map_weights, "adamw", weights_whole=True)
+        terms.append(Term("dW until the backward", 4 * sizes.num_map_weights, "4 · N_map", "training"))
+    else:
+        terms.append(Term("feature maps", 4 * sizes.num_map_weights, "4 · N_map", "weights"))
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    teacher = tokens * (p * (2 * shape.hidden_size + 2 * queries + 2 * keys) + 4 * shape.hidden_size)
+    terms.append(Term("teacher's layer", teacher, "B T (p (2E + 2HD + 2KD) + 4E)"))
+    cells = LOSS_TILE_CELLS[sizes.device]
+    head_tokens = min(shape.num_heads * tokens, max(length, cells // distill.query_block))
+    projected = sizes.config.model.feature_dim or shape.head_dim
+    per_head_token = 4 * (2 * shape.head_dim + 2 * projected + 6 * sizes.map_size.num_features)
+    features = head_tokens * per_head_token
+    terms.append(Term("features of some heads", features, "4 (2D + 2P + 6F) · min(H B T, max(T, cells / query_block))"))
+    tile = min(cells, head_tokens * distill.query_block)
+    terms.append(
+        Term("loss tiles", 3 * 4 * max(tile, length * distill.query_block), "12 · max(cells, T · query_block)")
+    )
+    mlp = tokens * 3 * shape.intermediate_size * p
+    if mlp > features:
+        terms.append(Term("teacher's MLP", mlp - features, "p · 3 B T I, less the features, which are gone by then"))
+    terms.append(sizes.overhead_term())
+    return terms
+
+
+def _finetune_terms(sizes: _Sizes) -> list[Term]:
+    shape, config = sizes.shape, sizes.config
+    finetune, p = config.finetune, sizes.precision_bytes
+    tokens = finetune.micro_batch_size * config.data.max_length_tokens
+    maps_learn = finetune.train_feature_maps and sizes.num_map_weights > 0
+    num_trained = sizes.num_lora_weights + (sizes.num_map_weights if maps_learn else 0)
+    terms = sizes.base_terms(sharded=True)
+    terms += sizes.training_terms(num_trained, finetune.optimizer, weights_whole=False)
+    if not maps_learn and sizes.num_map_weights:
+        terms.append(Term("feature maps", 4 * sizes.num_map_weights, "4 · N_map, frozen", "weights"))
+    layer = tokens * sum(per_token for _, per_token in saved_per_token(config, shape))
+    formula = " + ".join(name for name, _ in saved_per_token(config, shape))
+    if finetune.gradient_checkpointing:
+        terms.append(Term("layer inputs", shape.num_layers * tokens * shape.hidden_size * p, "p · L B T E"))
+        terms.append(Term("one layer's activations", layer, f"B T ({formula})"))
+    else:
+        terms.append(Term("activations", shape.num_layers * layer, f"L B T ({formula})"))
+    attention = sizes.features_per_token * (4 + p) if sizes.linear else 4 * shape.num_heads * shape.head_dim * p
+    workspace = tokens * max(attention, 3 * shape.intermediate_size * p)
+    terms.append(Term("backward of one layer", workspace, "B T max(2HF (4 + p), 3 I p)"))
+    share = 1.0 if finetune.packing else SUMMARY_SHARE
+    logits = tokens * share * shape.vocab_size * (2 * p + 8)
+    where = "packed rows: up to all" if finetune.packing else f"{SUMMARY_SHARE:g} of"
+    terms.append(Term("logits", logits, f"(2p + 8) S · {where} B T tokens"))
+    terms.append(sizes.overhead_term())
+    return terms
+
+
+def saved_per_token(config: RunConfig, shape: ModelShape) -> list[tuple[str, float]]:
+    """Bytes that one decoder layer saves for its backward, per token, by name.
+
+    Frozen weights need no inputs; fp32 adapters and maps keep an fp32 copy of theirs.
+    """
+    sizes = _Sizes(config, shape, 1, "cpu")
+    p, lora = sizes.precision_bytes, config.finetune.lora
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    # in fp32 nothing is cast, and q, k and v share the one normed input
+    inputs = {name: linear[0] for name, linear in shape.linears.items() if name in lora.target_modules}
+    if p == 4:
+        shared = [name for name in inputs if inputs[name] == shape.hidden_size and name not in ("o_proj", "down_proj")]
+        inputs = {name: size for name, size in inputs.items() if name not in shared[1:]}
+    adapters = 4 * sum(inputs.values()) * (2 if lora.dropout else 1) + 8 * lora.rank * len(lora.target_modules)
+    parts = [
+        ("norms 8E", 8.0 * shape.hidden_size),
+        ("adapter inputs", float(adapters)),
+        ("MLP 3Ip", 3.0 * shape.intermediate_size * p),
+    ]
+    if sizes.linear:
+        if config.finetune.train_feature_maps and sizes.num_map_weights:
+            parts.append(("map inputs 8HD", 8.0 * queries))
+        parts.append(("maps 8HF", 4.0 * sizes.features_per_token))
+        parts.append(("φ 2HFp", float(sizes.features_per_token * p)))
+        parts.append(("v, o, d", float(p * (keys + queries) + 4 * shape.num_heads)))
+    else:
+        parts.append(("q, k, v, o", float(p * (4 * queries) + 4 * shape.num_heads)))
+    return parts
+
+
+def _evaluate_terms(sizes: _Sizes) -> list[Term]:
+    shape, config = sizes.shape, sizes.config
+    evaluate, p = config.evaluate, sizes.precision_bytes
+    rows = evaluate.batch_size * evaluate.num_beams
+    terms = sizes.base_terms(sharded=False)
+    adapter = 4 * sizes.num_lora_weights if config.finetune.enabled else 0
+    terms.append(Term("maps and adapter", 4 * sizes.num_map_weights + adapter, "4 (N_map + N_lora)", "weights"))
+    length = config.data.max_length_tokens
+    if sizes.linear:
+        state = rows * state_bytes(config, shape)
+        terms.append(Term("decoding state", state, "4 L H F (D + 1) · batch · beams"))
+    else:
+        per_token = 2 * shape.num_layers * shape.num_key_value_heads * shape.head_dim * p
+        longest = length + evaluate.max_new_tokens
+        terms.append(Term("key/value cache", rows * per_token * longest, "2p L K D (T + new) · batch · beams"))
+    tokens = rows * length
+    attention = sizes.features_per_token * (8 + p) if sizes.linear else 4 * shape.num_heads * shape.head_dim * p
+    prompt = tokens * (
+        4 * shape.hidden_size + 2 * p * shape.hidden_size + max(attention, 3 * shape.intermediate_size * p)
+    )
+    terms.append(Term("one layer of the prompts", prompt, "batch T (4E + 2Ep + max(2HF (8 + p), 3 I p))"))
+    targets = evaluate.batch_size * (evaluate.max_new_tokens if evaluate.perplexity else 1)
+    logits = max(targets, rows) * shape.vocab_size * (p + 8)
+    terms.append(Term("logits", logits, "(p + 8) S · batch · summary"))
+    terms.append(sizes.overhead_term())
+    return terms
+
+
+def state_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Decoding state of one row, fp32: 4 L H F (D + 1), whatever was generated."""
+    num_features = feature_map_size(config.model, shape.head_dim).num_features
+    return 4 * shape.num_layers * shape.num_heads * num_features * (shape.head_dim + 1)
+
+
+def _export_terms(sizes: _Sizes) -> list[Term]:
+    num_weights = sizes.shape.num_weights
+    export_bytes = 4 if sizes.config.export.dtype == "float32" else 2
+    terms = [
+        Term("unmerged model", num_weights * sizes.precision_bytes, "p · W", "weights"),
+        Term("merged model", num_weights * export_bytes, "bytes of export.dtype · W", "weights"),
+        Term("maps and adapter", 4 * (sizes.num_map_weights + sizes.num_lora_weights), "4 (N_map + N_lora)", "weights"),
+        sizes.overhead_term(),
+    ]
+    return terms
+
+
+def _estimate_pretraining(config: RunConfig, shape: ModelShape) -> StageEstimate:
+    assert config.tiny is not None
+    tokens = config.tiny.pretrain_batch_size * config.data.max_length_tokens
+    per_layer = 4 * (8 * shape.hidden_size + 4 * shape.intermediate_size)
+    terms = (
+        Term("model and AdamW", 16 * shape.num_weights, "16 · W", "training"),
+        Term("activations", shape.num_layers * tokens * per_layer, "4 L B T (8E + 4I)"),
+        Term("logits", tokens * shape.vocab_size * 12, "12 S B T"),
+        Term("overhead", CPU_OVERHEAD_BYTES, "Python and libraries: 0.7 GiB", "overhead"),
+    )
+    return StageEstimate("prepare", None, "cpu", terms)
