@@ -1,0 +1,269 @@
+"""`hedgehog status`: how far a run is, from its manifests and metrics.jsonl. Imports no torch and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import RunConfig
+from .config_checks import schedules
+from .config_loading import apply_variant, load_config
+from .errors import CheckpointError, ConfigError
+from .manifest import Manifest, read_manifest
+from .run_folder import STAGES, VARIANT_STAGES, RunFolder
+
+_PLAIN_WIDTH = 120
+_LIVELY_S = 120
+"""A stage that wrote metrics this recently is taken to be running."""
+_LOSS_NAMES = ("loss", "validation_loss", "kl_mean", "kl")
+
+State = Literal["not started", "unfinished", "done", "skipped"]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of the main conversion, of a variant, or of a subset of layers."""
+
+    stage: str
+    variant: str | None
+    layers: str | None
+    state: State
+    detail: str = ""
+    """Why it was skipped, or when an unfinished one last wrote."""
+    step: int | None = None
+    total_steps: int | None = None
+    loss_name: str | None = None
+    loss: float | None = None
+    minutes: float | None = None
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """Name to path."""
+
+    @property
+    def title(self) -> str:
+        """`t2r/finetune` for a variant's stage, `distill/0-15` for a subset."""
+        return "/".join(part for part in (self.variant, self.stage, self.layers) if part)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """All stages of a run in order, and the commands that finish it."""
+
+    folder: str
+    stages: tuple[StageStatus, ...]
+    commands: tuple[str, ...]
+
+
+def read_status(run: str) -> RunStatus:
+    """The status of a run.
+
+    Args:
+        run: a run folder, its name under `runs/`, or a YAML that names it.
+
+    Raises:
+        ConfigError: no such run.
+        CheckpointError: a manifest cannot be read.
+    """
+    folder = RunFolder(find_run_folder(run))
+    config = _resolved_config(folder)
+    stages = tuple(_stages(folder, config))
+    return RunStatus(str(folder.root), stages, tuple(_commands(folder, config, stages)))
+
+
+def find_run_folder(run: str) -> Path:
+    """The run folder that a user means.
+
+    Raises:
+        ConfigError: there is none; the message lists the runs that there are.
+    """
+    path = Path(run)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        config = load_config(path)
+        path = Path(config.output_dir) / config.name
+    candidates = [path, Path("runs") / run]
+    for candidate in candidates:
+        if RunFolder(candidate).config_file.is_file() or any((candidate / stage).is_dir() for stage in STAGES):
+            return candidate
+    runs = sorted(file.parent.name for file in Path("runs").glob("*/config.resolved.yaml"))
+    known = f" Runs here: {', '.join(runs)}." if runs else ""
+    raise ConfigError(f"{path}: no run folder (it has neither config.resolved.yaml nor a stage's folder).{known}")
+
+
+def print_status(run: str, *, as_json: bool) -> None:
+    """Print a run's status, one line a stage.
+
+    Raises:
+        ConfigError, CheckpointError: see `read_status`.
+    """
+    status = read_status(run)
+    if as_json:
+        print(json.dumps(asdict(status), indent=2, ensure_ascii=False))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=status.folder, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("stage", "state", "step", "last loss", "minutes", "results"):
+        table.add_column(column, justify="right" if column in ("step", "last loss", "minutes") else "left")
+    for stage in status.stages:
+        step = "" if stage.step is None else f"{stage.step}/{stage.total_steps or '?'}"
+        loss = "" if stage.loss is None else f"{stage.loss_name} {stage.loss:.4g}"
+        minutes = "" if stage.minutes is None else f"{stage.minutes:.1f}"
+        state = f"{stage.state}: {stage.detail}" if stage.detail else stage.state
+        table.add_row(stage.title, state, step, loss, minutes, "\n".join(stage.artifacts.values()))
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    console.print(table)
+    for command in status.commands:
+        print(f"  to go on: {command}")
+    if not status.commands:
+        print("  finished.")
+
+
+def _resolved_config(folder: RunFolder) -> RunConfig | None:
+    if not folder.config_file.is_file():
+        return None
+    try:
+        return load_config(folder.config_file)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}\nThe file belongs to another version, or was edited; correct it.") from error
+
+
+def _stages(folder: RunFolder, config: RunConfig | None) -> Iterator[StageStatus]:
+    variants: list[str] = list(config.variants) if config is not None else []
+    on_disk = sorted(path.name for path in (folder.root / "variants").glob("*") if path.is_dir())
+    variants += [name for name in on_disk if name not in variants]
+    yield _stage(folder, config, "prepare", None)
+    for variant in (None, *variants):
+        for stage in VARIANT_STAGES:
+            if stage == "distill":
+                for subset in sorted(folder.stage(stage, variant).glob("layers-*")):
+                    yield _stage(folder, config, stage, variant, subset.name.removeprefix("layers-"))
+            yield _stage(folder, config, stage, variant)
+    yield _stage(folder, config, "evaluate", None)
+    for variant in (None, *variants):
+        if variant is None or folder.stage("export", variant).is_dir():
+            yield _stage(folder, config, "export", variant)
+
+
+def _stage(
+    folder: RunFolder, config: RunConfig | None, stage: str, variant: str | None, layers: str | None = None
+) -> StageStatus:
+    path = folder.stage(stage, variant, layers)
+    manifest = read_manifest(path)
+    if manifest is None:
+        return StageStatus(stage, variant, layers, "not started")
+    records = _read_metrics(path / "metrics.jsonl")
+    step = max((int(record.get("step", 0)) for record in records), default=None)
+    loss_name, loss = _last_loss(records)
+    if manifest.status == "done":
+        state, detail = ("skipped", manifest.skipped) if manifest.skipped else ("done", "")
+        total, minutes = step, manifest.duration_s / 60
+    else:
+        state, detail = "unfinished", _last_sign(path)
+        total = _planned_steps(folder, config, stage, variant)
+        minutes = max(manifest.duration_s, sum(float(record.get("step_s", 0)) for record in records)) / 60
+    return StageStatus(
+        stage=stage,
+        variant=variant,
+        layers=layers,
+        state=state,  # type: ignore[arg-type]
+        detail=detail,
+        step=step,
+        total_steps=total,
+        loss_name=loss_name,
+        loss=loss,
+        minutes=round(minutes, 2),
+        artifacts={name: str(path / artifact.path) for name, artifact in manifest.artifacts.items()},
+    )
+
+
+def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Every whole record; a kill may have torn the last line."""
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _last_loss(records: list[dict[str, Any]]) -> tuple[str | None, float | None]:
+    for name in _LOSS_NAMES:
+        for record in reversed(records):
+            if isinstance(record.get(name), (int, float)):
+                return name, float(record[name])
+    return None, None
+
+
+def _last_sign(path: Path) -> str:
+    """When an unfinished stage last wrote anything: a process that was killed leaves no other trace."""
+    age_s = time.time() - max(file.stat().st_mtime for file in path.iterdir())
+    if age_s < _LIVELY_S:
+        return "wrote just now"
+    return f"last wrote {age_s / 60:.0f} min ago" if age_s < 7200 else f"last wrote {age_s / 3600:.0f} h ago"
+
+
+def _planned_steps(folder: RunFolder, config: RunConfig | None, stage: str, variant: str | None) -> int | None:
+    """Optimizer steps of a training stage; None where that takes more than the config and the number of rows."""
+    if config is None or (variant is not None and variant not in config.variants):
+        return None
+    conversion = config if variant is None else apply_variant(config, variant)
+    schedule = dict(schedules(conversion)).get(stage)
+    if schedule is None:
+        return None
+    if schedule.max_steps is not None:
+        return schedule.max_steps
+    num_rows = _num_train_rows(folder)
+    if num_rows is None or schedule.packing:
+        return None
+    return max(1, math.ceil(schedule.epochs * num_rows / schedule.global_batch_size - 1e-9))
+
+
+def _num_train_rows(folder: RunFolder) -> int | None:
+    """Rows of the tokenized training split, from the header of its safetensors file."""
+    manifest: Manifest | None = read_manifest(folder.stage("prepare"))
+    if manifest is None or "tokens_train" not in manifest.artifacts:
+        return None
+    try:
+        with open(folder.stage("prepare") / manifest.artifacts["tokens_train"].path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return int(header["offsets"]["shape"][0]) - 1
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _commands(folder: RunFolder, config: RunConfig | None, stages: tuple[StageStatus, ...]) -> Iterator[str]:
+    """What finishes the run: subsets of layers first, then their merge, then the rest."""
+    if config is None:
+        if any(stage.state in ("not started", "unfinished") for stage in stages):
+            yield "hedgehog run CONFIG"
+        return
+    where: list[str] = [str(folder.config_file)]
+    if Path(config.output_dir) / config.name != folder.root:
+        where.append(f"output_dir={folder.root.parent}")
+    subsets = [stage for stage in stages if stage.layers is not None]
+    for stage in subsets:
+        if stage.state == "unfinished":
+            yield _command("distill", where, ["--layers", stage.layers or ""], stage.variant)
+    whole = {stage.variant: stage.state for stage in stages if stage.stage == "distill" and stage.layers is None}
+    for variant in dict.fromkeys(stage.variant for stage in subsets):
+        if whole.get(variant) == "not started":
+            yield _command("merge", where, [], variant)
+    if any(stage.state in ("not started", "unfinished") for stage in stages if stage.layers is None):
+        yield _command("run", where, [], None)
+
+
+def _command(name: str, where: list[str], options: list[str], variant: str | None) -> str:
+    return shlex.join(["hedgehog", name, *where, *options, *(["--variant", variant] if variant else [])])
