@@ -1,0 +1,209 @@
+"""Attention distillation of feature maps: one teacher pass, a loss and a gradient per layer, nothing of a layer kept.
+
+    for each layer of the frozen Llama:   q, k, v → loss of this layer's maps → dW, clipped → next layer
+
+Layers are independent: a layer's gradient, its clipping and its update (an optimizer group of its own) never look at
+another layer, so any subset of layers trained alone ends with the same weights, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..kernels.distill_loss import attention_distillation_loss, output_mse_loss
+from ..kernels.precomputed_gradient import attach_gradient
+from .errors import ConfigError
+from .llama.convert import feature_map_modules
+from .llama.modeling_hedgehog_llama import FEATURE_MAP_NAMES
+from .llama.teacher import TeacherForward, TeacherLayer
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from .config import DistillConfig
+    from .llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
+
+Batch = Mapping[str, Any]
+
+
+class Teacher(nn.Module):
+    """The frozen Llama as a module whose forward pass shows each wanted layer's attention to `visit`."""
+
+    def __init__(self, llama: LlamaForCausalLM, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.llama = llama.requires_grad_(False).eval()
+        self.layers = tuple(layers)
+
+    def forward(self, batch: Batch, packed: bool, visit: Callable[[TeacherLayer], None]) -> None:
+        """Run up to the last wanted layer."""
+        for layer in TeacherForward(self.llama)(
+            batch["input_ids"],
+            layers=self.layers,
+            mask_BL=batch["mask"],
+            position_ids_BL=batch["position_ids"],
+            segment_ids_BL=batch["segment_ids"] if packed else None,
+        ):
+            visit(layer)
+
+
+class FeatureMapDistillation(nn.Module):
+    """The maps of some layers, and their distillation loss. The teacher is no submodule: it is neither trained nor saved.
+
+    Args:
+        hedgehog: the converted model that the maps are taken from.
+        teacher: `Teacher`, or the same under ZeRO-3.
+        layers: which layers learn, ascending.
+    """
+
+    def __init__(
+        self,
+        hedgehog: HedgehogLlamaForCausalLM,
+        teacher: Callable[..., None],
+        layers: Sequence[int],
+        config: DistillConfig,
+    ) -> None:
+        super().__init__()
+        maps = feature_map_modules(hedgehog)
+        self.layers = nn.ModuleDict(
+            {str(layer): nn.ModuleDict({name: maps[layer, name] for name in FEATURE_MAP_NAMES}) for layer in layers}
+        )
+        self.layer_indices = tuple(layers)
+        self._teacher = (teacher,)  # inside a tuple nn.Module does not find it
+        self._config = config
+        self.output_variance: dict[int, float] = {}
+        """Variance of each layer's softmax attention output; the output error is counted in it."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether these maps have weights."""
+        return any(True for _ in self.parameters())
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """One optimizer group a layer."""
+        return [
+            {"params": list(layer.parameters()), "peak_learning_rate": learning_rate} for layer in self.layers.values()
+        ]
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(sum over layers of this micro-batch's share of their losses, shares of `kl_LH`, `loss_L` and `grad_norm_L`).
+
+        Every layer's gradient over this micro-batch's mean loss is clipped to `gradient_clip`, then weighted with the
+        micro-batch's share of the global batch's tokens.
+        """
+        share = int(batch["mask"].sum()) / batch["real_tokens_in_global_batch"]
+        kl, losses, norms = [], [], []
+        parameters: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+
+        def learn(seen: TeacherLayer) -> None:
+            loss, kl_H = self._layer_loss(seen, batch)
+            weights = list(self.layers[str(seen.layer_index)].parameters())
+            grads = torch.autograd.grad(loss, weights)
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+            limit = self._config.gradient_clip
+            scale = share if limit is None else share * torch.clamp(limit / (norm + 1e-6), max=1.0)
+            parameters.extend(weights)
+            gradients.extend(grad * scale for grad in grads)
+            losses.append(loss.detach() * share)
+            norms.append(norm * share)
+            kl.append(kl_H * share)
+
+        self._teacher[0](batch, self._config.packing, learn)
+        shares = {"kl_LH": torch.stack(kl), "loss_L": torch.stack(losses), "grad_norm_L": torch.stack(norms)}
+        return attach_gradient(shares["loss_L"].sum(), parameters, gradients), shares
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+        """This rank's shares over validation batches: `kl_LH` summed over tokens, and `tokens`. Divide after summing.
+
+        A batch with `counted` False is run and not counted.
+        """
+        kl_LH: torch.Tensor | None = None
+        total = 0
+        for batch in batches:
+            kl: list[torch.Tensor] = []
+            self._teacher[0](batch, False, lambda seen, b=batch, kl=kl: kl.append(self._kl(seen, b)))
+            tokens = int(batch["mask"].sum()) if batch["counted"] else 0
+            part = torch.stack(kl).double() * tokens
+            kl_LH = part if kl_LH is None else kl_LH + part
+            total += tokens
+        assert kl_LH is not None, "validation_batches gives every rank a batch"
+        return {"kl_LH": kl_LH, "tokens": torch.tensor([float(total)], device=kl_LH.device)}
+
+    @torch.no_grad()
+    def measure_output_variance(self, batch: Batch) -> None:
+        """Set `output_variance` from one batch, the same on all ranks: a fixed unit for the output error."""
+
+        def see(seen: TeacherLayer) -> None:
+            real = seen.o_BHLV.float().transpose(1, 2)[batch["mask"]]
+            self.output_variance[seen.layer_index] = max(float(real.var(correction=0)), 1e-12)
+
+        self._teacher[0](batch, False, see)
+
+    def _kl(self, seen: TeacherLayer, batch: Batch) -> torch.Tensor:
+        map_q, map_k = self._maps(seen)
+        return attention_distillation_loss(
+            seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=False, **self._loss_options(seen, batch, packed=False)
+        ).kl_H
+
+    def _layer_loss(self, seen: TeacherLayer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self._config
+        map_q, map_k = self._maps(seen)
+        options = self._loss_options(seen, batch, packed=config.packing)
+        # with the cross-entropy switched off its KL is still recorded, without a gradient
+        wanted = config.cross_entropy_weight > 0
+        distilled = attention_distillation_loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=wanted, **options)
+        loss = distilled.loss * config.cross_entropy_weight
+        if config.output_mse_weight > 0:
+            for name in ("eps", "block_size"):
+                del options[name]
+            error = output_mse_loss(
+                seen.q_BHLD,
+                seen.k_BKLD,
+                seen.v_BKLV,
+                map_q,
+                map_k,
+                teacher_output_BHLV=seen.o_BHLV,
+                **options,
+            )
+            loss = loss + error.loss * (config.output_mse_weight / self.output_variance[seen.layer_index])
+        return loss, distilled.kl_H
+
+    def _loss_options(self, seen: TeacherLayer, batch: Batch, *, packed: bool) -> dict[str, Any]:
+        return {
+            "scale": seen.scale,
+            "mask_BL": batch["mask"],
+            "segment_ids_BL": batch["segment_ids"] if packed else None,
+            "positions_BL": batch["position_ids"],
+            "eps": self._config.loss_eps,
+            "block_size": self._config.query_block,
+        }
+
+    def _maps(self, seen: TeacherLayer) -> tuple[Any, Any]:
+        maps = self.layers[str(seen.layer_index)]
+        return tuple(maps[name] for name in FEATURE_MAP_NAMES)  # type: ignore[return-value, index]
+
+
+def parse_layers(layers: str | None, num_layers: int) -> tuple[int, ...]:
+    """`8-15` or `0,2,5-7` as ascending layer numbers; None means all.
+
+    Raises:
+        ConfigError: a layer that the model does not have, or one named twice.
+    """
+    if layers is None:
+        return tuple(range(num_layers))
+    numbers: list[int] = []
+    for span in layers.replace(" ", "").split(","):
+        first, _, last = span.partition("-")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    if len(set(numbers)) != len(numbers):
+        raise ConfigError(f"distill.layers: {layers} names a layer twice.")
+    if max(numbers) >= num_layers:
+        raise ConfigError(
+            f"distill.layers: {layers} asks for layer {max(numbers)}; the model has layers 0 to {num_layers - 1}."
+        )
+    return tuple(sorted(numbers))
