@@ -150,6 +150,12 @@ def _notes(config: RunConfig) -> Iterator[Problem]:
             and "max_steps" in schedule.model_fields_set
         ):
             yield Problem((f"{name}.epochs",), "has no effect while max_steps is set.")
+    if config.engine.zero_stage == 3:
+        yield Problem(
+            ("engine.zero_stage",),
+            "3 shards the weights while training only; evaluate and export hold the whole model in every process "
+            "(for them alone: model.quantization=nf4 engine.zero_stage=1, or engine.device=cpu).",
+        )
     if config.distill.layers is not None:
         yield Problem(
             ("distill.layers",),

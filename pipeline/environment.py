@@ -26,8 +26,11 @@ REQUIRED_PACKAGES = (
     "typer",
 )
 OPTIONAL_PACKAGES = {
-    "flash-attn": ("flash_attn", "the teacher's and the baseline's softmax attention; torch's SDPA does it otherwise"),
-    "triton": ("triton", "compiled GPU kernels; the PyTorch kernels do it otherwise"),
+    "flash-attn": (
+        "flash_attn",
+        "softmax attention; this version runs torch's SDPA, which has a flash kernel of its own",
+    ),
+    "triton": ("triton", "compiled GPU kernels; this version's kernels are all PyTorch"),
     "bitsandbytes": ("bitsandbytes", "model.quantization and finetune.optimizer=adamw8bit; refused otherwise"),
     "tensorboard": ("tensorboard", "logging.tensorboard; metrics.jsonl is written in any case"),
 }
@@ -116,7 +119,7 @@ def print_environment(*, as_json: bool) -> None:
         ("processes talk by", environment.process_group),
     ]
     for package in environment.optional:
-        state = package.version or f"absent ({package.reason})"
+        state = package.version or f"absent: {package.reason}"
         rows.append((package.name, f"{state}; for {package.use}"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

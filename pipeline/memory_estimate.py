@@ -104,7 +104,7 @@ def estimate_memory(config: RunConfig, shape: ModelShape, *, world_size: int, de
         for conversion in conversions.values()
     ]
     stages.append(max(evaluations, key=lambda estimate: estimate.num_bytes))
-    stages.append(StageEstimate("export", None, "cpu", tuple(_export_terms(_Sizes(config, shape, 1, "cpu")))))
+    stages.append(StageEstimate("export", None, device, tuple(_export_terms(_Sizes(config, shape, 1, device)))))
     return stages
 
 
@@ -339,15 +339,17 @@ def state_bytes(config: RunConfig, shape: ModelShape) -> int:
 
 
 def _export_terms(sizes: _Sizes) -> list[Term]:
-    num_weights = sizes.shape.num_weights
+    """The unmerged model, or after it the exported one in a process of its own, whichever is larger."""
+    maps, adapter = 4 * sizes.num_map_weights, 4 * sizes.num_lora_weights if sizes.config.finetune.enabled else 0
+    unmerged = sizes.base_terms(sharded=False)
+    unmerged.append(Term("maps and adapter", maps + adapter, "4 (N_map + N_lora)", "weights"))
     export_bytes = 4 if sizes.config.export.dtype == "float32" else 2
-    terms = [
-        Term("unmerged model", num_weights * sizes.precision_bytes, "p · W", "weights"),
-        Term("merged model", num_weights * export_bytes, "bytes of export.dtype · W", "weights"),
-        Term("maps and adapter", 4 * (sizes.num_map_weights + sizes.num_lora_weights), "4 (N_map + N_lora)", "weights"),
-        sizes.overhead_term(),
-    ]
-    return terms
+    exported = export_bytes * sizes.shape.num_weights + maps
+    terms = unmerged
+    if exported > sum(term.num_bytes for term in unmerged):
+        terms = [Term("exported model", exported, "bytes of export.dtype · W + 4 · N_map", "weights")]
+    overhead = sizes.overhead_term()
+    return [*terms, overhead, Term("clean process", overhead.num_bytes, "a second process for the reload", "overhead")]
 
 
 def _estimate_pretraining(config: RunConfig, shape: ModelShape) -> StageEstimate:
