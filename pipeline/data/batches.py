@@ -192,9 +192,7 @@ class BatchPlan:
             epoch, index = divmod(position, len(self.sequences))
             members.append(self._epoch_order(epoch)[index])
         members.sort(key=lambda sequence: self._sequence_lengths[sequence])
-        batches = [
-            members[i : i + self.global_batch_size] for i in range(0, len(members), self.global_batch_size)
-        ]
+        batches = [members[i : i + self.global_batch_size] for i in range(0, len(members), self.global_batch_size)]
         order = torch.randperm(len(batches), generator=_generator(self.seed, "window", window)).tolist()
         return [batches[i] for i in order]
 
@@ -244,9 +242,7 @@ def validation_batches(
     """
     if len(split) == 0:
         raise DataError("no validation rows are left; see prepare's table for what was dropped and why")
-    chunks = [
-        [[row] for row in range(i, min(i + batch_size, len(split)))] for i in range(0, len(split), batch_size)
-    ]
+    chunks = [[[row] for row in range(i, min(i + batch_size, len(split)))] for i in range(0, len(split), batch_size)]
     batches = []
     for turn in range(math.ceil(len(chunks) / world.world_size)):
         number = turn * world.world_size + world.rank

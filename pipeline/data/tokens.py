@@ -1,21 +1,21 @@
 """A tokenized split: all rows end to end in one memory-mapped safetensors file.
 
-input_ids      int32 (T,)    prompt, summary, EOS of row 0, then of row 1, …
-offsets        int64 (N + 1,)  row i is input_ids[offsets[i] : offsets[i + 1]]
-prompt_lengths int32 (N,)    tokens of row i that belong to the prompt; what follows is the summary and EOS
+input_ids       int32 (T,)      prompt, summary and EOS of row 0, then of row 1, …
+offsets         int64 (N + 1,)  row i is input_ids[offsets[i] : offsets[i + 1]]
+prompt_lengths  int32 (N,)      tokens of row i that belong to the prompt
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..errors import CheckpointError
+from ..run_folder import atomic_write
 
 
 class TokenizedSplit:
@@ -46,8 +46,7 @@ class TokenizedSplit:
 
     @classmethod
     def open(cls, path: str | Path) -> TokenizedSplit:
-        """Memory-map the file that `write` made. CheckpointError where it is missing, torn or something
-        else."""
+        """Memory-map a file that `write` made. Raises CheckpointError where there is no such file, or half of one."""
         try:
             with safe_open(str(path), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("input_ids", "offsets", "prompt_lengths")}
@@ -68,16 +67,10 @@ class TokenizedSplit:
         return split
 
     def write(self, path: str | Path) -> None:
-        """Write atomically: temporary file, fsync, rename."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(
-            {"input_ids": self.input_ids, "offsets": self.offsets, "prompt_lengths": self.prompt_lengths},
-            str(temporary),
-        )
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        """Write the file atomically."""
+        tensors = {"input_ids": self.input_ids, "offsets": self.offsets, "prompt_lengths": self.prompt_lengths}
+        # Serialized here and written by us: safetensors reports a full disk as an error of its own, without errno.
+        atomic_write(Path(path), save(tensors))
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)

@@ -1,0 +1,73 @@
+"""Rows of a JSON file, either one list of objects or one object a line, told apart by the content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+_JSON_TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object and where it stands ("train.jsonl:17" or "train.json: row 17"), for messages."""
+
+    fields: dict[str, Any]
+    place: str
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON list or JSONL file; empty lines of JSONL are skipped.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8 or not JSON, or a row is not an object; with file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if text.lstrip()[:1] == "[":
+        yield from _list_rows(path, text)
+    else:
+        yield from _line_rows(path, text)
+
+
+def _list_rows(path: Path, text: str) -> Iterator[Row]:
+    values = _parse(path, text, first_line=1)
+    for number, value in enumerate(values, start=1):
+        yield Row(_object(value, f"{path}: row {number}"), f"{path}: row {number}")
+
+
+def _line_rows(path: Path, text: str) -> Iterator[Row]:
+    # Not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends here.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield Row(_object(_parse(path, line, number), f"{path}:{number}"), f"{path}:{number}")
+
+
+def _parse(path: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(
+            f"{path}:{line}: bad JSON ({error.msg}, column {error.colno}); the file must be one list of objects, or "
+            "one object a line"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{path}:{first_line}: JSON nested too deeply to be a row") from None
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kind = _JSON_TYPE_NAMES.get(type(value), "a number")
+        raise DataError(f"{place}: a row must be an object with a dialogue and a summary, not {kind}")
+    return value

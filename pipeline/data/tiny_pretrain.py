@@ -1,0 +1,130 @@
+"""Pretraining of the small Llama of a tiny run, on one process, resumable bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..config import TinyConfig
+from ..run_folder import atomic_write
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from ..metrics import Reporter
+
+WINDOW_TOKENS = 256
+"""Length of a training window, cut from the documents laid end to end; a tiny dialogue with its prompt fits into it."""
+SAVE_EVERY_STEPS = 50
+_WARMUP_FRACTION = 0.05
+_LAST_LEARNING_RATE_RATIO = 0.05
+
+
+def make_llama(tiny: TinyConfig, seed: int) -> LlamaForCausalLM:
+    """A Llama of the tiny section's shape with seeded random weights, float32. The caller's RNG is left as it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=tiny.vocab_size,
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        num_hidden_layers=tiny.num_layers,
+        num_attention_heads=tiny.num_heads,
+        num_key_value_heads=tiny.num_key_value_heads,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    token_stream: torch.Tensor,
+    tiny: TinyConfig,
+    generator: torch.Generator,
+    checkpoint: Path,
+    fingerprint: str,
+    reporter: Reporter,
+) -> float:
+    """Train `model` on windows of `token_stream` (int64, 1-D) and return the last loss (nats a token).
+
+    Every SAVE_EVERY_STEPS steps the weights and AdamW's moments go to `checkpoint`; a later call with the same
+    `fingerprint` goes on from there and ends with the same weights as a call that was never interrupted.
+    """
+    windows = token_stream[: len(token_stream) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS)
+    steps, batch_size = tiny.pretrain_steps, tiny.pretrain_batch_size
+    passes = math.ceil(steps * batch_size / len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(passes)])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=tiny.pretrain_learning_rate, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    start, loss_value = _resume(model, optimizer, checkpoint, fingerprint)
+    if start:
+        reporter.info(f"pretraining goes on at step {start} of {steps}")
+    reporter.rewind(start)
+    model.train()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = tiny.pretrain_learning_rate * _learning_rate_factor(step, steps)
+        input_ids_BL = windows[order[step * batch_size : (step + 1) * batch_size]]
+        loss = model(input_ids=input_ids_BL, labels=input_ids_BL, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss_value = loss.item()
+        reporter.step(step + 1, steps, input_ids_BL.numel(), {"pretrain_loss_nats": loss_value})
+        if (step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == steps:
+            _save(model, optimizer, checkpoint, fingerprint, step + 1, loss_value)
+    model.eval()
+    return loss_value
+
+
+def _learning_rate_factor(step: int, steps: int) -> float:
+    warmup = max(1, int(_WARMUP_FRACTION * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return _LAST_LEARNING_RATE_RATIO + (1 - _LAST_LEARNING_RATE_RATIO) * cosine
+
+
+def _save(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, file: Path, fingerprint: str, step: int, loss: float
+) -> None:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight/{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value
+    metadata = {"fingerprint": fingerprint, "step": str(step), "loss": repr(loss)}
+    atomic_write(file, save(tensors, metadata))
+
+
+def _resume(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, file: Path, fingerprint: str
+) -> tuple[int, float]:
+    """Load a checkpoint into model and optimizer: (next step, last loss). (0, nan) where there is none of this run."""
+    try:
+        with safe_open(str(file), framework="pt") as saved:
+            metadata: dict[str, Any] = saved.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                return 0, math.nan
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(saved.get_tensor(f"weight/{name}"))
+                    optimizer.state[parameter] = {
+                        key: saved.get_tensor(f"{key}/{name}").clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+    except (FileNotFoundError, SafetensorError):
+        return 0, math.nan
+    return int(metadata["step"]), float(metadata["loss"])

@@ -1,0 +1,51 @@
+"""The tokenizer of a tiny run: sentencepiece BPE with byte fallback, saved the way Llama's is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a BPE of `vocab_size` pieces: <unk> 0, <s> 1, </s> 2, 256 bytes, then what the texts call for.
+
+    Text is taken as it stands (no normalization), one thread, so that equal texts give an equal model.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def save_tokenizer(model: bytes, folder: Path) -> None:
+    """Write `tokenizer.model`, and from it `tokenizer.json` and its config, so that AutoTokenizer loads the folder."""
+    (folder / "tokenizer.model").write_bytes(model)
+    tokenizer: Any = _llama_tokenizer(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _llama_tokenizer(folder: Path) -> Any:
+    from transformers import LlamaTokenizer
+
+    return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
