@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from .linear_attention import chunked_linear_attention
+from .chunked_attention import chunked_linear_attention
 
 BACKENDS = ("auto", "torch")
 
 
 class Backend(NamedTuple):
-    """An implementation with the signature of `chunked_linear_attention`, its name, and why it was chosen (to be logged)."""
+    """An implementation with the signature of `chunked_linear_attention`, its name, and why it was chosen."""
 
     name: str
     reason: str

@@ -1,6 +1,7 @@
 """Attention distillation: soft cross-entropy between softmax attention and its linear student, without T×T.
 
-With t_ij = scale·q_i·k_j, a_ij = exp(t_ij − L_i), L_i = log Σ_j exp t_ij, s_ij = φ(q_i)·φ(k_j) + eps, Z_i = Σ_{j≤i} s_ij:
+With t_ij = scale·q_i·k_j, L_i = log Σ_j exp t_ij, a_ij = exp(t_ij − L_i), and s_ij = φ(q_i)·φ(k_j) + eps,
+Z_i = Σ_{j≤i} s_ij:
 
     ℓ_i  = −Σ_{j≤i} a_ij log(s_ij/Z_i)          KL_i = ℓ_i − (L_i − Σ_j a_ij t_ij)
     g_ij = w_i (1/Z_i − a_ij/s_ij)              dφ(q_i) = Σ_{j≤i} g_ij φ(k_j)      dφ(k_j) = Σ_{i≥j} g_ij φ(q_i)
@@ -8,8 +9,8 @@ With t_ij = scale·q_i·k_j, a_ij = exp(t_ij − L_i), L_i = log Σ_j exp t_ij, 
 One pass over blocks of query rows: a block sees all its keys at once, so L, Z, the loss and g come from the same tile,
 which then adds to dφ and is gone. dφ of the heads at hand goes straight into dW. Memory: O(L) for a fixed block size.
 
-Shape letters: B batch, L length, H query heads, K key heads, D head dim, P projected dim; N = heads × spans at hand, T
-the span's length, F features.
+Shape letters: B batch, L length, H query heads, K key heads, D head dim, F features; N = heads × spans at hand, T the
+longest span's length.
 """
 
 from __future__ import annotations
@@ -17,37 +18,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .conventions import run_index_BL
 from .feature_maps import FeatureMap
-from .linear_attention import DENOMINATOR_EPS, chunked_linear_attention, run_index_BL
-from .precomputed_gradient import attach_gradient
-from .spans import Span, causal_spans, gather_spans, span_batches
+from .map_training import MapTraining, row_weights
+from .output_loss import OutputLoss, output_mse_loss
 
-# s + eps keeps log s finite and its gradient a/s alive where features do not meet at all. One visible key's share.
+__all__ = [
+    "DEFAULT_BLOCK_SIZE",
+    "LOSS_EPS",
+    "DistillLoss",
+    "OutputLoss",
+    "attention_distillation_loss",
+    "materialised_distillation_loss",
+    "output_mse_loss",
+]
+
+# s + eps keeps log s finite, and a/s a gradient, where features hardly meet; a clamp would kill the gradient there.
 LOSS_EPS = 1e-6
+# Half a block per row is work above the diagonal; smaller blocks make slower products. Measured on a CPU, 128 to 2048
+# tokens: 64 is the fastest or next to it.
 DEFAULT_BLOCK_SIZE = 64
-# Numbers in one tile, of which three exist at a time: on a CPU they should stay in the last-level cache.
-MAX_TILE_CELLS = {"cpu": 2**19, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
 class DistillLoss:
-    """`loss` = mean over heads of Σ_i w_i ℓ_i, tied to the maps' weights. `kl_H` (its excess over the teacher's own
-    entropy) and `entropy_H` are means over rows with weights w, in nats, float32, detached."""
+    """`loss` = mean over heads of Σ_i w_i ℓ_i, tied to the maps' weights.
+
+    `kl_H` (what ℓ exceeds the teacher's own entropy by) and `entropy_H` are means over rows with weights w: nats,
+    float32, detached.
+    """
 
     loss: Tensor
     kl_H: Tensor
     entropy_H: Tensor
-
-
-@dataclass(frozen=True)
-class OutputLoss:
-    """`loss` = mean over heads of Σ_i w_i |o_i − y_i|²/V, tied to the maps' weights; `mse_H` the mean over rows."""
-
-    loss: Tensor
-    mse_H: Tensor
 
 
 def attention_distillation_loss(
@@ -67,27 +72,38 @@ def attention_distillation_loss(
 ) -> DistillLoss:
     """Loss, KL per head, and the gradient to the maps' weights, in one pass; q and k get no gradient.
 
-    `scale` is 1/√D by default. `mask_BL` (bool, True = real) and `segment_ids_BL` as in `linear_attention`: padding is
-    neither query nor key. Row weights w_i are by default 1/number of real tokens; padding's are ignored. `grad=False`
-    leaves the gradient out (evaluation). Computes in float32 (float64 for float64 q), g before any rounding.
+    `scale` is 1/√D by default. `mask_BL` (bool, True = real) and `segment_ids_BL` as in `conventions`; padding is
+    neither query nor key. Row weights w_i are by default 1/number of real tokens; those of padding count as zero.
+    `grad=False` leaves the gradient out (evaluation). Computes in float32 (float64 for float64 q): g is formed before
+    any rounding. Raises ValueError where shapes do not fit.
     """
-    problem = _Problem(q_BHLD, k_BKLD, map_q, map_k, mask_BL, segment_ids_BL, positions_BL, row_weights_BL, grad)
-    scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
-    loss_H, entropy_H = problem.zeros_H(), problem.zeros_H()
-    for spans, heads in problem.batches(cells_per_token=block_size):
-        q, k = problem.gather(q_BHLD, spans, heads), problem.gather(k_BKLD, spans, heads)
-        weights = problem.gather_weights(spans)
-        (phi_q, phi_k), projections = problem.features(q, k, spans, heads)
-        grad_q, grad_k, cross_entropy_N, entropy_N = _pass_over_tiles(
-            q.flatten(0, 1) * scale, k.flatten(0, 1), phi_q.detach(), phi_k.detach(),
-            weights.repeat(q.shape[0], 1), eps, block_size, problem.needs_grad,
-        )  # fmt: skip
-        loss_H[heads] += cross_entropy_N.view(q.shape[:2]).sum(dim=1)
-        entropy_H[heads] += entropy_N.view(q.shape[:2]).sum(dim=1)
-        problem.add_gradients([phi_q, phi_k], [grad_q, grad_k], projections, heads)
-    total_weight = problem.total_weight()
-    kl_H, entropy_H = ((x / total_weight).float() for x in (loss_H - entropy_H, entropy_H))
-    return DistillLoss(problem.attach(loss_H.mean()), kl_H, entropy_H)
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, not {block_size}")
+    work = MapTraining(
+        q_BHLD,
+        k_BKLD,
+        map_q,
+        map_k,
+        scale=scale,
+        mask_BL=mask_BL,
+        segment_ids_BL=segment_ids_BL,
+        positions_BL=positions_BL,
+        row_weights_BL=row_weights_BL,
+        grad=grad,
+    )
+    loss_H = torch.zeros(work.num_heads, dtype=work.dtype, device=work.device)
+    entropy_H = torch.zeros_like(loss_H)
+    for spans, heads in work.batches(cells_per_token=block_size):
+        q, k = work.take(q_BHLD, spans, heads), work.take(k_BKLD, spans, heads)
+        phi_q, phi_k, leaves = work.features(q, k, spans, heads)
+        weights = work.take_weights(spans, heads)
+        grad_phi_q, grad_phi_k, loss_N, entropy_N = _pass_over_tiles(
+            q * work.scale, k, phi_q.detach(), phi_k.detach(), weights, eps, block_size, work.needs_grad
+        )
+        loss_H[heads] += work.per_head(loss_N, heads)
+        entropy_H[heads] += work.per_head(entropy_N, heads)
+        work.add_gradient([phi_q, phi_k], [grad_phi_q, grad_phi_k], leaves, heads)
+    return DistillLoss(work.attach(loss_H.mean()), work.row_mean(loss_H - entropy_H), work.row_mean(entropy_H))
 
 
 def _pass_over_tiles(
@@ -100,7 +116,7 @@ def _pass_over_tiles(
     block_size: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One pass over row blocks. Returns dφ(q), dφ(k) (zeros without `needs_grad`), Σ w ℓ and Σ w·entropy, both (N,)."""
+    """Returns dφ(q), dφ(k) (both meaningless without `needs_grad`), Σ_i w_i ℓ_i (N,) and Σ_i w_i·entropy_i (N,)."""
     num, length, _ = q_NTD.shape
     block_size = min(block_size, length)
     lower = q_NTD.new_ones(block_size, block_size).tril()
@@ -133,147 +149,6 @@ def _pass_over_tiles(
             grad_q[:, rows] = torch.bmm(g, phi_k_NTF[:, :stop]).mul_(w.unsqueeze(-1))
             grad_k[:, :stop] += torch.bmm(g.transpose(1, 2), phi_q_NTF[:, rows] * w.unsqueeze(-1))
     return grad_q, grad_k, cross_entropy, entropy
-
-
-def output_mse_loss(
-    q_BHLD: Tensor,
-    k_BKLD: Tensor,
-    v_BKLV: Tensor,
-    map_q: FeatureMap,
-    map_k: FeatureMap,
-    *,
-    teacher_output_BHLV: Tensor | None = None,
-    scale: float | None = None,
-    mask_BL: Tensor | None = None,
-    segment_ids_BL: Tensor | None = None,
-    positions_BL: Tensor | None = None,
-    row_weights_BL: Tensor | None = None,
-    eps: float = DENOMINATOR_EPS,
-    grad: bool = True,
-) -> OutputLoss:
-    """Mean squared error between linear attention's output and softmax attention's, with dW computed at once.
-
-    The teacher's output is computed where none is given. Arguments otherwise as in `attention_distillation_loss`;
-    `eps` is that of linear attention. Memory is linear in L.
-    """
-    problem = _Problem(q_BHLD, k_BKLD, map_q, map_k, mask_BL, segment_ids_BL, positions_BL, row_weights_BL, grad)
-    scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
-    loss_H = problem.zeros_H()
-    for spans, heads in problem.batches(cells_per_token=map_q.num_features):
-        q, k, v = (problem.gather(x, spans, heads) for x in (q_BHLD, k_BKLD, v_BKLV))
-        if teacher_output_BHLV is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            y = problem.gather(teacher_output_BHLV, spans, heads)
-        (phi_q, phi_k), projections = problem.features(q, k, spans, heads)
-        with torch.set_grad_enabled(problem.needs_grad):
-            o, _ = chunked_linear_attention(phi_q[None], phi_k[None], v.flatten(0, 1)[None], eps=eps)
-            error = (o[0].view_as(y) - y).square().mean(dim=-1) * problem.gather_weights(spans)
-            partial_H = error.sum(dim=(1, 2))
-        loss_H[heads] += partial_H.detach()
-        problem.add_gradients([partial_H], [torch.ones_like(partial_H)], projections, heads)
-    return OutputLoss(problem.attach(loss_H.mean()), (loss_H / problem.total_weight()).float())
-
-
-class _Problem:
-    """What both losses share: checked inputs, cutting into spans and heads, and adding up dW for the trainable maps."""
-
-    def __init__(
-        self,
-        q_BHLD: Tensor,
-        k_BKLD: Tensor,
-        map_q: FeatureMap,
-        map_k: FeatureMap,
-        mask_BL: Tensor | None,
-        segment_ids_BL: Tensor | None,
-        positions_BL: Tensor | None,
-        row_weights_BL: Tensor | None,
-        grad: bool,
-    ) -> None:
-        batch, self.num_heads, length, _ = q_BHLD.shape
-        if self.num_heads % k_BKLD.shape[1] or k_BKLD.shape[0] != batch or k_BKLD.shape[2:] != q_BHLD.shape[2:]:
-            raise ValueError(
-                f"k {tuple(k_BKLD.shape)} does not fit q {tuple(q_BHLD.shape)}: (B, K, L, D) with H % K == 0"
-            )
-        self.dtype = torch.promote_types(q_BHLD.dtype, torch.float32)
-        self.device = q_BHLD.device
-        self.spans = causal_spans(batch, length, mask_BL, segment_ids_BL)
-        self.weights_BL = row_weights(q_BHLD, mask_BL, row_weights_BL, self.dtype)
-        self.positions_BL = positions_BL
-        self.maps = (map_q, map_k)
-        trainable = [m.projection_HDP for m in self.maps if m.trainable and grad and torch.is_grad_enabled()]
-        self.parameters = [p for p in trainable if p is not None and p.requires_grad]
-        self.grads = [torch.zeros_like(p, dtype=self.dtype) for p in self.parameters]
-        self.needs_grad = bool(self.parameters)
-
-    def zeros_H(self) -> Tensor:
-        return torch.zeros(self.num_heads, dtype=self.dtype, device=self.device)
-
-    def total_weight(self) -> Tensor:
-        """Σ w, or 1 where there is no real token at all."""
-        total = self.weights_BL.sum()
-        return torch.where(total == 0, torch.ones_like(total), total)
-
-    def batches(self, cells_per_token: int):
-        return span_batches(self.spans, self.num_heads, MAX_TILE_CELLS.get(self.device.type, 2**25), cells_per_token)
-
-    def gather(self, x_BHLX: Tensor, spans: list[Span], heads: slice) -> Tensor:
-        return gather_spans(x_BHLX.detach(), spans, heads, self.num_heads, self.dtype)
-
-    def gather_weights(self, spans: list[Span]) -> Tensor:
-        """(spans, longest), zero after each span's end."""
-        return gather_spans(self.weights_BL[:, None, :, None], spans, slice(0, 1), 1, self.dtype)[0, :, :, 0]
-
-    def features(
-        self, q: Tensor, k: Tensor, spans: list[Span], heads: slice
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """φ of both sides, (N, T, F), and the leaves their gradient goes to (None for a map that does not learn)."""
-        positions = None
-        if self.positions_BL is not None:
-            positions = gather_spans(self.positions_BL[:, None, :, None], spans, slice(0, 1), 1, torch.long)
-        else:
-            positions = torch.zeros(1, len(spans), q.shape[2], 1, dtype=torch.long, device=self.device)
-            for n, span in enumerate(spans):
-                at = span.positions
-                positions[0, n, : span.length, 0] = (
-                    torch.arange(at.start, at.stop, device=self.device) if isinstance(at, slice) else at.to(self.device)
-                )
-        phis, leaves = [], []
-        for feature_map, x in zip(self.maps, (q, k), strict=True):
-            projection, leaf = feature_map.projection_HDP, None
-            if projection is not None:
-                learns = any(projection is p for p in self.parameters)
-                projection = projection.detach()[heads].to(self.dtype)
-                if learns:
-                    leaf = projection = projection.requires_grad_()
-            with torch.set_grad_enabled(leaf is not None):
-                phi = feature_map.features(x.flatten(1, 2)[None], projection, positions.view(1, -1))[0]
-                phis.append(phi.view(q.shape[0] * q.shape[1], q.shape[2], -1))
-            leaves.append(leaf)
-        return phis, leaves
-
-    def add_gradients(
-        self, outputs: list[Tensor], grad_outputs: list[Tensor], leaves: list[Tensor | None], heads: slice
-    ) -> None:
-        inputs = [leaf for leaf in leaves if leaf is not None]
-        if not inputs:
-            return
-        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
-        grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
-        for total, part in zip(self.grads, grads, strict=True):
-            total[heads] += part / self.num_heads
-
-    def attach(self, loss: Tensor) -> Tensor:
-        return attach_gradient(loss, self.parameters, self.grads)
-
-
-def row_weights(q_BHLD: Tensor, mask_BL: Tensor | None, row_weights_BL: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """w_i: as given, or 1/number of real tokens; zero on padding."""
-    batch, _, length, _ = q_BHLD.shape
-    real = torch.ones(batch, length, dtype=torch.bool, device=q_BHLD.device) if mask_BL is None else mask_BL
-    if row_weights_BL is None:
-        return real.to(dtype) / real.sum().clamp_min(1)
-    return row_weights_BL.to(dtype).masked_fill(~real, 0)
 
 
 def materialised_distillation_loss(

@@ -72,7 +72,7 @@ class FeatureMap(nn.Module):
             raise ValueError(f"feature_dim must be at least 1, not {feature_dim}")
         if self.feature_dim_is_head_dim and feature_dim not in (None, head_dim):
             raise ValueError(
-                f"feature map '{self.name}' has no projection: leave feature_dim out, or set it to head_dim ({head_dim})"
+                f"feature map '{self.name}' has no projection: leave feature_dim out, or make it head_dim ({head_dim})"
             )
         unknown = sorted(set(options or {}) - set(self.option_defaults))
         if unknown:

@@ -1,8 +1,8 @@
 """Turns padded and packed batches into dense causal problems, which need no mask at all.
 
-Under causal attention within segments, padding is neither seen nor asked, so leaving it out changes nothing for the real
-tokens. What remains is one dense causal problem per run of real tokens: a span. Spans of similar length are worked on
-together, filled up at the end, where causality hides the filling from every real row.
+Under causal attention within segments, padding is neither seen nor asked, so leaving it out changes nothing for the
+real tokens. What remains is one dense causal problem per run of real tokens: a span. Spans of similar length are worked
+on together, filled up at the end, where causality hides the filling from every real row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear_attention import run_index_BL
+from .conventions import run_index_BL
 
 # A span joins longer ones if it is at least this long relative to the longest: the rest would be wasted work.
 MIN_RELATIVE_LENGTH = 0.85
