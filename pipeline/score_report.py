@@ -21,10 +21,10 @@ TABLE_COLUMNS = (
     "ROUGE-1",
     "ROUGE-2",
     "ROUGE-L",
-    "loss (nats)",
+    "loss",
     "perplexity",
-    "mean KL (nats)",
-    "train (min)",
+    "mean KL",
+    "train min",
     "peak memory",
 )
 

@@ -334,9 +334,9 @@ def _notes(ctx: StageContext, test: _TestSplit, seen_N: torch.Tensor) -> list[st
         f"{len(test.examples)} test dialogues, {int(seen_N.sum())} of which stand word for word in train (`rouge.json` "
         f"also has the scores without them). {search}, at most {settings.max_new_tokens} new tokens, "
         f"{ctx.config.engine.precision}.",
-        f"ROUGE: F1 x 100 with stemming{intervals}. Loss and perplexity: per token of the reference summaries, "
-        "end token included. KL: of the distilled from the softmax attention, after stage one. Train: distill + "
-        "finetune.",
+        f"ROUGE: F1 x 100 with stemming{intervals}. Loss (nats) and perplexity: per token of the reference "
+        "summaries, end token included. KL (nats): of the distilled from the softmax attention, after stage one. Train: "
+        "minutes of distill + finetune; memory: the peak of one process.",
     ]
 
 
@@ -352,8 +352,12 @@ def _show_sample(ctx: StageContext, test: _TestSplit) -> None:
     )
     example = test.examples[index]
     lines = [f"sample {example['id']}:", *(f"    {line}" for line in example["dialogue"].splitlines())]
-    lines.append(f"  reference: {example['summary']}")
+    lines.append(f"  reference: {_one_line(example['summary'])}")
     for name, variant in ctx.variants.items():
         row = read_complete_rows(_predictions_file(ctx, name))[index]
-        lines.append(f"  {variant.label}: {row['prediction'] or '(nothing)'}")
+        lines.append(f"  {variant.label}: {_one_line(row['prediction']) or '(nothing)'}")
     ctx.reporter.info("\n".join(lines))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,205 @@
+"""How far an exported model is from the unmerged one: logits and greedy tokens on a few test rows.
+
+The exported side runs in a fresh interpreter without this project (clean_reload.py), so that the comparison is also
+the proof that plain transformers loads the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.tokens import TokenizedSplit
+from .errors import ModelError
+from .generation import left_pad
+
+PROBE_ROWS = 4
+PROBE_POSITIONS = 64
+"""Last positions of prompt + reference summary whose logits are compared."""
+PROBE_NEW_TOKENS = 32
+"""Tokens generated greedily after each prompt."""
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SHOWN_ERROR_LINES = 15
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few test rows: whole ones for the logits, their prompts for generation; left-padded, int64 (B, L)."""
+
+    input_ids_BL: Tensor
+    mask_BL: Tensor
+    prompt_ids_BL: Tensor
+    prompt_mask_BL: Tensor
+    prompts: list[str]
+    prompt_tokens: list[list[int]]
+    """The prompts' tokens as in training: BOS (where there is one) first."""
+
+    @property
+    def num_positions(self) -> int:
+        return min(PROBE_POSITIONS, self.input_ids_BL.shape[1])
+
+
+@dataclass(frozen=True)
+class ProbeAnswer:
+    """Float32 logits (B, K, V) at the last K positions, and prompt + generated tokens (B, L + new)."""
+
+    logits_BKV: Tensor
+    tokens_BL: Tensor
+
+
+def make_probe(split: TokenizedSplit, prompts: Sequence[str], pad_id: int) -> Probe:
+    """The first rows of a split."""
+    cpu = torch.device("cpu")
+    rows = [split[index] for index in range(min(PROBE_ROWS, len(split)))]
+    whole = left_pad([row for row, _ in rows], pad_id, cpu)
+    prompt_rows = [row[:prompt_length] for row, prompt_length in rows]
+    prompt_batch = left_pad(prompt_rows, pad_id, cpu)
+    return Probe(
+        input_ids_BL=whole["input_ids"],
+        mask_BL=whole["attention_mask"],
+        prompt_ids_BL=prompt_batch["input_ids"],
+        prompt_mask_BL=prompt_batch["attention_mask"],
+        prompts=list(prompts[: len(rows)]),
+        prompt_tokens=[row.tolist() for row in prompt_rows],
+    )
+
+
+@torch.inference_mode()
+def answer_probe(model: Any, probe: Probe, *, eos_id: int, pad_id: int) -> ProbeAnswer:
+    """The answer of a model in this process."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    logits = model(
+        input_ids=probe.input_ids_BL.to(device),
+        attention_mask=probe.mask_BL.to(device),
+        use_cache=False,
+        logits_to_keep=probe.num_positions,
+    ).logits
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=PROBE_NEW_TOKENS,
+        min_new_tokens=PROBE_NEW_TOKENS,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    tokens = model.generate(input_ids=probe.prompt_ids_BL.to(device), attention_mask=probe.prompt_mask_BL.to(device))
+    return ProbeAnswer(logits.float().cpu(), tokens.cpu())
+
+
+def answer_in_clean_process(
+    model_folder: Path, probe: Probe, *, device: torch.device, trust_remote_code: bool
+) -> tuple[ProbeAnswer, dict[str, Any]]:
+    """The exported folder's answer from an interpreter without this project or network, and facts about the load.
+
+    Raises:
+        ModelError: the folder does not load there, lacks weights, or its tokenizer gives other tokens.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory(prefix="hedgehog-reload-") as name:
+        folder = Path(name)
+        save_file(
+            {
+                "input_ids": probe.input_ids_BL,
+                "attention_mask": probe.mask_BL,
+                "prompt_ids": probe.prompt_ids_BL,
+                "prompt_mask": probe.prompt_mask_BL,
+            },
+            folder / "request.safetensors",
+        )
+        request = {
+            "model": str(model_folder.resolve()),
+            "device": str(device),
+            "num_threads": torch.get_num_threads(),
+            "trust_remote_code": trust_remote_code,
+            "logits_to_keep": probe.num_positions,
+            "max_new_tokens": PROBE_NEW_TOKENS,
+            "texts": probe.prompts,
+        }
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
+        environment |= {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(folder / "modules"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        script = Path(__file__).with_name("clean_reload.py")
+        finished = subprocess.run(
+            [sys.executable, "-I", str(script), str(folder)],
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if finished.returncode != 0:
+            lines = finished.stderr.strip().splitlines()[-_SHOWN_ERROR_LINES:]
+            raise ModelError(
+                f"the export in {model_folder} does not load in a clean process (exit status {finished.returncode}):\n"
+                + "\n".join(f"  {line}" for line in lines)
+            )
+        facts = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "answer.safetensors")
+    _check_facts(model_folder, facts, probe)
+    return ProbeAnswer(tensors["logits"], tensors["tokens"]), facts
+
+
+def _check_facts(model_folder: Path, facts: dict[str, Any], probe: Probe) -> None:
+    for kind in ("missing_keys", "unexpected_keys"):
+        if facts[kind]:
+            raise ModelError(f"the export in {model_folder} has {kind.replace('_', ' ')}: {', '.join(facts[kind][:3])}")
+    if facts["project_modules"]:
+        raise ModelError(f"the clean process imported the project: {facts['project_modules']}")
+    for tokens, expected in zip(facts["encoded_prompts"], probe.prompt_tokens, strict=True):
+        if tokens != expected[len(expected) - len(tokens) :] or len(expected) - len(tokens) > 1:
+            raise ModelError(
+                f"the tokenizer in {model_folder} does not give the tokens that prepare gave: it differs from the "
+                "one that the run used"
+            )
+
+
+def measure_drift(reference: ProbeAnswer, exported: ProbeAnswer, probe: Probe) -> dict[str, float | int]:
+    """Differences over the real positions; the reference is the unmerged model.
+
+    - logits: largest and mean absolute difference, and relative ‖Δ‖ / ‖reference‖
+    - next-token distributions: mean and largest KL(reference ‖ exported) in nats, share of equal argmax
+    - greedy tokens: share that is equal, position by position
+
+    Raises:
+        ModelError: the exported logits are not finite.
+    """
+    kept_BK = probe.mask_BL[:, -probe.num_positions :].bool()
+    reference_NV, exported_NV = reference.logits_BKV[kept_BK].double(), exported.logits_BKV[kept_BK].double()
+    if not bool(torch.isfinite(exported_NV).all()):
+        raise ModelError(
+            "the exported model gives logits that are not finite: its weights overflow in export.dtype; choose "
+            "bfloat16 or float32"
+        )
+    difference_NV = exported_NV - reference_NV
+    log_p_NV, log_q_NV = reference_NV.log_softmax(-1), exported_NV.log_softmax(-1)
+    kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1).clamp_min(0)
+    prompt_length = probe.prompt_ids_BL.shape[1]
+    new_BL, exported_new_BL = reference.tokens_BL[:, prompt_length:], exported.tokens_BL[:, prompt_length:]
+    return {
+        "num_positions": int(kept_BK.sum()),
+        "logits_max_abs": float(difference_NV.abs().max()),
+        "logits_mean_abs": float(difference_NV.abs().mean()),
+        "logits_relative": float(difference_NV.norm() / reference_NV.norm()),
+        "kl_mean_nats": float(kl_N.mean()),
+        "kl_max_nats": float(kl_N.max()),
+        "equal_argmax_share": float((reference_NV.argmax(-1) == exported_NV.argmax(-1)).double().mean()),
+        "num_generated_tokens": new_BL.numel(),
+        "equal_generated_share": float((new_BL == exported_new_BL).double().mean()),
+    }

@@ -1,0 +1,155 @@
+"""The files of an exported model: sharded safetensors, configs, tokenizer, modeling files, licence files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import ConfigError, ResourceError
+from .merging import MergedTensor
+from .metrics import format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MARGIN_BYTES = 64 << 20
+"""Room for everything that is not weights: tokenizer, configs, reports."""
+
+_LICENCE_PREFIXES = ("license", "licence", "notice", "use_policy")
+
+
+def check_disk_space(folder: Path, tensors: Mapping[str, MergedTensor]) -> int:
+    """Bytes of the weights, if the disk of `folder` has room for them.
+
+    Raises:
+        ResourceError: it has not.
+    """
+    num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + _MARGIN_BYTES:
+        raise ResourceError(
+            f"{folder}: the export takes {format_bytes(num_bytes + _MARGIN_BYTES)}, but the disk has only "
+            f"{format_bytes(free)} free: make room, or choose another output_dir. Nothing was written."
+        )
+    return num_bytes
+
+
+def write_weights(folder: Path, tensors: Mapping[str, MergedTensor], max_shard_size: str) -> list[str]:
+    """Write `model*.safetensors`, and their index where there are several; returns the files' names.
+
+    One shard is in memory at a time. A tensor larger than `max_shard_size` gets a file of its own.
+
+    Raises:
+        ConfigError: `max_shard_size` is not a size such as 5GB or 500MB.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    sizes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    try:
+        plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ConfigError(
+            f"export.max_shard_size: '{max_shard_size}' is not a size; write 5GB or 500MB ({error})"
+        ) from None
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name].compute() for name in names}, folder / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner may read; weights are shared on clusters
+        os.chmod(folder / file, folder.stat().st_mode & 0o666)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return list(plan.filename_to_tensors)
+
+
+def write_configs(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    pad_id: int,
+    *,
+    dtype: torch.dtype,
+    tensor_names: Mapping[str, Any],
+) -> None:
+    """config.json, generation_config.json and the tokenizer; for a Hedgehog-Llama also the modeling files.
+
+    A plain Llama (softmax attention) is written as a plain Llama. The tokenizer pads on the left with `pad_id`, ready
+    for batched generation; generation is greedy unless the user asks otherwise.
+    """
+    from transformers import GenerationConfig
+
+    from .llama.configuration_hedgehog_llama import HedgehogLlamaConfig
+    from .llama.shipping import ship_modeling_files
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    config.dtype = dtype
+    config.use_cache = True
+    config.architectures = [type(model).__name__]
+    config.tie_word_embeddings = bool(config.tie_word_embeddings) and "lm_head.weight" not in tensor_names
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_id,
+        do_sample=False,
+        use_cache=True,
+    ).save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    for key in ("is_local", "local_files_only"):  # how it was loaded here, nothing about the tokenizer
+        tokenizer.init_kwargs.pop(key, None)
+    if tokenizer.pad_token_id != pad_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    tokenizer.save_pretrained(folder)
+    if isinstance(config, HedgehogLlamaConfig):
+        ship_modeling_files(folder)
+
+
+def copy_licence_files(folder: Path, base_model: str) -> list[str]:
+    """Copy LICENSE, NOTICE and USE_POLICY files that lie beside the base model's weights; returns their names."""
+    source = Path(base_model)
+    if not source.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base_model, "config.json")
+        if not isinstance(cached, str):
+            return []
+        source = Path(cached).parent
+    files = sorted(file for file in source.iterdir() if file.name.lower().startswith(_LICENCE_PREFIXES))
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return [file.name for file in files]
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Upload the folder to the hub, creating a private repository where there is none; returns its address.
+
+    Raises:
+        ResourceError: the hub refuses or cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = huggingface_hub.HfApi()
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Hedgehog-Llama")
+    except HFValidationError as error:
+        raise ConfigError(f"export.push_to_hub: '{repository}' is not a repository id ({error})") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ResourceError(
+            f"the hub did not take {repository} ({reason}). {folder} is complete: log in with `hf auth login`, then "
+            "run export again and it goes on with the upload"
+        ) from error
+    return str(url)

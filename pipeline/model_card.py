@@ -1,0 +1,194 @@
+"""README.md of an exported model: what it is, how to load it, what was measured, whose licence applies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+
+_HUB_ID_PARTS = 2
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card reports beside the config."""
+
+    base_model: str | None
+    """Hub id or folder of the base model; None where `prepare` pretrained a small one itself."""
+    drift: Mapping[str, Any]
+    licence_files: Sequence[str]
+    tokenizer_adds_bos: bool
+    """Whether calling the tokenizer gives the tokens of training; if not, the example adds BOS itself."""
+    kl_mean_nats: float | None
+    scores: Mapping[str, Any] | None
+    """rouge.json's entry of this variant, or None where evaluate has not scored these weights."""
+    baseline: Mapping[str, Any] | None
+    """rouge.json's entry of the softmax baseline, if there is one."""
+    num_examples: int | None
+    dtype: str
+
+
+def write_model_card(folder: Path, config: RunConfig, facts: CardFacts) -> None:
+    """Write README.md."""
+    linear = config.model.attention == "linear"
+    sections = [
+        _front_matter(facts, linear),
+        _introduction(config, facts, linear),
+        _usage(config, facts, linear),
+        _scores(facts),
+        _training(config, facts, linear),
+        _drift(facts),
+        _licence(facts),
+    ]
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _base_name(facts: CardFacts) -> str:
+    """A hub id as it is; of a local folder only its name, because its path means nothing elsewhere."""
+    if facts.base_model is None:
+        return "a small Llama pretrained on generated dialogues"
+    folder = Path(facts.base_model).expanduser()
+    return folder.resolve().name if folder.is_dir() else facts.base_model
+
+
+def _front_matter(facts: CardFacts, linear: bool) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    name = _base_name(facts)
+    if len(name.split("/")) == _HUB_ID_PARTS:
+        lines.append(f"base_model: {name}")
+    if facts.base_model is not None:
+        lines += ["license: other", "license_name: licence-of-the-base-model"]
+    lines += ["tags:", "- summarization"]
+    if linear:
+        lines += ["- linear-attention", "- hedgehog"]
+    return "\n".join([*lines, "---"])
+
+
+def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
+    base = _base_name(facts)
+    if not linear:
+        return (
+            f"# {config.name}\n\n{base} with its softmax attention, finetuned with LoRA to summarize dialogues: the "
+            "baseline of a Hedgehog-Llama conversion. A plain Llama."
+        )
+    return (
+        f"# {config.name}\n\nA Hedgehog-Llama: {base} with every softmax attention replaced by learned linear "
+        f"attention (feature map `{config.model.feature_map}`) that imitates it, made to summarize dialogues. Cost grows "
+        "linearly with length, and the decoding state has a constant size. Method: Zhang, Bhatia, Kumbong, Ré, "
+        '"The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024).'
+    )
+
+
+def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
+    trust = ", trust_remote_code=True" if linear else ""
+    prompt = json.dumps(config.data.prompt_template, ensure_ascii=False)
+    bos = "" if facts.tokenizer_adds_bos else "tokenizer.bos_token + "
+    code = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # this folder, or its hub id',
+        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"prompt = {prompt}.replace(",
+        '    "{dialogue}", "Ann: Lunch at one? Bob: Yes, see you there!"',
+        ")",
+        f'inputs = tokenizer({bos}prompt, return_tensors="pt", return_token_type_ids=False)',
+        f"output = model.generate(**inputs, max_new_tokens={config.evaluate.max_new_tokens})",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    text = "## How to use it\n\n```python\n" + "\n".join(code) + "\n```"
+    if linear:
+        text += "\n\nThe modeling files beside the weights need torch and transformers only."
+    return text
+
+
+def _scores(facts: CardFacts) -> str:
+    title = "## Scores\n\n"
+    if facts.scores is None:
+        return title + "Not measured: these weights had not been scored by `hedgehog evaluate` when they were exported."
+    entries = [facts.scores] + ([facts.baseline] if facts.baseline is not None else [])
+    lines = [
+        "| | ROUGE-1 (95 % interval) | ROUGE-2 | ROUGE-L | ROUGE-Lsum | loss (nats a token) | perplexity |",
+        "|:--|--:|--:|--:|--:|--:|--:|",
+    ]
+    for entry in entries:
+        scores = entry["all"]
+        cells = [entry["label"], _with_interval(scores["rouge1"])]
+        cells += [f"{scores[key]['value']:.2f}" for key in ("rouge2", "rougeL", "rougeLsum")]
+        cells += [
+            f"{scores[key]['value']:{form}}" if key in scores else "–"
+            for key, form in (("loss_nats_per_token", ".4f"), ("perplexity", ".2f"))
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    ratio = facts.scores["all"].get("rouge1_ratio")
+    sentence = f"Unmerged weights, {facts.num_examples} test dialogues, ROUGE F1 x 100 with stemming."
+    if ratio is not None and facts.baseline is not None:
+        sentence += f" ROUGE-1 is {ratio['value']:.1%} of {facts.baseline['label']}'s."
+    return title + "\n".join(lines) + "\n\n" + sentence
+
+
+def _with_interval(figure: Mapping[str, float | None]) -> str:
+    if figure["low"] is None or figure["high"] is None:
+        return f"{figure['value']:.2f}"
+    return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+
+
+def _training(config: RunConfig, facts: CardFacts, linear: bool) -> str:
+    lines = ["## How it was made", ""]
+    if linear:
+        dimension = config.model.feature_dim or "head_dim"
+        lines.append(
+            f"- Feature map `{config.model.feature_map}`, feature_dim {dimension}, one map for each query head."
+        )
+        kl = (
+            ""
+            if facts.kl_mean_nats is None
+            else f" Mean KL from softmax attention: {facts.kl_mean_nats:.4f} nats a row."
+        )
+        how = "trained to reproduce the attention weights" if config.distill.enabled else "left at their start"
+        lines.append(f"- Stage one: the maps were {how}.{kl}")
+    lora = config.finetune.lora
+    if config.finetune.enabled:
+        maps = " The maps trained along." if linear and config.finetune.train_feature_maps else ""
+        lines.append(
+            f"- Stage two: LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}; merged "
+            f"in float32.{maps}"
+        )
+    else:
+        lines.append("- No finetuning.")
+    if config.model.quantization is not None:
+        lines.append(
+            f"- The frozen weights were quantized to {config.model.quantization} while training; here they are "
+            "dequantized, so they are what the adapter was trained on and not the base model's original weights."
+        )
+    lines.append(f"- Weights: {facts.dtype}" + ("; feature maps: float32." if linear else "."))
+    return "\n".join(lines)
+
+
+def _drift(facts: CardFacts) -> str:
+    drift = facts.drift
+    return (
+        "## Merged against unmerged\n\n"
+        "Reloaded in a fresh process with plain transformers and compared with the unmerged model on test rows: logits "
+        f"differ by at most {drift['logits_max_abs']:.3g} (mean {drift['logits_mean_abs']:.3g}, relative "
+        f"{drift['logits_relative']:.3g}), next-token KL {drift['kl_mean_nats']:.3g} nats, equal argmax at "
+        f"{drift['equal_argmax_share']:.1%} of {drift['num_positions']} positions, equal greedy tokens "
+        f"{drift['equal_generated_share']:.1%} of {drift['num_generated_tokens']}."
+    )
+
+
+def _licence(facts: CardFacts) -> str:
+    if facts.base_model is None:
+        return "## Licence\n\nMade from generated data only: no base model's licence applies."
+    base = _base_name(facts)
+    text = (
+        f"## Licence\n\nThe weights derive from {base}: its licence stays with them (for Llama 2 the Llama 2 Community "
+        "License and its Acceptable Use Policy)."
+    )
+    if facts.licence_files:
+        return text + f" It lies beside the weights: {', '.join(f'`{name}`' for name in facts.licence_files)}."
+    return text + " No licence file lay beside the base model's weights; add it before you pass these weights on."

@@ -1,0 +1,173 @@
+"""Stage four: one folder that plain transformers loads, and the proof that it does.
+
+    load unmerged → answer the probe → write merged weights, configs, modeling files → reload in a clean process
+    → compare → model card → rename to model/ → push, if asked
+
+Everything is written to a temporary folder that gets its name only when the comparison is done, so a killed export
+leaves no folder that looks complete; the same command begins it again. Only rank 0 works.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..pipeline.data.tokenize import choose_pad_id, load_tokenizer
+from ..pipeline.data.tokens import TokenizedSplit
+from ..pipeline.drift import Probe, ProbeAnswer, answer_in_clean_process, answer_probe, make_probe, measure_drift
+from ..pipeline.errors import ModelError
+from ..pipeline.export_folder import (
+    check_disk_space,
+    copy_licence_files,
+    push_folder,
+    write_configs,
+    write_weights,
+)
+from ..pipeline.manifest import StageInput, read_manifest
+from ..pipeline.merging import merged_tensors
+from ..pipeline.metrics import format_bytes
+from ..pipeline.model_card import CardFacts, write_model_card
+from ..pipeline.run_folder import atomic_directory, write_json
+from ..pipeline.runner import StageContext, StageResult
+from ..pipeline.variants import load_variant_model
+
+CONSUMES = ("prepare", "distill", "finetune")
+SECTIONS = ("export", "model", "engine.precision", "finetune.enabled")
+IGNORED = frozenset()
+
+
+def run(ctx: StageContext) -> StageResult:
+    """Export this conversion (main, or the variant asked for) to `model/`.
+
+    Raises:
+        ModelError: the folder does not load in a clean process, or differs by more than `export.max_logit_drift`.
+        ResourceError: the disk is too small, or the hub refuses the upload.
+    """
+    if not ctx.world.is_main:
+        return StageResult()
+    folder, record = ctx.folder / "model", ctx.folder / "exported.json"
+    summary = _earlier_summary(ctx, folder, record)
+    if summary is None:
+        summary = _export(ctx, folder)
+        write_json(record, {"fingerprint": ctx.fingerprint, "summary": summary})
+    if ctx.config.export.push_to_hub is not None:
+        ctx.reporter.info(f"uploads {folder} to {ctx.config.export.push_to_hub}")
+        summary["pushed_to"] = push_folder(folder, ctx.config.export.push_to_hub)
+        ctx.reporter.info(f"uploaded: {summary['pushed_to']}")
+    return StageResult(artifacts={"model": "model", "drift": "drift.json"}, summary=summary)
+
+
+def _earlier_summary(ctx: StageContext, folder: Path, record: Path) -> dict[str, Any] | None:
+    """The summary of an export that was complete when an earlier attempt ended (while uploading), or None."""
+    if not (folder.is_dir() and record.is_file()):
+        return None
+    earlier = json.loads(record.read_text())
+    return earlier["summary"] if earlier["fingerprint"] == ctx.fingerprint else None
+
+
+def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
+    config, prepare = ctx.config, ctx.inputs["prepare"]
+    dtype = getattr(torch, config.export.dtype)
+    tokenizer = load_tokenizer(
+        prepare.summary["tokenizer"],
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    pad_id, _ = choose_pad_id(tokenizer)
+    with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
+        prompts = [json.loads(line)["prompt"] for line in file]
+    probe = make_probe(TokenizedSplit.open(prepare.artifact("tokens_test")), prompts, pad_id)
+
+    model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision)
+    ctx.reporter.info(f"the unmerged model answers {len(probe.prompts)} test prompts")
+    reference = answer_probe(model, probe, eos_id=tokenizer.eos_token_id, pad_id=pad_id)
+    tensors = merged_tensors(model, dtype)
+    num_bytes = check_disk_space(ctx.folder, tensors)
+
+    with atomic_directory(folder) as unfinished:
+        ctx.reporter.info(f"writes {format_bytes(num_bytes)} of {config.export.dtype} weights")
+        shards = write_weights(unfinished, tensors, config.export.max_shard_size)
+        write_configs(unfinished, model, tokenizer, pad_id, dtype=dtype, tensor_names=tensors)
+        licence_files = copy_licence_files(unfinished, prepare.summary["base_model"])
+        num_parameters = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in tensors.values())
+        # the clean process needs the memory that the unmerged model holds
+        del model, tensors
+        gc.collect()
+        if ctx.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        drift, adds_bos = _check_reload(ctx, unfinished, probe, reference)
+        scores, baseline, num_examples = _measured_scores(ctx)
+        write_model_card(
+            unfinished,
+            config,
+            CardFacts(
+                base_model=config.model.base,
+                drift=drift,
+                licence_files=licence_files,
+                tokenizer_adds_bos=adds_bos,
+                kl_mean_nats=ctx.inputs["distill"].summary.get("kl_mean"),
+                scores=scores,
+                baseline=baseline,
+                num_examples=num_examples,
+                dtype=config.export.dtype,
+            ),
+        )
+    ctx.reporter.info(
+        f"{folder} loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}, equal "
+        f"greedy tokens {drift['equal_generated_share']:.1%}"
+    )
+    return {"drift": drift, "num_shards": len(shards), "num_bytes": num_bytes, "num_parameters": num_parameters}
+
+
+def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: ProbeAnswer) -> tuple[dict[str, Any], bool]:
+    """The drift report, written to drift.json; and whether the tokenizer adds BOS by itself.
+
+    Raises:
+        ModelError: the drift is larger than allowed.
+    """
+    linear = ctx.config.model.attention == "linear"
+    ctx.reporter.info("reloads the export in a clean process")
+    exported, facts = answer_in_clean_process(folder, probe, device=ctx.world.device, trust_remote_code=linear)
+    drift = measure_drift(reference, exported, probe)
+    limit = ctx.config.export.max_logit_drift
+    write_json(
+        ctx.folder / "drift.json",
+        {
+            **drift,
+            "unmerged": {"precision": ctx.config.engine.precision, "quantization": ctx.config.model.quantization},
+            "exported": {"dtype": facts["dtype"], "model_class": facts["model_class"]},
+            "max_logit_drift": limit,
+        },
+    )
+    if limit is not None and drift["logits_max_abs"] > limit:
+        raise ModelError(
+            f"merged and unmerged logits differ by up to {drift['logits_max_abs']:.4g}, more than "
+            f"export.max_logit_drift={limit:g} ({ctx.folder / 'drift.json'} has the report): export with a wider "
+            "export.dtype, or raise the limit. The rejected folder was removed."
+        )
+    return drift, facts["encoded_with_special_tokens"] == probe.prompt_tokens
+
+
+def _measured_scores(ctx: StageContext) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int | None]:
+    """rouge.json's entries of this conversion and of the softmax baseline, if evaluate scored these very weights."""
+    evaluate = ctx.run_folder.stage("evaluate")
+    manifest = read_manifest(evaluate)
+    name = ctx.variant or "main"
+    if manifest is None or manifest.status != "done":
+        ctx.reporter.info("evaluate has not run: the model card has no scores")
+        return None, None, None
+    for stage in ("distill", "finetune"):
+        if manifest.consumed.get(f"{name}/{stage}") != ctx.inputs[stage].manifest.output_fingerprint:
+            ctx.reporter.warning("evaluate scored other weights than these: the model card has no scores")
+            return None, None, None
+    report = json.loads(StageInput(evaluate, manifest).artifact("rouge").read_text(encoding="utf-8"))
+    baseline = report["softmax_reference"]
+    return (
+        report["variants"][name],
+        report["variants"][baseline] if baseline not in (None, name) else None,
+        report["num_examples"],
+    )
