@@ -38,6 +38,7 @@ _PATH_KEYS = (
 )
 _MAX_REPAIRS = 4
 _ABSENT = "(not set)"
+_NULLS = ("", "null", "~")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -45,8 +46,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: a YAML file.
-        overrides: `section.key=value`; the value is YAML, an empty one is null. A field that holds text takes the value
-            literally. `variants.x=` removes variant x.
+        overrides: `section.key=value`; the value is YAML, and an empty one null. A field that holds text takes it
+            literally, unless it is quoted. `variants.x=` removes variant x.
 
     Raises:
         ConfigError: lists every unknown key (with a suggestion), wrong value and impossible combination.
@@ -144,14 +145,13 @@ def _apply_override(raw: dict[str, Any], override: str, origins: dict[str, str])
     if not equals or not key or not all(key.split(".")):
         return Problem((override,), "not an override; write section.key=value, for example distill.epochs=2.")
     keys = key.split(".")
-    try:
-        value = read_yaml(text, key).value
-    except ConfigError as error:
-        if not takes_text(find_field(keys)):
+    if takes_text(find_field(keys)) and text[:1] not in ("'", '"'):
+        value = None if text.strip() in _NULLS else text
+    else:
+        try:
+            value = read_yaml(text, key).value
+        except ConfigError as error:
             return Problem((key,), f"on the command line: {str(error).partition(': ')[2]}")
-        value = text
-    if takes_text(find_field(keys)) and value is not None and not isinstance(value, str):
-        value = text.strip()
     problem = _set_nested(raw, keys, value)
     origins[key] = "command line"
     return problem

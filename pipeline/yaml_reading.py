@@ -69,7 +69,10 @@ def read_yaml(text: str, name: str) -> YamlDocument:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
-        detail = " ".join(part for part in (error.context, error.problem) if part)
+        begun = (
+            f"{error.context} (begun in line {error.context_mark.line + 1})" if error.context_mark else error.context
+        )
+        detail = " ".join(part for part in (begun, error.problem) if part)
         raise ConfigError(f"{name}{line}: not valid YAML: {detail}.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from error
