@@ -21,8 +21,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ..errors import ModelError
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
+from .hedgehog_attention import FEATURE_MAP_NAMES, HedgehogLlamaRotaryEmbedding
 from .load_base import check_base, check_tokenizer_fits, load_base
-from .modeling_hedgehog_llama import FEATURE_MAP_NAMES, HedgehogLlamaForCausalLM
+from .modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 
 __all__ = [
     "check_base",
@@ -65,8 +66,9 @@ def convert_llama(llama: LlamaForCausalLM, **hedgehog_fields: Any) -> HedgehogLl
     config.architectures = [HedgehogLlamaForCausalLM.__name__]
     config.dtype = llama.config.dtype
 
-    for name in ("embed_tokens", "norm", "rotary_emb"):
+    for name in ("embed_tokens", "norm"):
         setattr(model.model, name, getattr(llama.model, name))
+    model.model.rotary_emb = HedgehogLlamaRotaryEmbedding(config).to(llama.model.norm.weight.device)
     model.lm_head = llama.lm_head
     layer_pairs = zip(model.model.layers, cast("Iterable[LlamaDecoderLayer]", llama.model.layers), strict=True)
     for hedgehog_layer, llama_layer in layer_pairs:

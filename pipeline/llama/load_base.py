@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from ..errors import ModelError
+from .hedgehog_attention import HedgehogLlamaRotaryEmbedding
 
 QUANTIZATIONS = ("nf4", "int8")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
@@ -69,6 +70,7 @@ def load_base(
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
     if device is not None and quantization is None:
         llama = llama.to(device)
+    llama.model.rotary_emb = HedgehogLlamaRotaryEmbedding(llama.config).to(llama.model.norm.weight.device)
     return llama.eval()
 
 

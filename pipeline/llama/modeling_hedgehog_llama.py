@@ -1,20 +1,15 @@
 """Hedgehog-Llama: Llama with every softmax attention replaced by learned linear attention.
 
-    φ(x) = f(W x)        y_i = Σ_{j≤i} (φ(q_i)·φ(k_j)) v_j / Σ_{j≤i} φ(q_i)·φ(k_j)        q, k after RoPE
-
-B batch, L length, H query heads, K key/value heads, D head dim, F features, V value dim (= D).
-
 Norms, MLP, RoPE (its scaling included), initialisation and losses are transformers' Llama; the attention and its cache
 are ours. With config.attention = "softmax" the layers keep transformers' own LlamaAttention, so the same class is
 also the softmax baseline, with the same arguments (segment_ids too), weight names and exactly Llama's numbers.
 
-This file travels with every export: it imports torch, transformers and the files that travel with it.
+B batch, L length. This file travels with every export: it imports torch, transformers and the files that travel along.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,131 +18,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    repeat_kv,
-)
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm
 
 from ...kernels.backends import Backend, select_attention_backend
-from ...kernels.feature_maps import FeatureMap, make_feature_map
-from ...kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step, run_index_BL
+from ...kernels.feature_maps import FeatureMap
+from ...kernels.linear_attention import run_index_BL
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
+from .hedgehog_attention import (
+    FEATURE_MAP_NAMES,
+    HedgehogLlamaAttention,
+    HedgehogLlamaDecoderLayer,
+    HedgehogLlamaRotaryEmbedding,
+)
 from .hedgehog_cache import HedgehogCache
+from .positions import first_tokens, row_positions
 
 logger = logging.getLogger(__name__)
-
-FEATURE_MAP_NAMES = ("feature_map_q", "feature_map_k")
-
-
-class HedgehogLlamaAttention(LlamaAttention):
-    """Linear attention with Llama's projections and one feature map for queries, one for keys, per query head."""
-
-    config: HedgehogLlamaConfig
-    feature_map_q: FeatureMap
-    feature_map_k: FeatureMap
-
-    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        for name, side in zip(FEATURE_MAP_NAMES, ("query", "key"), strict=True):
-            feature_map = make_feature_map(
-                config.feature_map,
-                num_heads=config.num_attention_heads,
-                head_dim=self.head_dim,
-                feature_dim=config.feature_dim,
-                side=side,
-                seed=config.feature_map_seed,
-                options=config.feature_map_options,
-            )
-            self.add_module(name, feature_map)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        """As nn.Module's, but .to(bfloat16) and .half() leave the feature maps fp32: φ is rounded once, after it."""
-        if not recurse:
-            return super()._apply(fn, recurse=False)
-        for name, child in self.named_children():
-            child._apply(_keeping_float32(fn) if name in FEATURE_MAP_NAMES else fn)
-        return super()._apply(fn, recurse=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: HedgehogCache | None = None,
-        position_ids: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        attention_backend: Backend | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """hidden_states (B, L, hidden) → the same shape. attention_mask (B, L) bool, True for real tokens, or None.
-
-        φ is computed in fp32 and rounded once to the values' dtype; sums are fp32.
-        """
-        B, L = hidden_states.shape[:2]
-        q_BHLD = self.q_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        k_BKLD = self.k_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        v_BKLV = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
-
-        k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
-        with torch.autocast(hidden_states.device.type, enabled=False):  # it would run φ's projection in bf16
-            phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(v_BKLV.dtype)
-            phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(v_BKLV.dtype)
-
-        cache_layer = None if past_key_values is None else past_key_values.layer(self.layer_idx)
-        state = None if cache_layer is None else cache_layer.state
-        if L == 1 and state is not None and not torch.is_grad_enabled():
-            o_BHLV, state = self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, attention_mask, state)
-        else:
-            assert attention_backend is not None, "the model chooses the backend"
-            o_BHLV, state = attention_backend.causal_attention(
-                phi_q_BHLF,
-                phi_k_BHLF,
-                v_BKLV,
-                mask_BL=attention_mask,
-                segment_ids_BL=segment_ids,
-                initial_state=state,
-                eps=self.config.attention_eps,
-                chunk_size=self.config.chunk_size,
-                return_state=cache_layer is not None,
-            )
-        if cache_layer is not None:
-            cache_layer.store(state, num_new_tokens=L)
-        o_BLHV = o_BHLV.transpose(1, 2).reshape(B, L, -1).to(hidden_states.dtype)
-        return self.o_proj(o_BLHV), None
-
-    def _one_token(
-        self,
-        phi_q_BHLF: torch.Tensor,
-        phi_k_BHLF: torch.Tensor,
-        v_BKLV: torch.Tensor,
-        mask_BL: torch.Tensor | None,
-        state: LinearAttentionState,
-    ) -> tuple[torch.Tensor, LinearAttentionState]:
-        if mask_BL is not None:
-            phi_k_BHLF = phi_k_BHLF * mask_BL[:, None, :, None]  # padding is zeroed in φ(k): softmax of 0 is not 0
-        o_BHV, state = recurrent_linear_attention_step(
-            phi_q_BHLF[:, :, 0],
-            phi_k_BHLF[:, :, 0],
-            v_BKLV[:, :, 0],
-            state,
-            eps=self.config.attention_eps,
-        )
-        return o_BHV.unsqueeze(2), state
-
-
-class HedgehogLlamaDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer around the attention that the config asks for."""
-
-    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if config.attention == "linear":
-            self.self_attn = HedgehogLlamaAttention(config, layer_idx)
 
 
 class HedgehogLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -177,7 +63,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([HedgehogLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = HedgehogLlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self._logged_backends: set[str] = set()
         self.post_init()
@@ -418,7 +304,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
         if labels is not None:
             if segment_ids is not None:
                 mask_BL = None if attention_mask is None else attention_mask.to(segment_ids.device, torch.bool)
-                labels = labels.masked_fill(_first_tokens(segment_ids, mask_BL).to(labels.device), -100)
+                labels = labels.masked_fill(first_tokens(segment_ids, mask_BL).to(labels.device), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
@@ -445,42 +331,4 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
         )
 
 
-def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`fn` of nn.Module._apply without its step down to half precision: device moves and fp64 still happen."""
-
-    def keeping(tensor: torch.Tensor) -> torch.Tensor:
-        moved = fn(tensor)
-        if tensor.dtype == torch.float32 and moved.dtype in (torch.bfloat16, torch.float16):
-            return tensor.to(moved.device)
-        return moved
-
-    return keeping
-
-
-def row_positions(
-    shape_BL: torch.Size | tuple[int, int],
-    mask_BL: torch.Tensor | None,
-    segment_ids_BL: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """(B, L): 0, 1, 2, … over the real tokens of each row, again from 0 at each segment's border."""
-    if mask_BL is None:
-        mask_BL = torch.ones(shape_BL, dtype=torch.bool, device=device)
-    real_BL = mask_BL.long()
-    count_BL = real_BL.cumsum(1)
-    if segment_ids_BL is not None:
-        run_BL = run_index_BL(segment_ids_BL, mask_BL)
-        starts_BL = torch.ones_like(mask_BL)
-        starts_BL[:, 1:] = run_BL[:, 1:] != run_BL[:, :-1]
-        before_BL = torch.where(starts_BL, count_BL - real_BL, 0).cummax(1).values
-        count_BL = count_BL - before_BL
-    return (count_BL - 1).clamp_min(0)
-
-
-def _first_tokens(segment_ids_BL: torch.Tensor, mask_BL: torch.Tensor | None) -> torch.Tensor:
-    """(B, L) bool, True at the first real token of each packed segment."""
-    first_BL = row_positions(segment_ids_BL.shape, mask_BL, segment_ids_BL, segment_ids_BL.device) == 0
-    return first_BL if mask_BL is None else first_BL & mask_BL
-
-
-__all__ = ["HedgehogLlamaForCausalLM", "HedgehogLlamaModel", "HedgehogLlamaPreTrainedModel"]
+__all__ = ["FEATURE_MAP_NAMES", "HedgehogLlamaForCausalLM", "HedgehogLlamaModel", "HedgehogLlamaPreTrainedModel"]

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
 from ...kernels.linear_attention import run_index_BL
-from .modeling_hedgehog_llama import row_positions
+from .positions import row_positions
 
 
 @dataclass(frozen=True)

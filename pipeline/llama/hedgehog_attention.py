@@ -1,0 +1,154 @@
+"""One layer of Hedgehog-Llama: linear attention with feature maps in place of softmax attention.
+
+    φ(x) = f(W x)        y_i = Σ_{j≤i} (φ(q_i)·φ(k_j)) v_j / Σ_{j≤i} φ(q_i)·φ(k_j)        q, k after RoPE
+
+B batch, L length, H query heads, K key/value heads, D head dim, F features, V value dim (= D).
+This file travels with every export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+from ...kernels.backends import Backend
+from ...kernels.feature_maps import FeatureMap, make_feature_map
+from ...kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step
+from .configuration_hedgehog_llama import HedgehogLlamaConfig
+from .hedgehog_cache import HedgehogCache
+
+FEATURE_MAP_NAMES = ("feature_map_q", "feature_map_k")
+
+
+class HedgehogLlamaRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's RoPE whose frequencies stay fp32: .bfloat16(), which DeepSpeed calls, would spoil far positions."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        return super()._apply(_keeping_float32(fn), recurse)
+
+
+class HedgehogLlamaAttention(LlamaAttention):
+    """Linear attention with Llama's projections and one feature map for queries, one for keys, per query head."""
+
+    config: HedgehogLlamaConfig
+    feature_map_q: FeatureMap
+    feature_map_k: FeatureMap
+
+    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        for name, side in zip(FEATURE_MAP_NAMES, ("query", "key"), strict=True):
+            feature_map = make_feature_map(
+                config.feature_map,
+                num_heads=config.num_attention_heads,
+                head_dim=self.head_dim,
+                feature_dim=config.feature_dim,
+                side=side,
+                seed=config.feature_map_seed,
+                options=config.feature_map_options,
+            )
+            self.add_module(name, feature_map)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        """As nn.Module's, but .to(bfloat16) and .half() leave the feature maps fp32: φ is rounded once, after it."""
+        if not recurse:
+            return super()._apply(fn, recurse=False)
+        for name, child in self.named_children():
+            child._apply(_keeping_float32(fn) if name in FEATURE_MAP_NAMES else fn)
+        return super()._apply(fn, recurse=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: HedgehogCache | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        attention_backend: Backend | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states (B, L, hidden) → the same shape. attention_mask (B, L) bool, True for real tokens, or None.
+
+        φ is computed in fp32 and rounded once to the values' dtype; sums are fp32.
+        """
+        B, L = hidden_states.shape[:2]
+        q_BHLD = self.q_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
+        k_BKLD = self.k_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
+        v_BKLV = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
+        q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
+
+        k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
+
+        with torch.autocast(hidden_states.device.type, enabled=False):  # it would take φ and the sums to bf16
+            # the same rounded φ in numerator and denominator; fp16 would overflow
+            dtype = torch.float32 if v_BKLV.dtype == torch.float16 else v_BKLV.dtype
+            phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
+            phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)
+            layer = None if past_key_values is None else past_key_values.layer(self.layer_idx)
+            state = None if layer is None else layer.state
+            if L == 1 and state is not None and not torch.is_grad_enabled():
+                o_BHLV, state = self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, attention_mask, state)
+            else:
+                assert attention_backend is not None, "the model chooses the backend"
+                o_BHLV, state = attention_backend.causal_attention(
+                    phi_q_BHLF,
+                    phi_k_BHLF,
+                    v_BKLV,
+                    mask_BL=attention_mask,
+                    segment_ids_BL=segment_ids,
+                    initial_state=state,
+                    eps=self.config.attention_eps,
+                    chunk_size=self.config.chunk_size,
+                    return_state=layer is not None,
+                )
+        if layer is not None:
+            layer.store(state, num_new_tokens=L)
+        return self.o_proj(o_BHLV.transpose(1, 2).reshape(B, L, -1)), None
+
+    def _one_token(
+        self,
+        phi_q_BHLF: torch.Tensor,
+        phi_k_BHLF: torch.Tensor,
+        v_BKLV: torch.Tensor,
+        mask_BL: torch.Tensor | None,
+        state: LinearAttentionState,
+    ) -> tuple[torch.Tensor, LinearAttentionState]:
+        if mask_BL is not None:
+            phi_k_BHLF = phi_k_BHLF * mask_BL[:, None, :, None]  # padding is zeroed in φ(k): softmax of 0 is not 0
+        phi_q_BHF, phi_k_BHF, v_BKV = phi_q_BHLF[:, :, 0], phi_k_BHLF[:, :, 0], v_BKLV[:, :, 0]
+        eps = self.config.attention_eps
+        o_BHV, state = recurrent_linear_attention_step(phi_q_BHF, phi_k_BHF, v_BKV, state, eps=eps)
+        return o_BHV.unsqueeze(2), state
+
+
+class HedgehogLlamaDecoderLayer(LlamaDecoderLayer):
+    """Llama's decoder layer around the attention that the config asks for."""
+
+    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.attention == "linear":
+            self.self_attn = HedgehogLlamaAttention(config, layer_idx)
+
+
+def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn` of nn.Module._apply without its step down to half precision: device moves and fp64 still happen."""
+
+    def keeping(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        if tensor.dtype == torch.float32 and moved.dtype in (torch.bfloat16, torch.float16):
+            return tensor.to(moved.device)
+        return moved
+
+    return keeping
+
+
+__all__ = ["FEATURE_MAP_NAMES", "HedgehogLlamaAttention", "HedgehogLlamaDecoderLayer", "HedgehogLlamaRotaryEmbedding"]
