@@ -1,0 +1,211 @@
+"""The command line: answers at once, gives one message for a mistake, and exits as documented."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hedgehog.pipeline import cli, runner
+from hedgehog.pipeline.errors import ConfigError, DataError
+from hedgehog.pipeline.run_folder import STAGES
+
+VALID = """\
+name: trial
+model: {base: some/llama}
+data: {dataset: some/rows}
+variants: {soft: {overrides: {model.attention: softmax}}}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(VALID)
+    return file
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the CLI asked of the runner, which here does nothing."""
+    seen: list[dict[str, Any]] = []
+    for name in ("run_pipeline", "run_stage", "merge_layers"):
+
+        def record(config: Any, *stage: str, _name: str = name, **options: Any) -> None:
+            seen.append({"call": _name, "config": config, "stage": stage, **options})
+
+        monkeypatch.setattr(runner, name, record)
+    return seen
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(runner, "run_stage", fail)
+
+
+def test_help_shows_every_command_and_imports_nothing_heavy():
+    heavy = ("torch", "pydantic", "rich", "yaml", "transformers")
+    code = (
+        "import sys; sys.argv = ['hedgehog', '--help']\n"
+        "from hedgehog.pipeline.cli import main\n"
+        "try: main()\n"
+        f"finally: print('imported', *(set({heavy}) & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "imported"
+    for command in ("run", *STAGES, "merge", "validate", "status", "env"):
+        assert f"\n  {command} " in result.stdout
+
+
+def test_the_module_runs_as_a_program():
+    result = subprocess.run(
+        [sys.executable, "-m", "hedgehog.pipeline.cli", "run", "/nowhere/x.yaml"], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: /nowhere/x.yaml: no such config file.\n"
+
+
+@pytest.mark.parametrize("command", ["run", *STAGES, "merge", "validate", "status", "env"])
+def test_every_commands_help_has_an_example(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: hedgehog {command}" in result.stdout
+
+
+def test_help_of_run_shows_the_stages_in_order():
+    assert ", ".join(STAGES) in invoke("run", "--help").stdout
+    assert [stage.value for stage in cli.Stage] == list(STAGES)
+
+
+def test_run_hands_everything_to_the_pipeline(config_file, calls):
+    result = invoke("run", config_file, "--from", "distill", "--to", "evaluate", "--force", "finetune.epochs=3")
+    assert result.exit_code == 0, result.output
+    (call,) = calls
+    assert (call["call"], call["first"], call["last"], call["force"]) == ("run_pipeline", "distill", "evaluate", True)
+    assert call["config"].finetune.epochs == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_command_runs_that_stage(config_file, calls, stage):
+    assert invoke(stage, config_file, "--force", "seed=5").exit_code == 0
+    (call,) = calls
+    assert (call["call"], call["stage"], call["variant"], call["force"]) == ("run_stage", (stage,), None, True)
+    assert call["config"].seed == 5
+
+
+def test_options_of_stages_are_overrides(config_file, calls):
+    assert invoke("distill", config_file, "--layers", "0-1", "--variant", "soft").exit_code == 0
+    assert (
+        invoke("export", config_file, "--dtype", "float32", "--max-shard-size", "1GB", "--push-to-hub", "a/b").exit_code
+        == 0
+    )
+    assert invoke("merge", config_file, "--variant", "soft").exit_code == 0
+    distill, export, merge = calls
+    assert (distill["config"].distill.layers, distill["variant"]) == ("0-1", "soft")
+    settings = export["config"].export
+    assert (settings.dtype, settings.max_shard_size, settings.push_to_hub) == ("float32", "1GB", "a/b")
+    assert (merge["call"], merge["variant"]) == ("merge_layers", "soft")
+
+
+def test_an_options_value_is_checked_like_the_configs(config_file, calls):
+    result = invoke("export", config_file, "--dtype", "int4")
+    assert result.exit_code == 2
+    assert 'export.dtype (command line): expected one of bfloat16, float16, float32, got "int4"' in result.stderr
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["destill", "x.yaml"], "distill"),
+        (["run", "x.yaml", "--forse"], "--force"),
+        (["run", "x.yaml", "--to", "finetun"], "finetune"),
+        (["run"], "CONFIG"),
+    ],
+)
+def test_misspelt_commands_and_options_bring_the_right_ones(arguments, expected):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+
+
+def test_a_config_that_is_wrong_starts_nothing(config_file, calls):
+    result = invoke("run", config_file, "finetune.lora.rnk=4", "model.feature_dim=0")
+    assert result.exit_code == 2
+    assert "2 problems" in result.stderr
+    assert "did you mean finetune.lora.rank?" in result.stderr
+    assert not calls
+
+
+def test_an_unknown_feature_map_is_refused_before_anything_runs(config_file, calls):
+    result = invoke("run", config_file, "model.feature_map=hedgehog")
+    assert result.exit_code == 2
+    assert "model.feature_map: unknown feature map 'hedgehog'; known: hedgehog_softmax" in result.stderr
+    assert not calls
+
+
+def test_a_world_size_that_batches_cannot_be_split_over_is_refused(config_file, calls, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    result = invoke("run", config_file)
+    assert result.exit_code == 2
+    assert "8 is not a multiple of micro_batch_size 1 x 3 processes = 3; take 6 or 9" in result.stderr
+    assert not calls
+
+
+def test_a_users_mistake_is_one_message_without_a_traceback(config_file, monkeypatch):
+    fail_with(monkeypatch, DataError("rows.json:3: no JSON"))
+    result = invoke("prepare", config_file)
+    assert (result.exit_code, result.stderr) == (2, "error: rows.json:3: no JSON\n")
+
+
+def test_other_ranks_tell_only_what_may_be_theirs_alone(config_file, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    fail_with(monkeypatch, DataError("rows.json:3: no JSON"))
+    assert invoke("prepare", config_file).stderr == "error (rank 1): rows.json:3: no JSON\n"
+    fail_with(monkeypatch, ConfigError("wrong on every rank"))
+    result = invoke("prepare", config_file)
+    assert (result.exit_code, result.stderr) == (2, "")
+
+
+def test_ctrl_c_gives_the_command_that_goes_on(config_file, monkeypatch):
+    fail_with(monkeypatch, KeyboardInterrupt())
+    arguments = ["distill", str(config_file), "--force", "data.prompt_template=a {dialogue}"]
+    monkeypatch.setattr(sys, "argv", ["hedgehog", *arguments])
+    result = invoke(*arguments)
+    assert result.exit_code == 130
+    assert f"hedgehog distill {config_file} 'data.prompt_template=a {{dialogue}}'\n" in result.stderr
+    assert "--force" not in result.stderr
+
+
+def test_a_fault_of_ours_crashes_loudly(config_file, monkeypatch):
+    fail_with(monkeypatch, RuntimeError("a bug"))
+    result = invoke("distill", config_file)
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_validate_takes_several_files_and_overrides(config_file, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(VALID.replace("model:", "modle:"))
+    result = invoke("validate", config_file, other, "seed=3")
+    assert result.exit_code == 2
+    assert f"{config_file}: valid" in result.stdout
+    assert "modle (line 2): unknown key; did you mean model?" in result.stderr
+    assert invoke("validate", config_file).exit_code == 0
+    assert "no config file given" in invoke("validate", "seed=3").stderr
+
+
+def test_env_reports_versions_and_what_is_missing():
+    result = invoke("env")
+    assert result.exit_code == 0
+    for name in ("python", "torch", "transformers", "deepspeed", "attention", "flash-attn", "bitsandbytes"):
+        assert f"\n{name} " in "\n" + result.stdout
