@@ -19,6 +19,8 @@ import torch
 _PLAIN_INTERVAL_S = 5.0
 """Shortest time between two progress lines where there is no terminal."""
 _SMOOTHING = 0.9
+_PLAIN_WIDTH = 160
+"""Columns that a table may take in a log file."""
 
 
 def reset_peak_memory() -> None:
@@ -104,6 +106,8 @@ class Reporter:
         self.title = title
         self.is_main = is_main
         self.console = Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = _PLAIN_WIDTH
         self._file = folder / "metrics.jsonl" if folder is not None and is_main else None
         self._log_every_steps = log_every_steps
         self._progress: Any = None

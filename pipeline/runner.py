@@ -12,6 +12,7 @@ import importlib
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -117,6 +118,20 @@ def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | Non
     for stage in ("evaluate", "export"):
         if stage in selected:
             run_stage(config, stage, force=force)
+    if selected[-1] == names[-1]:
+        _say_where_things_are(config)
+
+
+def _say_where_things_are(config: RunConfig) -> None:
+    """The last lines of a whole run: what there is now, and what to do with it."""
+    root = RunFolder(Path(config.output_dir) / config.name)
+    exported = (root.stage("export") / "model").resolve()
+    remote_code = "" if config.model.attention == "softmax" else ", trust_remote_code=True"
+    reporter = Reporter("run", None, is_main=int(os.environ.get("RANK", 0)) == 0)
+    reporter.info("finished.")
+    reporter.info(f"scores   {root.stage('evaluate') / 'results.md'}")
+    reporter.info(f"model    {exported}")
+    reporter.info(f'use it   AutoModelForCausalLM.from_pretrained("{exported}"{remote_code})')
 
 
 def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, force: bool = False) -> Manifest:
@@ -231,6 +246,7 @@ def _run_stage(
         variants=variants,
         reporter=reporter,
     )
+    _quiet_libraries()
     reset_peak_memory()
     started = time.monotonic()
     try:
@@ -312,6 +328,14 @@ def _set_aside(folder: Path, reporter: Reporter) -> None:
     shutil.rmtree(previous, ignore_errors=True)
     os.replace(folder, previous)
     reporter.info(f"--force: the earlier folder is kept as {previous}")
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own progress: no bar per weight file, no deprecation notes between libraries."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 @contextlib.contextmanager
