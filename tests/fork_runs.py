@@ -1,0 +1,86 @@
+"""Runs a pipeline in forked children and kills some of them at random moments: a kill costs no new imports.
+
+    python tests/fork_runs.py CONFIG OUTPUT_DIR NUM_KILLS SEED
+
+Each child runs the whole pipeline of CONFIG into OUTPUT_DIR, going on where the last one stopped. The first NUM_KILLS
+children get SIGKILL after a random time; then one may finish. Prints one JSON line: the moments, the stages hit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import deepspeed  # noqa: F401  (imported before the fork, so that no child pays for it)
+import peft  # noqa: F401
+import torch
+import transformers  # noqa: F401
+
+import hedgehog.stages.distill
+import hedgehog.stages.evaluate
+import hedgehog.stages.export
+import hedgehog.stages.finetune
+import hedgehog.stages.prepare  # noqa: F401
+from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.config_loading import load_config
+from hedgehog.pipeline.runner import run_pipeline
+
+
+def start_child(config: RunConfig) -> int:
+    """Fork a process that runs the pipeline and exits with 0, or prints its traceback and exits with 1."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        run_pipeline(config)
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def stage_at_work(root: Path) -> str:
+    """The stage whose manifest says running, for the report."""
+    running = [m.parent for m in root.rglob("manifest.json") if '"status": "running"' in m.read_text()]
+    return ",".join(sorted(str(folder.relative_to(root)) for folder in running)) or "between stages"
+
+
+def main() -> None:
+    config_file, output_dir, num_kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    random_generator = random.Random(seed)
+    config = load_config(config_file, [f"output_dir={output_dir}", "engine.cpu_threads=1"])
+    longest_s = float(os.environ.get("FORK_RUNS_LONGEST_S", "6"))
+    kills = []
+    for _ in range(num_kills):
+        delay_s = random_generator.uniform(0.0, longest_s)
+        pid = start_child(config)
+        deadline = time.monotonic() + delay_s
+        finished = False
+        while time.monotonic() < deadline and not finished:
+            time.sleep(0.005)
+            finished = os.waitpid(pid, os.WNOHANG)[0] == pid
+        if finished:
+            break
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills.append((round(delay_s, 3), stage_at_work(Path(output_dir) / config.name)))
+    started = time.monotonic()
+    _, status = os.waitpid(start_child(config), 0)
+    print(json.dumps({"kills": kills, "last_run_s": round(time.monotonic() - started, 2)}))
+    sys.exit(0 if status == 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""kill -9 at random moments of any stage, the same command again: the same losses and artifacts, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hedgehog.pipeline.manifest import Manifest, read_manifest
+
+MICRO = {
+    "name": "micro",
+    "model": {"feature_map": "hedgehog_softmax"},
+    "tiny": {
+        "num_train_dialogues": 64, "num_validation_dialogues": 8, "num_test_dialogues": 8, "vocab_size": 400,
+        "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64,
+        "pretrain_steps": 12, "pretrain_batch_size": 4,
+    },
+    "data": {"max_length_tokens": 256},
+    "distill": {"max_steps": 6, "global_batch_size": 2, "save_every_steps": 2},
+    "finetune": {"max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "save_every_steps": 2},
+    "evaluate": {"batch_size": 3, "max_new_tokens": 6, "bootstrap_samples": 20},
+    "export": {"dtype": "float32"},
+    "engine": {"precision": "float32", "device": "cpu"},
+    "variants": {"softmax": {"label": "softmax + LoRA", "overrides": {"model.attention": "softmax"}}},
+}  # fmt: skip
+TIMES = {"step_s", "memory_bytes", "tokens_per_s", "elapsed_s"}
+
+
+def fork_runs(config: Path, output_dir: Path, num_kills: int, seed: int, longest_s: float) -> dict:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FORK_RUNS_LONGEST_S": str(longest_s)}
+    arguments = [str(config), str(output_dir), str(num_kills), str(seed)]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("fork_runs.py")), *arguments],
+        capture_output=True, text=True, env=environment, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def manifests(root: Path) -> dict[str, Manifest]:
+    found = {}
+    for file in sorted(root.rglob("manifest.json")):
+        manifest = read_manifest(file.parent)
+        assert manifest is not None and manifest.status == "done", file
+        found[str(file.parent.relative_to(root))] = manifest
+    return found
+
+
+def losses(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def weights_and_predictions(root: Path) -> dict[str, bytes]:
+    kept = (".safetensors", ".jsonl", ".model")
+    return {
+        str(file.relative_to(root)): file.read_bytes()
+        for file in sorted(root.rglob("*"))
+        if file.suffix in kept and "checkpoints" not in file.parts and file.name != "metrics.jsonl"
+    }
+
+
+@pytest.mark.slow
+def test_random_kills_change_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "micro.yaml"
+    config.write_text(yaml.safe_dump(MICRO))
+    seed = int(os.environ.get("HEDGEHOG_KILL_SEED", random.SystemRandom().randrange(1 << 30)))
+    print(f"seed {seed}: HEDGEHOG_KILL_SEED={seed} repeats the moments of the kills")
+    undisturbed = fork_runs(config, tmp_path / "undisturbed", 0, seed, 0)
+    num_kills = int(os.environ.get("HEDGEHOG_KILLS", "10"))
+    killed = fork_runs(config, tmp_path / "killed", num_kills, seed, undisturbed["last_run_s"] / 4)
+    print(killed)
+    assert killed["kills"], "the run ended before the first kill: make the delays shorter"
+
+    expected, actual = tmp_path / "undisturbed" / "micro", tmp_path / "killed" / "micro"
+    assert manifests(actual).keys() == manifests(expected).keys()
+    for stage in manifests(expected):
+        assert losses(actual / stage) == losses(expected / stage), stage
+    expected_files, actual_files = weights_and_predictions(expected), weights_and_predictions(actual)
+    assert actual_files.keys() == expected_files.keys()
+    different = [name for name in expected_files if actual_files[name] != expected_files[name]]
+    assert different == []
+    assert any(name.startswith("export") and name.endswith(".safetensors") for name in expected_files)
+    leftovers = [str(path.relative_to(actual)) for path in actual.rglob("*.partial*")]
+    assert leftovers == []
