@@ -77,8 +77,8 @@ def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         )
     return (
         f"# {config.name}\n\nA Hedgehog-Llama: {base} with every softmax attention replaced by learned linear "
-        f"attention (feature map `{config.model.feature_map}`) that imitates it, made to summarize dialogues. Cost grows "
-        "linearly with length, and the decoding state has a constant size. Method: Zhang, Bhatia, Kumbong, Ré, "
+        f"attention (feature map `{config.model.feature_map}`) that imitates it, made to summarize dialogues. Cost "
+        "grows linearly with length, and the decoding state has a constant size. Method: Zhang, Bhatia, Kumbong, Ré, "
         '"The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024).'
     )
 

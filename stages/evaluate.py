@@ -335,8 +335,8 @@ def _notes(ctx: StageContext, test: _TestSplit, seen_N: torch.Tensor) -> list[st
         f"also has the scores without them). {search}, at most {settings.max_new_tokens} new tokens, "
         f"{ctx.config.engine.precision}.",
         f"ROUGE: F1 x 100 with stemming{intervals}. Loss (nats) and perplexity: per token of the reference "
-        "summaries, end token included. KL (nats): of the distilled from the softmax attention, after stage one. Train: "
-        "minutes of distill + finetune; memory: the peak of one process.",
+        "summaries, end token included. KL (nats): of the distilled from the softmax attention, after stage one. "
+        "Train: minutes of distill + finetune; memory: the peak of one process.",
     ]
 
 

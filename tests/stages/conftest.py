@@ -184,3 +184,21 @@ def make_finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(make_finished_run: Callable[..., RunConfig]) -> RunConfig:
+    """main (hedgehog_softmax), softmax + LoRA and softmax without training. Do not run stages in it: copy it."""
+    return make_finished_run(
+        variants={
+            "softmax": {"label": "softmax + LoRA", "overrides": {"model.attention": "softmax"}},
+            "zero_shot": {"overrides": {"model.attention": "softmax", "finetune.enabled": False}},
+        }
+    )
+
+
+@pytest.fixture
+def copied_run(finished_run: RunConfig, tmp_path: Path) -> RunConfig:
+    """A copy of `finished_run` for one test alone."""
+    shutil.copytree(finished_run.output_dir, tmp_path / "runs")
+    return finished_run.model_copy(update={"output_dir": str(tmp_path / "runs")})
