@@ -212,6 +212,8 @@ def _travel(stage: _Stage) -> Outcome:
         stage.say(a, f"The {vehicle} is late. It comes {later}.", f"Bad news, I will only arrive {later}.")
         _agree(stage, b)
         time = later
+    else:
+        stage.say(a, "Thank you!", "Thanks, see you there.")
     return (
         f"{b} will pick {a} up in {city} {day} {time}.",
         f"{a} went by {vehicle} to {city}, and {time} {b} was waiting there {day}.",
@@ -303,14 +305,25 @@ def _pet(stage: _Stage) -> Outcome:
         return (
             f"{b} can't feed the {pet} of {a} because {_they(b)} {why}. {a} will ask {other}.",
             f"{a} left for {city} {day}. The {pet} stayed with {other}, since {b} {why}.",
-            (("Which pet?", f"the {pet}"), ("Who will be asked?", other), ("Why?", f"{b} {why}"), ("Which city?", city)),
+            (
+                ("Which pet?", f"the {pet}"),
+                ("Who will be asked?", other),
+                ("Why?", f"{b} {why}"),
+                ("Which city?", city),
+            ),
         )
     stage.say(b, "Of course!", "With pleasure.", "Sure, give me the key.")
     stage.say(a, "Thank you!", "Thanks a lot.")
     return (
         f"{b} will feed the {pet} of {a}, who goes to {city} {day}.",
         f"While {a} was in {city}, {b} took care of the {pet}.",
-        (("Which pet?", f"the {pet}"), ("Who leaves?", a), ("Which city?", city), ("Who stays?", b), ("Which day?", day)),
+        (
+            ("Which pet?", f"the {pet}"),
+            ("Who leaves?", a),
+            ("Which city?", city),
+            ("Who stays?", b),
+            ("Which day?", day),
+        ),
     )
 
 
@@ -351,17 +364,20 @@ def _play(rng: random.Random) -> GeneratedDialogue:
 
 
 def pretraining_texts(count: int, seed: int) -> Iterator[str]:
-    """Documents for pretraining: a dialogue with its story or with questions and answers, or a story alone.
+    """Documents for pretraining: a dialogue, then lines quoted from it, questions with answers, or its story.
 
-    No document has a summary or its prompt: that is left for finetuning.
+    Quoting teaches copying, questions and stories teach where to look. No document has a summary or its prompt: that is
+    left for finetuning.
     """
     rng = random.Random(seed + 1)
     for dialogue in generate_dialogues(count, seed):
         course = rng.random()
-        if course < 0.45:
-            asked = rng.sample(dialogue.questions, min(3, len(dialogue.questions)))
+        if course < 0.25:
+            lines = dialogue.text.split("\n")
+            quoted = [f"> {lines[i]}" for i in sorted(rng.sample(range(len(lines)), min(3, len(lines))))]
+            yield dialogue.text + "\n\n" + "\n".join(quoted)
+        elif course < 0.7:
+            asked = rng.sample(dialogue.questions, len(dialogue.questions))
             yield dialogue.text + "\n\n" + "\n".join(f"{question} {answer}" for question, answer in asked)
-        elif course < 0.9:
-            yield f"{dialogue.text}\n\n{dialogue.story}"
         else:
-            yield dialogue.story
+            yield f"{dialogue.text}\n\n{dialogue.story}"

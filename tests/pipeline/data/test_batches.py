@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from hedgehog.pipeline.config import ScheduleConfig
 from hedgehog.pipeline.data.batches import NO_LOSS, BatchPlan, collate, pack_rows, validation_batches
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import ConfigError, DataError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PAD, EOS = 0, 2
 MAX_LENGTH = 24
@@ -110,9 +111,9 @@ def test_every_row_is_seen_as_often_as_epochs_say(split, schedule_and_ranks, see
     positions = plan.num_steps * schedule.global_batch_size
     passes = positions / len(plan.sequences)
     assert all(int(passes) <= seen[row] <= int(passes) + 1 for row in range(len(split)))
-    assert schedule.epochs <= passes < schedule.epochs + schedule.global_batch_size / len(
-        plan.sequences
-    ) + 1e-6 or (plan.num_steps == 1)
+    assert schedule.epochs <= passes < schedule.epochs + schedule.global_batch_size / len(plan.sequences) + 1e-6 or (
+        plan.num_steps == 1
+    )
 
 
 @settings(deadline=None)
@@ -127,9 +128,7 @@ def test_packing_places_every_row_once_and_fits(lengths, seed):
 
 
 def test_tensors_of_a_packed_batch():
-    split = TokenizedSplit.from_rows(
-        [([1, 11], [12, EOS]), ([1], [13, EOS]), ([1, 14, 15, 16, 17, 18], [19, EOS])]
-    )
+    split = TokenizedSplit.from_rows([([1, 11], [12, EOS]), ([1], [13, EOS]), ([1, 14, 15, 16, 17, 18], [19, EOS])])
     batch = collate(split, [[0, 1], [2]], pad_id=EOS, loss_on="summary")
     assert batch["input_ids"].tolist() == [
         [1, 11, 12, EOS, 1, 13, EOS, EOS],

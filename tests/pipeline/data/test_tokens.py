@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hedgehog.pipeline.data.tokens import TokenizedSplit
-from hedgehog.pipeline.errors import CheckpointError
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+
+from hedgehog.pipeline.data.tokens import TokenizedSplit
+from hedgehog.pipeline.errors import CheckpointError
 
 IDS = st.lists(st.integers(0, 40000), min_size=1, max_size=6)
 ROWS = st.lists(st.tuples(IDS, IDS), max_size=6)

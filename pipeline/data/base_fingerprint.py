@@ -1,0 +1,43 @@
+"""What identifies a base model and a tokenizer, without hashing 13 GB."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ..manifest import fingerprint
+
+_EDGE_BYTES = 1 << 20
+
+
+def fingerprint_base(path_or_id: str, revision: str | None, config: Any) -> str:
+    """SHA-256 over the model's config and, for a local folder, over each weight file's name, size, first and last MiB.
+
+    A safetensors file begins with its header, and training changes every tensor, so edges and size tell two models
+    apart in practice. For a hub id, over id, revision and the commit that the hub resolved it to, where known.
+    """
+    folder = Path(path_or_id).expanduser()
+    identity: dict[str, Any] = {"config": config.to_dict()}
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        identity["weights"] = [[file.name, file.stat().st_size, _hash_edges(file)] for file in files]
+    else:
+        identity |= {"id": path_or_id, "revision": revision, "commit": getattr(config, "_commit_hash", None)}
+    return fingerprint(identity)
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 over what decides the tokens: the fast tokenizer's own serialization, or the vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return fingerprint({"content": content, "special": special})
+
+
+def _hash_edges(file: Path) -> str:
+    with open(file, "rb") as handle:
+        digest = hashlib.sha256(handle.read(_EDGE_BYTES))
+        handle.seek(max(0, file.stat().st_size - _EDGE_BYTES))
+        digest.update(handle.read(_EDGE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""The inputs of a tiny run, made on the spot: corpus, tokenizer, and a small Llama that has read but not summarized."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save
+
+from ..config import TinyConfig
+from ..run_folder import atomic_directory, atomic_write
+from .dialogue_corpus import GeneratedDialogue, generate_dialogues, pretraining_texts
+from .tiny_pretrain import WINDOW_TOKENS, make_llama, pretrain
+from .tiny_tokenizer import save_tokenizer, train_tokenizer
+from .tokenize import load_tokenizer
+
+if TYPE_CHECKING:
+    from ..metrics import Reporter
+
+_TOKENIZER_DIALOGUES = 4000
+"""Dialogues that the tokenizer learns from; more of them change no piece that matters."""
+_TOKENS_PER_DOCUMENT = 60
+"""A low estimate of a pretraining document's length, so that there are enough of them for one pass."""
+
+
+def make_corpus(tiny: TinyConfig, seed: int, folder: Path) -> dict[str, Path]:
+    """Write train, validation and test as JSONL; no dialogue occurs twice. Returns the file of each split."""
+    sizes = {
+        "train": tiny.num_train_dialogues,
+        "validation": tiny.num_validation_dialogues,
+        "test": tiny.num_test_dialogues,
+    }
+    dialogues = generate_dialogues(sum(sizes.values()), seed)
+    files = {}
+    start = 0
+    for split, size in sizes.items():
+        rows = [
+            {"id": f"{split}-{i}", "dialogue": dialogue.text, "summary": dialogue.summary}
+            for i, dialogue in enumerate(dialogues[start : start + size])
+        ]
+        start += size
+        files[split] = folder / f"{split}.jsonl"
+        atomic_write(files[split], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return files
+
+
+def make_base_model(
+    tiny: TinyConfig,
+    seed: int,
+    folder: Path,
+    checkpoint: Path,
+    fingerprint: str,
+    generator: Callable[[str], torch.Generator],
+    reporter: Reporter,
+) -> None:
+    """Make `folder`: a pretrained LlamaForCausalLM (float32) with its tokenizer. It appears when it is complete.
+
+    A call after an interruption goes on from `checkpoint`; where the folder is there, nothing is done.
+    """
+    if folder.exists():
+        return
+    with atomic_directory(folder) as unfinished:
+        save_tokenizer(train_tokenizer(_tokenizer_texts(seed), tiny.vocab_size), unfinished)
+        tokenizer = load_tokenizer(str(unfinished))
+        model = make_llama(tiny, seed)
+        num_weights = sum(parameter.numel() for parameter in model.parameters())
+        reporter.info(f"pretraining a Llama of {num_weights:,} weights for {tiny.pretrain_steps} steps")
+        stream = _token_stream(tiny, seed, tokenizer)
+        loss = pretrain(model, stream, tiny, generator("pretraining order"), checkpoint, fingerprint, reporter)
+        reporter.info(f"pretrained to {loss:.3f} nats a token")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(unfinished)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(unfinished)
+        # Not model.save_pretrained: safetensors reports a full disk as an error of its own, without errno.
+        (unfinished / "model.safetensors").write_bytes(save(model.state_dict(), {"format": "pt"}))
+    checkpoint.unlink(missing_ok=True)
+
+
+def _pretraining_seed(seed: int) -> int:
+    # Other dialogues than those of the corpus, so that the test rows are new to the model.
+    return seed + 1_000_003
+
+
+def _tokenizer_texts(seed: int) -> Sequence[str]:
+    def texts(dialogue: GeneratedDialogue) -> list[str]:
+        # With the line breaks: a name at the start of a line has a piece of its own.
+        return [f"{dialogue.text}\n{dialogue.story}", dialogue.summary]
+
+    dialogues = generate_dialogues(_TOKENIZER_DIALOGUES, _pretraining_seed(seed))
+    return [text for dialogue in dialogues for text in texts(dialogue)]
+
+
+def _token_stream(tiny: TinyConfig, seed: int, tokenizer: Any) -> torch.Tensor:
+    """Documents end to end, each between BOS and EOS: int64, enough for every step where possible."""
+    tokens = tiny.pretrain_steps * tiny.pretrain_batch_size * WINDOW_TOKENS
+    documents = list(pretraining_texts(math.ceil(tokens / _TOKENS_PER_DOCUMENT), _pretraining_seed(seed)))
+    rows = tokenizer(documents, add_special_tokens=False).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stream = torch.tensor([token for row in rows for token in (bos, *row, eos)])
+    if len(stream) < WINDOW_TOKENS:
+        stream = stream.repeat(math.ceil(WINDOW_TOKENS / len(stream)))
+    return stream

@@ -1,0 +1,180 @@
+"""Stage nought: check or make what the run needs, and tokenize it once.
+
+    base model, tokenizer ──▶ checked          train, validation, test ──▶ tokens_*.safetensors, examples_*.jsonl
+
+For a run with a `tiny` section it first makes corpus, tokenizer and a small pretrained Llama.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.config import DataConfig
+from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_tokenizer
+from ..pipeline.data.sources import SPLITS, Split, resolve_splits
+from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
+from ..pipeline.errors import ConfigError, DataError
+from ..pipeline.run_folder import atomic_write, write_json
+from ..pipeline.runner import StageContext, StageResult
+
+CONSUMES: tuple[str, ...] = ()
+SECTIONS: tuple[str, ...] = (
+    "seed",
+    "model.base",
+    "model.tokenizer",
+    "model.revision",
+    "model.trust_remote_code",
+    "data",
+    "tiny",
+)
+IGNORED: frozenset[str] = frozenset()
+
+
+def run(ctx: StageContext) -> StageResult:
+    """Prepare on the first process; the others wait.
+
+    Raises:
+        ConfigError: no base model and no tiny section.
+        ModelError: the base is no usable Llama, or the tokenizer does not fit it.
+        DataError: a dataset, file or row cannot be used, or nothing is left of a split.
+    """
+    result = _prepare(ctx) if ctx.world.is_main else StageResult()
+    ctx.world.barrier()
+    return result
+
+
+def _prepare(ctx: StageContext) -> StageResult:
+    # Importing transformers takes seconds, and pipeline.llama needs it.
+    from ..pipeline.llama.load_base import check_base, check_tokenizer_fits
+
+    model, data = ctx.config.model, ctx.config.data
+    base, artifacts = model.base, {}
+    if ctx.config.tiny is not None:
+        base, data = _make_tiny_inputs(ctx)
+        artifacts["base_model"] = "base_model"
+    elif base is None:
+        raise ConfigError("model.base: set it to a local folder or hub id of a Llama (or add a tiny section)")
+
+    # Everything that can be refused cheaply is refused before the slow work.
+    splits = resolve_splits(data, ctx.rng)
+    base_config = check_base(base, revision=model.revision)
+    tokenizer_source = model.tokenizer or base
+    tokenizer = load_tokenizer(tokenizer_source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    check_tokenizer_fits(tokenizer, base_config)
+    pad_id, pad_reason = choose_pad_id(tokenizer)
+    ctx.reporter.info(f"padding with token {pad_id}: {pad_reason}")
+
+    described = {
+        "path": base,
+        "revision": model.revision,
+        "fingerprint": fingerprint_base(base, model.revision, base_config),
+        "tokenizer": tokenizer_source,
+        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
+    }
+    write_json(ctx.folder / "base_model.json", described)
+    artifacts.setdefault("base_model", "base_model.json")
+
+    figures: dict[str, dict[str, int]] = {}
+    for name in SPLITS:
+        tokenized = tokenize_examples(tokenizer, splits[name].examples, data)
+        if not tokenized.examples:
+            raise DataError(
+                f"{splits[name].source}: every {name} row is longer than data.max_length_tokens = "
+                f"{data.max_length_tokens}; raise it, or set data.overlong=truncate_dialogue"
+            )
+        artifacts |= _write_split(ctx.folder, name, tokenized)
+        figures[name] = _figures(splits[name], tokenized)
+    _show(ctx, figures, splits)
+
+    longest_input = getattr(base_config, "max_position_embeddings", None)
+    longest_row = max(split["length_max"] for split in figures.values())
+    if longest_input is not None and longest_row > longest_input:
+        ctx.reporter.warning(
+            f"rows of up to {longest_row} tokens, but the base model was made for {longest_input}: "
+            "lower data.max_length_tokens"
+        )
+    summary: dict[str, Any] = {
+        "base_model": base,
+        "tokenizer": tokenizer_source,
+        "base_fingerprint": described["fingerprint"],
+        "tokenizer_fingerprint": described["tokenizer_fingerprint"],
+        "pad_id": pad_id,
+        "splits": figures,
+    }
+    return StageResult(artifacts=artifacts, summary=summary)
+
+
+def _make_tiny_inputs(ctx: StageContext) -> tuple[str, DataConfig]:
+    """Base model folder, and a data section that points at the generated files."""
+    from ..pipeline.data.tiny import make_base_model, make_corpus
+
+    tiny = ctx.config.tiny
+    assert tiny is not None
+    files = make_corpus(tiny, ctx.config.seed, ctx.folder / "corpus")
+    folder = ctx.folder / "base_model"
+    checkpoint = ctx.folder / "checkpoints" / "pretraining.safetensors"
+    make_base_model(tiny, ctx.config.seed, folder, checkpoint, ctx.fingerprint, ctx.rng, ctx.reporter)
+    paths = {f"{split}_file": str(file) for split, file in files.items()}
+    return str(folder), ctx.config.data.model_copy(update={"dataset": None, **paths})
+
+
+def _write_split(folder: Path, name: str, tokenized: TokenizedExamples) -> dict[str, str]:
+    """Write tokens and texts of a split, in the same order: artifact name to file name."""
+    tokens, examples = f"tokens_{name}.safetensors", f"examples_{name}.jsonl"
+    tokenized.split.write(folder / tokens)
+    rows = (
+        {
+            "id": example.id,
+            "dialogue": example.dialogue,
+            "summary": example.summary,
+            "prompt": prompt,
+            "seen_in_train": example.seen_in_train,
+        }
+        for example, prompt in zip(tokenized.examples, tokenized.prompts, strict=True)
+    )
+    atomic_write(folder / examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return {f"tokens_{name}": tokens, f"examples_{name}": examples}
+
+
+def _figures(split: Split, tokenized: TokenizedExamples) -> dict[str, int]:
+    """Counts of a split, and its lengths in tokens (prompt, summary and EOS)."""
+    lengths = tokenized.split.lengths.sort().values
+    last = len(lengths) - 1
+    return {
+        **split.counts.as_dict(),
+        "dropped_overlong": tokenized.dropped_overlong,
+        "truncated": tokenized.truncated,
+        "used": len(tokenized.examples),
+        "seen_in_train": sum(example.seen_in_train for example in tokenized.examples),
+        "tokens": int(lengths.sum()),
+        "length_p50": int(lengths[round(0.5 * last)]),
+        "length_p95": int(lengths[round(0.95 * last)]),
+        "length_max": int(lengths[-1]),
+    }
+
+
+_TABLE_ROWS = {
+    "rows": "rows read",
+    "dropped_empty": "dropped: empty dialogue",
+    "dropped_no_summary": "dropped: no summary",
+    "dropped_duplicates": "dropped: duplicate",
+    "dropped_overlong": "dropped: too long",
+    "held_out": "held out for validation",
+    "left_out": "left out (sampled)",
+    "used": "rows used",
+    "truncated": "  dialogue cut",
+    "seen_in_train": "  dialogue also in train",
+    "tokens": "tokens",
+    "length_p50": "  a row: median",
+    "length_p95": "  a row: 95th percentile",
+    "length_max": "  a row: longest",
+}
+
+
+def _show(ctx: StageContext, figures: dict[str, dict[str, int]], splits: dict[str, Split]) -> None:
+    for name in SPLITS:
+        ctx.reporter.info(f"{name}: {splits[name].source}")
+    rows = [[label, *(f"{figures[name][key]:,}" for name in SPLITS)] for key, label in _TABLE_ROWS.items()]
+    ctx.reporter.table("Rows and tokens", ["", *SPLITS], rows)
