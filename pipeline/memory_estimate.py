@@ -38,6 +38,8 @@ GATHERED_WEIGHTS = 10**9
 """Weights that ZeRO-3 lets live at once (DeepSpeed's stage3_max_live_parameters)."""
 SUMMARY_SHARE = 0.25
 """Part of a training row's tokens that belong to the summary and get logits (SAMSum: 0.15 to 0.2)."""
+FEATURE_RESULTS = {"hedgehog_exp": 1.5, "performer": 2.0, "taylor": 2.0}
+"""Results of φ's size in fp32 that a map keeps for its backward; 1 for the others."""
 LOSS_TILE_CELLS = {"cpu": 2**19, "cuda": 2**25}
 """Numbers in a tile of the distillation loss; three tiles exist at a time (kernels/distill_loss.py)."""
 
@@ -296,7 +298,8 @@ def saved_per_token(config: RunConfig, shape: ModelShape) -> list[tuple[str, flo
     if sizes.linear:
         if config.finetune.train_feature_maps and sizes.num_map_weights:
             parts.append(("map inputs 8HD", 8.0 * queries))
-        parts.append(("maps 8HF", 4.0 * sizes.features_per_token))
+        results = FEATURE_RESULTS.get(config.model.feature_map, 1.0)
+        parts.append((f"maps {8 * results:g}HF", 4.0 * results * sizes.features_per_token))
         parts.append(("φ 2HFp", float(sizes.features_per_token * p)))
         parts.append(("v, o, d", float(p * (keys + queries) + 4 * shape.num_heads)))
     else:

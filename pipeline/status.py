@@ -22,7 +22,6 @@ from .run_folder import STAGES, VARIANT_STAGES, RunFolder
 _PLAIN_WIDTH = 120
 _LIVELY_S = 120
 """A stage that wrote metrics this recently is taken to be running."""
-_LOSS_NAMES = ("loss", "validation_loss", "kl_mean", "kl")
 
 State = Literal["not started", "unfinished", "done", "skipped"]
 
@@ -200,10 +199,11 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def _last_loss(records: list[dict[str, Any]]) -> tuple[str | None, float | None]:
-    for name in _LOSS_NAMES:
-        for record in reversed(records):
-            if isinstance(record.get(name), (int, float)):
-                return name, float(record[name])
+    """Name and value of the newest training loss (`loss_nats`)."""
+    for record in reversed(records):
+        for name, value in record.items():
+            if name.startswith("loss") and isinstance(value, (int, float)):
+                return name, float(value)
     return None, None
 
 
@@ -251,8 +251,10 @@ def _commands(folder: RunFolder, config: RunConfig | None, stages: tuple[StageSt
             yield "hedgehog run CONFIG"
         return
     where: list[str] = [str(folder.config_file)]
-    if Path(config.output_dir) / config.name != folder.root:
+    if Path(config.output_dir) != folder.root.parent:
         where.append(f"output_dir={folder.root.parent}")
+    if config.name != folder.root.name:
+        where.append(f"name={folder.root.name}")
     subsets = [stage for stage in stages if stage.layers is not None]
     for stage in subsets:
         if stage.state == "unfinished":

@@ -1,0 +1,179 @@
+"""The memory estimate: exact where it counts weights, near where autograd can be asked what it keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.memory_estimate import GIB, estimate_memory, saved_per_token, state_bytes
+from hedgehog.pipeline.model_shape import HUB_SHAPES, ModelShape
+
+LLAMA_7B = HUB_SHAPES["meta-llama/Llama-2-7b-hf"]
+SMALL = ModelShape(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=160,
+    vocab_size=128,
+    max_length_tokens=512,
+)
+
+
+def make_config(**sections: Any) -> RunConfig:
+    model = {"base": "meta-llama/Llama-2-7b-hf", **sections.pop("model", {})}
+    return RunConfig.model_validate({"name": "x", "model": model, "data": {"dataset": "a/b"}, **sections})
+
+
+def stages(config: RunConfig, *, world_size: int = 1, shape: ModelShape = LLAMA_7B) -> dict[str, dict[str, float]]:
+    """Title of every stage to its terms' bytes, and `total`."""
+    estimates = estimate_memory(config, shape, world_size=world_size, device="cuda")
+    return {
+        estimate.title: {term.name: term.num_bytes for term in estimate.terms} | {"total": estimate.num_bytes}
+        for estimate in estimates
+    }
+
+
+def test_llama_2_has_its_published_numbers_of_weights():
+    counts = {name: shape.num_weights for name, shape in HUB_SHAPES.items() if "chat" not in name}
+    assert counts == {
+        "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+        "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+        "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    }
+
+
+def test_weights_maps_and_state_of_7b():
+    figures = stages(make_config())
+    assert figures["distill"]["base weights"] == 2 * 6_738_415_616
+    assert figures["distill"]["trained weights"] == 4 * 2 * 32 * 32 * 128**2
+    assert state_bytes(make_config(), LLAMA_7B) == 4 * 32 * 32 * 256 * 129
+    lora = 4 * 32 * 8 * 4 * (4096 + 4096)
+    assert figures["finetune"]["trained weights"] == figures["distill"]["trained weights"] + lora
+
+
+def test_weights_of_a_model_are_counted_exactly():
+    model = small_llama(num_layers=2, dtype=torch.float32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == SMALL.num_weights
+
+
+def test_distillation_is_flat_in_depth_and_linear_in_length():
+    def activations(length: int, num_layers: int) -> float:
+        config = make_config(data={"dataset": "a/b", "max_length_tokens": length})
+        shape = ModelShape(4096, num_layers, 32, 32, 128, 11008, 32000, 4096)
+        estimates = estimate_memory(config, shape, world_size=1, device="cuda")
+        return sum(term.num_bytes for term in estimates[0].terms if term.kind == "activations")
+
+    assert activations(4096, 8) == activations(4096, 32)
+    assert activations(65536, 8) / activations(32768, 8) == pytest.approx(2, rel=0.1)
+
+
+def test_what_each_setting_saves():
+    base = stages(make_config(engine={"zero_stage": 1}), world_size=8)
+    assert stages(make_config(engine={"zero_stage": 2}), world_size=8)["finetune"]["gradients"] == pytest.approx(
+        base["finetune"]["gradients"] / 8
+    )
+    sharded = stages(make_config(engine={"zero_stage": 3}), world_size=8)
+    assert sharded["distill"]["base weights"] == base["distill"]["base weights"] / 8
+    assert sharded["evaluate"]["base weights"] == base["evaluate"]["base weights"], "evaluate does not shard"
+    assert sharded["distill"]["trained weights"] == base["distill"]["trained weights"]
+    checkpointed = stages(make_config(finetune={"gradient_checkpointing": True}), world_size=8)
+    assert checkpointed["finetune"]["total"] < 0.7 * base["finetune"]["total"]
+    eight_bit = stages(make_config(finetune={"optimizer": "adamw8bit"}), world_size=8)
+    assert eight_bit["finetune"]["optimizer"] < base["finetune"]["optimizer"]
+    offloaded = stages(make_config(engine={"offload_optimizer": True}), world_size=8)
+    assert offloaded["distill"]["optimizer"] == 0
+    nf4 = stages(make_config(model={"quantization": "nf4"}), world_size=8)
+    assert 0.25 < nf4["distill"]["base weights"] / base["distill"]["base weights"] < 0.3
+
+
+def test_stages_that_will_not_run_are_not_estimated():
+    variants = {
+        "zero": {"overrides": {"model.attention": "softmax", "finetune.enabled": False}},
+        "soft": {"overrides": {"model.attention": "softmax"}},
+        "elu": {"overrides": {"model.feature_map": "elu"}},
+    }
+    figures = stages(make_config(variants=variants))
+    assert list(figures) == [
+        "distill", "finetune", "finetune (soft)", "distill (elu)", "finetune (elu)", "evaluate", "export",
+    ]  # fmt: skip
+    assert "optimizer" not in figures["distill (elu)"]
+    assert figures["finetune (soft)"]["trained weights"] < figures["finetune"]["trained weights"]
+
+
+def test_qlora_fits_a_24_gb_card():
+    config = make_config(
+        model={"quantization": "nf4"},
+        finetune={"optimizer": "adamw8bit", "gradient_checkpointing": True},
+        evaluate={"batch_size": 8},
+    )
+    assert max(figures["total"] for figures in stages(config).values()) < 0.9 * 24e9
+
+
+def test_the_terms_of_a_stage_add_up_and_have_formulas():
+    for estimate in estimate_memory(make_config(), LLAMA_7B, world_size=2, device="cuda"):
+        assert all(term.formula and term.num_bytes >= 0 for term in estimate.terms)
+        assert estimate.num_bytes == sum(term.num_bytes for term in estimate.terms) > GIB
+
+
+def small_llama(num_layers: int, dtype: torch.dtype) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=SMALL.hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=SMALL.num_heads,
+        num_key_value_heads=SMALL.num_key_value_heads,
+        head_dim=SMALL.head_dim,
+        intermediate_size=SMALL.intermediate_size,
+        vocab_size=SMALL.vocab_size,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def measured_bytes(num_layers: int, config: RunConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that autograd keeps in a forward pass, each storage once, without weights."""
+    from peft import LoraConfig, get_peft_model
+
+    from hedgehog.pipeline.llama.convert import convert_llama, feature_map_modules
+
+    model: Any = small_llama(num_layers, dtype)
+    if config.model.attention == "linear":
+        model = convert_llama(model, feature_map=config.model.feature_map)
+    lora = config.finetune.lora
+    adapted = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=list(lora.target_modules)))
+    if config.model.attention == "linear":
+        for module in feature_map_modules(adapted.get_base_model()).values():
+            module.requires_grad_(True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(0, SMALL.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        adapted(input_ids=ids, logits_to_keep=1, use_cache=False)
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("feature_map", ["hedgehog_softmax", None])
+def test_activations_of_a_layer_are_what_autograd_keeps(precision, feature_map):
+    model = {"attention": "softmax"} if feature_map is None else {"feature_map": feature_map}
+    config = make_config(model=model, engine={"precision": precision})
+    dtype, tokens = getattr(torch, precision), 256
+    # the difference of two depths is a layer's own share, without embedding and logits
+    measured = measured_bytes(2, config, dtype, tokens) - measured_bytes(1, config, dtype, tokens)
+    estimated = tokens * sum(per_token for _, per_token in saved_per_token(config, SMALL))
+    assert 0.9 * measured < estimated < 1.25 * measured

@@ -1,0 +1,153 @@
+"""`status` shows each stage's state and the command that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.config_loading import dump_resolved
+from hedgehog.pipeline.errors import CheckpointError, ConfigError
+from hedgehog.pipeline.manifest import Artifact, Manifest
+from hedgehog.pipeline.status import find_run_folder, print_status, read_status
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with a variant, before its first stage."""
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig.model_validate(
+        {
+            "name": "trial",
+            "model": {"base": "a/b"},
+            "data": {"dataset": "c/d"},
+            "distill": {"epochs": 2},
+            "variants": {"soft": {"overrides": {"model.attention": "softmax"}}},
+        }
+    )
+    folder = Path("runs/trial")
+    folder.mkdir(parents=True)
+    (folder / "config.resolved.yaml").write_text(dump_resolved(config))
+    return folder
+
+
+def add_stage(run: Path, place: str, *, records: list[dict[str, Any]] | None = None, **fields: Any) -> Path:
+    folder = run / place
+    folder.mkdir(parents=True)
+    stage = next(name for name in reversed(place.split("/")) if not name.startswith("layers-"))
+    Manifest(stage=stage, fingerprint="f", config={}, **{"status": "done", **fields}).write(folder)
+    if records is not None:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def prepared(run: Path, num_rows: int) -> None:
+    """`prepare` finished, with a tokens file of this many rows (a safetensors header is all that is read)."""
+    tokens = Artifact(path="tokens_train.safetensors", sha256="", num_bytes=0)
+    folder = add_stage(run, "prepare", artifacts={"tokens_train": tokens}, duration_s=30.0)
+    shape = {"offsets": {"dtype": "I64", "shape": [num_rows + 1], "data_offsets": [0, 8 * (num_rows + 1)]}}
+    header = json.dumps(shape).encode()
+    (folder / tokens.path).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8 * (num_rows + 1)))
+
+
+def states(run: Path) -> dict[str, str]:
+    return {stage.title: stage.state for stage in read_status(str(run)).stages}
+
+
+def test_a_run_before_its_first_stage(run):
+    assert states(run) == dict.fromkeys(
+        ["prepare", "distill", "finetune", "soft/distill", "soft/finetune", "evaluate", "export"], "not started"
+    )
+    assert read_status("trial").commands == ("hedgehog run runs/trial/config.resolved.yaml",)
+
+
+def test_an_unfinished_stage_shows_how_far_it_is(run):
+    prepared(run, num_rows=20)
+    records = [{"step": step, "loss_nats": 3.0 / step, "step_s": 60.0} for step in (1, 2, 3)]
+    folder = add_stage(run, "distill", status="running", records=records)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # torn by a kill
+    before = time.time() - 600
+    for file in folder.iterdir():
+        os.utime(file, (before, before))
+    stage = read_status(str(run)).stages[1]
+    # 20 rows, 2 epochs, batches of 8
+    assert (stage.state, stage.step, stage.total_steps) == ("unfinished", 3, 5)
+    assert (stage.loss_name, stage.loss, stage.minutes) == ("loss_nats", 1.0, 3.0)
+    assert stage.detail == "last wrote 10 min ago"
+
+
+def test_done_and_skipped_stages(run):
+    artifact = Artifact(path="adapter", sha256="", num_bytes=1)
+    add_stage(
+        run, "finetune", artifacts={"adapter": artifact}, duration_s=90.0, records=[{"step": 4, "loss_nats": 2.0}]
+    )
+    add_stage(run, "variants/soft/distill", skipped="softmax has no maps")
+    stages = {stage.title: stage for stage in read_status(str(run)).stages}
+    done, skipped = stages["finetune"], stages["soft/distill"]
+    assert (done.state, done.step, done.total_steps, done.minutes) == ("done", 4, 4, 1.5)
+    assert done.artifacts == {"adapter": "runs/trial/finetune/adapter"}
+    assert (skipped.state, skipped.detail) == ("skipped", "softmax has no maps")
+
+
+def test_a_finished_run_needs_no_command(run, capsys):
+    for place in ("prepare", "distill", "finetune", "evaluate", "export"):
+        add_stage(run, place)
+    for place in ("distill", "finetune"):
+        add_stage(run, f"variants/soft/{place}")
+    assert read_status(str(run)).commands == ()
+    print_status(str(run), as_json=False)
+    assert "finished." in capsys.readouterr().out
+
+
+def test_subsets_of_layers_are_finished_and_merged_before_the_rest(run):
+    add_stage(run, "distill/layers-0-1")
+    add_stage(run, "distill/layers-2-3", status="running")
+    config = "runs/trial/config.resolved.yaml"
+    assert states(run)["distill/2-3"] == "unfinished"
+    assert read_status(str(run)).commands == (
+        f"hedgehog distill {config} --layers 2-3",
+        f"hedgehog merge {config}",
+        f"hedgehog run {config}",
+    )
+
+
+def test_a_run_folder_that_was_moved(run):
+    run.rename("elsewhere")
+    assert read_status("elsewhere").commands == (
+        "hedgehog run elsewhere/config.resolved.yaml output_dir=. name=elsewhere",
+    )
+
+
+def test_the_ways_to_name_a_run(run):
+    assert find_run_folder("trial") == find_run_folder("runs/trial") == run
+    assert find_run_folder("runs/trial/config.resolved.yaml") == run
+    with pytest.raises(ConfigError, match=r"trail: no run folder .* Runs here: trial\."):
+        find_run_folder("trail")
+
+
+def test_files_that_are_not_ours(run):
+    (run / "distill").mkdir()
+    (run / "distill" / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"distill/manifest\.json"):
+        read_status(str(run))
+    (run / "config.resolved.yaml").write_text("nam: x\n")
+    with pytest.raises(CheckpointError, match="did you mean name"):
+        read_status(str(run))
+
+
+def test_json_and_the_table_say_the_same(run, capsys):
+    add_stage(run, "prepare")
+    print_status(str(run), as_json=True)
+    parsed = json.loads(capsys.readouterr().out)
+    assert [stage["state"] for stage in parsed["stages"]][:2] == ["done", "not started"]
+    print_status(str(run), as_json=False)
+    shown = capsys.readouterr().out
+    assert "to go on: hedgehog run runs/trial/config.resolved.yaml" in shown
+    assert "soft/finetune" in shown

@@ -1,0 +1,170 @@
+"""`validate` finds every fault that shows without a GPU or the network, and does the arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hedgehog.pipeline.validation import validate_config, validate_configs
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Llama's config.json, 60 training rows (one of them twice), 5 test rows, and a config."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(LLAMA))
+    rows = [{"id": str(i), "dialogue": f"Ann: {i}?\nBen: yes", "summary": f"Ben agrees to {i}."} for i in range(60)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, rows[0]]))
+    (tmp_path / "test.json").write_text(json.dumps(rows[:5]))
+    (tmp_path / "config.yaml").write_text(
+        "name: trial\n"
+        f"model: {{base: {tmp_path}/llama}}\n"
+        f"data: {{train_file: {tmp_path}/train.jsonl, test_file: {tmp_path}/test.json, max_length_tokens: 128,\n"
+        "       num_validation_examples: 10}\n"
+        "engine: {device: cpu, precision: float32}\n"
+        "variants: {soft: {overrides: {model.attention: softmax}}}\n"
+    )
+    return tmp_path
+
+
+def errors(folder: Path, *overrides: str, world_size: int = 1) -> list[str]:
+    return validate_config(folder / "config.yaml", overrides, world_size=world_size).errors
+
+
+def test_batch_arithmetic(folder):
+    overrides = ["distill.epochs=2", "finetune.max_steps=7", "finetune.global_batch_size=16"]
+    report = validate_config(folder / "config.yaml", overrides, world_size=2)
+    assert report.errors == []
+    distill, finetune = report.batches
+    # 61 rows less one duplicate less 10 for validation; two epochs in batches of 8
+    assert (distill.num_rows, distill.num_steps, distill.num_accumulation) == (50, 13, 4)
+    assert (finetune.num_steps, finetune.num_accumulation) == (7, 8)
+    assert finetune.max_tokens_per_step == 16 * 128
+    assert {estimate.title for estimate in report.memory} == {
+        "distill", "finetune", "finetune (soft)", "evaluate", "export",
+    }  # fmt: skip
+
+
+def test_steps_of_packed_rows_are_not_guessed(folder):
+    report = validate_config(folder / "config.yaml", ["distill.packing=true"])
+    assert [entry.num_steps is None for entry in report.batches] == [True, False]
+
+
+def test_every_fault_is_told_at_once(folder):
+    found = errors(
+        folder,
+        "finetune.lora.target_modules=[q_prj, v_proj]",
+        "model.feature_map=hedgehog",
+        "distill.layers=0-2",
+        "data.test_file=/nowhere/test.json",
+        "model.tokenizer=/nowhere/tokenizer",
+        "engine.deepspeed_config=/nowhere/ds.json",
+        world_size=3,
+    )
+    for part in (
+        "distill.global_batch_size: 8 is not a multiple of micro_batch_size 1 x 3 processes",
+        "finetune.global_batch_size: 8 is not a multiple",
+        "model.feature_map: unknown feature map 'hedgehog'; known: hedgehog_softmax",
+        "finetune.lora.target_modules: unknown module q_prj; did you mean q_proj?",
+        "distill.layers: 0-2 asks for layer 2; the model has layers 0 to 1",
+        "data.test_file: there is no file /nowhere/test.json",
+        "model.tokenizer: /nowhere/tokenizer is no folder",
+        "engine.deepspeed_config: cannot read /nowhere/ds.json",
+    ):
+        assert any(part in error for error in found), part
+    assert len(found) == 8, "a variant that inherits a fault does not repeat it"
+
+
+def test_a_variants_own_faults_are_told(folder):
+    found = errors(folder, "variants.soft.overrides={model.feature_map: elu, model.feature_dim: 5}")
+    assert len(found) == 1
+    assert found[0].startswith("variants.soft.overrides.model.feature_map: feature map 'elu' has no projection")
+    found = errors(folder, "variants.soft.overrides={finetune.lora.target_modules: [fc1]}")
+    assert found == [
+        "variants.soft.overrides.finetune.lora.target_modules: unknown module fc1; a Llama's are q_proj, k_proj, "
+        "v_proj, o_proj, gate_proj, up_proj, down_proj."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (json.dumps({**LLAMA, "model_type": "mistral"}), "model_type is 'mistral'; only llama can be converted"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "model_type is None"),
+        (json.dumps({"model_type": "llama", "hidden_size": 64}), "lacks num_hidden_layers, num_attention_heads"),
+        (None, "has no config.json"),
+    ],
+)
+def test_a_base_that_is_no_llama(folder, content, expected):
+    file = folder / "llama" / "config.json"
+    file.unlink() if content is None else file.write_text(content)
+    (error,) = errors(folder)
+    assert error.startswith("model.base: ")
+    assert expected in error
+
+
+def test_a_base_that_is_nowhere(folder):
+    assert errors(folder, "model.base=/nowhere/llama") == ["model.base: /nowhere/llama: no such folder."]
+    report = validate_config(folder / "config.yaml", ["model.base=somebody/llama"])
+    assert report.errors == [] and report.memory == []
+    assert any("somebody/llama is on the hub" in note for note in report.notes)
+
+
+def test_rows_that_are_no_json(folder):
+    (folder / "train.jsonl").write_text('{"dialogue": "a", "summary": "b"}\n{"dialogue": \n')
+    (error,) = errors(folder)
+    assert "train.jsonl:2" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.max_length_tokens=300"], "300 is more than the 256 tokens"),
+        (["data.max_length_tokens=200"], "200 tokens of a prompt and 96 new ones pass the base model's 256"),
+        (["finetune.train_feature_maps=false", "finetune.feature_map_learning_rate=1e-3"], "has no effect"),
+        (["distill.max_steps=3", "distill.epochs=2"], "distill.epochs: has no effect while max_steps is set"),
+        (["model.attention=softmax", "model.feature_dim=8"], "has no effect while model.attention is softmax"),
+        (["engine.zero_stage=3"], "hold the whole model in every process"),
+        (["distill.layers=0"], "joined by `hedgehog merge`"),
+    ],
+)
+def test_settings_that_deserve_a_look_are_noted(folder, overrides, expected):
+    report = validate_config(folder / "config.yaml", overrides)
+    assert report.errors == []
+    assert any(expected in note for note in report.notes)
+    assert not any(expected in note for note in validate_config(folder / "config.yaml").notes)
+
+
+def test_json_has_every_term_with_its_formula(folder, capsys):
+    broken = folder / "broken.yaml"
+    broken.write_text("name: x\nmodle: {}\n")
+    assert not validate_configs([str(folder / "config.yaml"), str(broken)], [], world_size=1, as_json=True)
+    good, bad = json.loads(capsys.readouterr().out)
+    assert (good["valid"], bad["valid"]) == (True, False)
+    assert "unknown key; did you mean model?" in bad["errors"][0]
+    for stage in good["memory"]:
+        assert stage["num_bytes"] == pytest.approx(sum(term["num_bytes"] for term in stage["terms"]), abs=20)
+        assert all(term["formula"] for term in stage["terms"])
+
+
+def test_the_tables_show_steps_and_memory(folder, capsys):
+    assert validate_configs([str(folder / "config.yaml")], [], world_size=2, as_json=False)
+    shown = capsys.readouterr().out
+    assert "valid (2 processes on cpu)" in shown
+    assert "0.1 M weights, 2 layers, 4 heads (2 for keys and values) x 16" in shown
+    assert "1 x 2 x 4" in shown
+    assert "finetune (soft)" in shown
