@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .deepspeed_import import import_deepspeed
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -78,10 +79,9 @@ def restore_weights(parameters: Parameters, folder: Path) -> None:
             f"{folder}: it holds other weights than this run trains ({odd[0]} and {len(odd) - 1} more differ). "
             "Begin the stage anew with --force."
         )
-    from deepspeed.zero import GatheredParameters
-
+    gathered = import_deepspeed().zero.GatheredParameters
     for name, parameter in parameters.items():
-        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        with gathered([parameter], modifier_rank=0), torch.no_grad():
             if parameter.numel():
                 _check_shape(folder, name, weights[name], parameter.shape)
                 parameter.copy_(weights[name])

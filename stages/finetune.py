@@ -1,0 +1,247 @@
+"""Stage two: LoRA on the summaries, loss on the summaries' tokens only. Feature maps learn along, or stay.
+
+    load the base → linear attention with the distilled maps (or softmax) → adapters → train → adapter and maps
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..pipeline.checkpoints import Checkpoints
+from ..pipeline.data.batches import NO_LOSS, BatchPlan, validation_batches
+from ..pipeline.data.tokens import TokenizedSplit
+from ..pipeline.engine import TrainingEngine, build_engine, sharded_loading
+from ..pipeline.errors import ConfigError
+from ..pipeline.llama.convert import (
+    convert_llama,
+    feature_map_modules,
+    load_base,
+    load_hedgehog,
+    read_feature_maps,
+    save_feature_maps,
+)
+from ..pipeline.lora import attach_lora, save_adapter
+from ..pipeline.run_folder import atomic_file
+from ..pipeline.runner import StageContext, StageResult
+from ..pipeline.summary_loss import SummaryLoss
+from ..pipeline.training import sum_over_ranks, to_device, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONSUMES = ("prepare", "distill")
+SECTIONS = ("model", "finetune", "data.max_length_tokens", "engine.precision", "seed")
+IGNORED = frozenset(
+    {
+        "model.trust_remote_code",
+        "model.attention_backend",
+        "model.chunk_size",
+        "finetune.gradient_checkpointing",
+        "finetune.log_every_steps",
+        "finetune.save_every_steps",
+        "finetune.eval_every_steps",
+    }
+)
+
+ADAPTER = "adapter"
+FEATURE_MAPS = "feature_maps.safetensors"
+PAD_ID = 0
+"""Right padding is never attended to and has no label, so any id would do."""
+_CURE = (
+    "Lower finetune.learning_rate, or set a smaller finetune.gradient_clip, then begin the stage anew with --force."
+)
+
+
+def run(ctx: StageContext) -> StageResult:
+    """Train the adapter, and the feature maps along with it where the config says so.
+
+    Raises:
+        ModelError, ConfigError, CheckpointError, ResourceError, NonFiniteLossError.
+    """
+    config = ctx.config
+    if not config.finetune.enabled:
+        return StageResult(skipped="finetune.enabled is false: the model is scored as distill left it")
+    model = _load(ctx)
+    adapted = attach_lora(model, config.finetune.lora, seed=ctx.rng("finetune.lora").initial_seed())
+    map_parameters = _release_feature_maps(ctx, model)
+    if config.finetune.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = SummaryLoss(adapted, packed=config.finetune.packing)
+
+    plan = BatchPlan(
+        TokenizedSplit.open(ctx.inputs["prepare"].artifact("tokens_train")),
+        config.finetune,
+        config.data.max_length_tokens,
+        PAD_ID,
+        config.seed,
+        ctx.world,
+        loss_on="summary",
+    )
+    checkpoints = Checkpoints(
+        ctx.folder / "checkpoints",
+        ctx.fingerprint,
+        ctx.world,
+        best_metric=_Finetuning.FIGURE,
+        warn=ctx.reporter.warning,
+    )
+    resumed = checkpoints.newest()
+    engine = build_engine(
+        module,
+        _parameter_groups(ctx, module, map_parameters),
+        config=config.engine,
+        world=ctx.world,
+        micro_batch_size=config.finetune.micro_batch_size,
+        num_accumulation=plan.num_accumulation,
+        gradient_clip=config.finetune.gradient_clip,
+        adam_beta2=config.finetune.adam_beta2,
+        weight_decay=config.finetune.weight_decay,
+        optimizer=config.finetune.optimizer,
+        resume_from=resumed.folder if resumed else None,
+        resume_layout=resumed.layout if resumed else None,
+        step=resumed.step if resumed else 0,
+    )
+    num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters.values())
+    ctx.reporter.info(f"{num_trained:,} weights learn, {plan.num_steps} steps")
+    outcome = train(
+        _Finetuning(ctx, engine),
+        engine,
+        plan,
+        config.finetune,
+        checkpoints,
+        resumed=resumed,
+        seed=config.seed,
+        world=ctx.world,
+        reporter=ctx.reporter,
+        cure=_CURE,
+    )
+    artifacts = _save(ctx, engine, module)
+    engine.close()
+    del engine, module, adapted, model
+    gc.collect()  # the model's hooks hold it in a cycle, and the next stage loads another
+    return StageResult(
+        artifacts=artifacts,
+        summary={
+            "validation_loss": outcome.validation[_Finetuning.FIGURE],
+            "best_step": outcome.best_step,
+            "steps": outcome.num_steps,
+            "tokens": outcome.num_tokens,
+            "trained_weights": num_trained,
+        },
+    )
+
+
+class _Finetuning:
+    """Finetuning as the training loop sees it."""
+
+    FIGURE = "validation_loss_nats"
+
+    def __init__(self, ctx: StageContext, engine: TrainingEngine) -> None:
+        self._ctx = ctx
+        self._engine = engine
+        self._validation = TokenizedSplit.open(ctx.inputs["prepare"].artifact("tokens_validation"))
+
+    def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        share = self._engine(batch) / batch["tokens_in_global_batch"]
+        return share, {"loss": share}
+
+    def figures(self, totals: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return {"loss_nats": float(totals["loss"])}
+
+    def fault(self, totals: Mapping[str, torch.Tensor]) -> str:
+        return f"the loss is {float(totals['loss'])}"
+
+    def validate(self) -> dict[str, float]:
+        """Nats per summary token over the validation rows."""
+        world, settings = self._ctx.world, self._ctx.config.finetune
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        for batch in validation_batches(
+            self._validation, settings.micro_batch_size, PAD_ID, world, loss_on="summary"
+        ):
+            batch = to_device(batch, world.device)
+            loss = self._engine.module(batch)
+            if batch["counted"]:
+                sums += torch.stack([loss.double(), (batch["labels"] != NO_LOSS).sum().double()])
+        loss, count = sum_over_ranks({"sums": sums}, world)["sums"].tolist()
+        return {self.FIGURE: loss / count}
+
+
+def _load(ctx: StageContext) -> PreTrainedModel:
+    """The converted model with its distilled maps; for softmax attention the same class without maps."""
+    config = ctx.config
+    sharded = config.engine.zero_stage == 3
+    if sharded and config.model.quantization is not None:
+        raise ConfigError("engine.zero_stage 3 cannot shard quantized weights: use stage 2, or no quantization.")
+    with sharded_loading(config.engine, ctx.world):
+        base = load_base(
+            ctx.inputs["prepare"].summary["base_model"],
+            dtype=config.engine.precision,
+            revision=config.model.revision,
+            quantization=config.model.quantization,
+            device=None if sharded else ctx.world.device,
+        )
+    if config.model.attention == "softmax":
+        return convert_llama(base, attention="softmax")
+    return load_hedgehog(
+        base,
+        ctx.inputs["distill"].artifact("feature_maps"),
+        attention_eps=config.model.attention_eps,
+        chunk_size=config.model.chunk_size,
+        attention_backend=config.model.attention_backend,
+        feature_map_seed=config.seed,
+    )
+
+
+def _release_feature_maps(ctx: StageContext, model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """The feature maps' weights that are to learn, which peft froze with all the rest."""
+    if not ctx.config.finetune.train_feature_maps:
+        return []
+    weights = [p for module in feature_map_modules(model).values() for p in module.parameters()]
+    return [weight.requires_grad_() for weight in weights]
+
+
+def _parameter_groups(
+    ctx: StageContext, module: SummaryLoss, map_parameters: list[torch.nn.Parameter]
+) -> list[dict[str, Any]]:
+    settings = ctx.config.finetune
+    of_maps = {id(p) for p in map_parameters}
+    adapters = [p for p in module.parameters() if p.requires_grad and id(p) not in of_maps]
+    groups = [{"params": adapters, "peak_learning_rate": settings.learning_rate}]
+    if map_parameters:
+        rate = settings.feature_map_learning_rate or settings.learning_rate
+        groups.append({"params": map_parameters, "peak_learning_rate": rate})
+    return groups
+
+
+def _save(ctx: StageContext, engine: TrainingEngine, module: SummaryLoss) -> dict[str, str]:
+    """Write the artifacts (rank 0). Collective: the weights are gathered from all ranks."""
+    weights = engine.full_weights()
+    if not ctx.world.is_main:
+        return {}
+    prefix = "model."  # SummaryLoss holds the model
+    save_adapter(
+        ctx.folder / ADAPTER,
+        module.model,
+        {name.removeprefix(prefix): tensor for name, tensor in weights.items()},
+    )
+    if ctx.config.model.attention == "softmax":
+        return {"adapter": ADAPTER}
+    distilled = ctx.inputs["distill"].artifact("feature_maps")
+    names = {id(parameter): name for name, parameter in engine.parameters.items()}
+    trained = {
+        f"layers.{layer}.{side}.{key}": weights[names[id(parameter)]]
+        for (layer, side), feature_map in feature_map_modules(module.model.get_base_model()).items()
+        for key, parameter in feature_map.named_parameters()
+        if id(parameter) in names
+    }
+    if trained:
+        tensors, metadata = read_feature_maps(distilled)
+        save_feature_maps(ctx.folder / FEATURE_MAPS, {**tensors, **trained}, metadata)
+    else:
+        with atomic_file(ctx.folder / FEATURE_MAPS) as temporary:
+            shutil.copyfile(distilled, temporary)
+    return {"adapter": ADAPTER, "feature_maps": FEATURE_MAPS}

@@ -1,0 +1,232 @@
+"""Runs whose `prepare` is finished, for the stages that train: a tiny random Llama and a few rows of random tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+NUM_LAYERS = 3
+NUM_STEPS = 4
+"""A checkpoint is saved after every second step; `interrupt` stops in the middle of the fourth."""
+
+# What one of several processes runs: [config, stage, step to die at or null] in turn.
+_PROCESS = """
+import json, sys
+from hedgehog.pipeline import training
+from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.runner import run_stage
+
+seed_step = training.seed_step
+for values, stage, last_step in json.loads(sys.argv[1]):
+    def stop(seed, step, rank):
+        if step == last_step:
+            raise KeyboardInterrupt
+        seed_step(seed, step, rank)
+    training.seed_step = stop
+    try:
+        run_stage(RunConfig.model_validate(values), stage)
+    except KeyboardInterrupt:
+        assert last_step is not None
+"""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run folder, its config with overrides, and what its stages left behind."""
+
+    root: Path
+    values: dict[str, Any]
+
+    @property
+    def config(self) -> Any:
+        from hedgehog.pipeline.config import RunConfig
+
+        return RunConfig.model_validate(self.values)
+
+    def changed(self, **overrides: Any) -> TrainingRun:
+        """The same run folder under another config: `engine__zero_stage=3`."""
+        return TrainingRun(self.root, override(self.values, overrides))
+
+    def stage(self, stage: str) -> Any:
+        """Run a stage in this process; returns its manifest."""
+        from hedgehog.pipeline.runner import run_stage
+
+        return run_stage(self.config, stage)
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds, without times and memory."""
+        lines = (self.root / stage / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in json.loads(line).items() if k not in ("step_s", "memory_bytes")} for line in lines
+        ]
+
+    def losses(self, stage: str) -> list[float]:
+        return [record["loss_nats"] for record in self.metrics(stage)]
+
+    def tensors(self, path: str) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return load_file(self.root / path)
+
+
+def override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    values = json.loads(json.dumps(values))
+    for key, value in overrides.items():
+        *sections, name = key.split("__")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[name] = value
+    return values
+
+
+@pytest.fixture(scope="session")
+def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished prepare stage to copy from."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hedgehog.pipeline.data.tokens import TokenizedSplit
+    from hedgehog.pipeline.manifest import Manifest, describe_artifact
+
+    folder = tmp_path_factory.mktemp("prepared") / "prepare"
+    folder.mkdir()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # attention that is not flat
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "base_model")
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 64, (length,), generator=generator).tolist()
+
+    artifacts = {}
+    for split, num_rows in (("train", 12), ("validation", 3)):
+        rows = [(tokens(3, 16), [*tokens(2, 7), 2]) for _ in range(num_rows)]
+        TokenizedSplit.from_rows(rows).write(folder / f"tokens_{split}.safetensors")
+        artifacts[f"tokens_{split}"] = f"tokens_{split}.safetensors"
+    Manifest(
+        stage="prepare",
+        status="done",
+        fingerprint="",
+        config={},
+        artifacts={name: describe_artifact(folder, path) for name, path in artifacts.items()},
+        summary={"base_model": str(folder / "base_model"), "tokenizer": str(folder / "base_model")},
+    ).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def new_run(_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingRun]:
+    """`new_run(engine__zero_stage=2)`: a fresh run folder after prepare."""
+
+    def make(**overrides: Any) -> TrainingRun:
+        import shutil
+
+        root = tmp_path_factory.mktemp("run")
+        shutil.copytree(_prepared, root / "prepare")
+        schedule = {
+            "max_steps": NUM_STEPS,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-2,
+            "save_every_steps": 2,
+        }
+        values = {
+            "name": root.name,
+            "output_dir": str(root.parent),
+            "data": {"max_length_tokens": 32},
+            "model": {"base": "from prepare's summary"},
+            "distill": {**schedule, "query_block": 16},
+            "finetune": {**schedule, "lora": {"rank": 4, "alpha": 8}},
+            "engine": {"zero_stage": 1, "precision": "float32", "device": "cpu", "cpu_threads": 1},
+        }
+        return TrainingRun(root, override(values, overrides))
+
+    return make
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`interrupt(run, "distill")`: start the stage and die in its last step, two steps after a checkpoint's first."""
+
+    def start(run: TrainingRun, stage: str, step: int = NUM_STEPS - 1) -> None:
+        from hedgehog.pipeline import training
+
+        seed_step = training.seed_step
+
+        def die(seed: int, at: int, rank: int) -> None:
+            if at == step:
+                raise KeyboardInterrupt
+            seed_step(seed, at, rank)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "seed_step", die)
+            with pytest.raises(KeyboardInterrupt):
+                run.stage(stage)
+
+    return start
+
+
+def launch_processes(work: list[tuple[TrainingRun, str, int | None]], num_processes: int = 2) -> None:
+    """Run (run, stage, step to die at) in turn in `num_processes` processes joined by gloo, without a launcher."""
+    from hedgehog.pipeline.distributed import free_port
+
+    argument = json.dumps([(run.values, stage, last_step) for run, stage, last_step in work])
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, argument],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+
+
+@pytest.fixture(scope="session")
+def two_process_runs(new_run: Callable[..., TrainingRun]) -> dict[Any, TrainingRun]:
+    """Both training stages finished on two processes under ZeRO 1, 2 and 3; `"distill"` and `"finetune"` interrupted
+    in the last step, to be resumed by another number of processes. One start of two processes serves all tests."""
+    runs: dict[Any, TrainingRun] = {
+        stage: new_run(engine__zero_stage=stage, distill__micro_batch_size=1) for stage in (1, 2, 3)
+    }
+    runs["distill"], runs["finetune"] = new_run(), new_run()
+    work: list[tuple[TrainingRun, str, int | None]] = []
+    for stage in (1, 2, 3):
+        work += [(runs[stage], "distill", None), (runs[stage], "finetune", None)]
+    work.append((runs["distill"], "distill", NUM_STEPS - 1))
+    work += [(runs["finetune"], "distill", None), (runs["finetune"], "finetune", NUM_STEPS - 1)]
+    launch_processes(work)
+    return runs

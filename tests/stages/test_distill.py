@@ -1,0 +1,199 @@
+"""Distill: resumes bit for bit, layers are independent, batches may be split in any way, faults lose nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hedgehog.pipeline import distillation
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError
+from hedgehog.pipeline.llama.convert import read_feature_maps
+from hedgehog.pipeline.runner import merge_layers
+
+MAPS = "distill/feature_maps.safetensors"
+Run = Any
+
+
+@pytest.fixture(scope="module")
+def finished(new_run: Callable[..., Run]) -> Run:
+    """An uninterrupted run of all layers."""
+    run = new_run()
+    run.stage("distill")
+    return run
+
+
+def assert_equal(run: Run, other: Run, path: str = MAPS) -> None:
+    tensors, expected = run.tensors(path), other.tensors(path)
+    assert tensors.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(tensors[name], expected[name]), name
+
+
+def test_maps_learn(finished: Run, new_run: Callable[..., Run]) -> None:
+    untrained = new_run(distill__enabled=False)
+    start = untrained.stage("distill").summary
+    end = finished.stage("distill").summary  # done already: reads the manifest
+    assert end["kl_mean"] < start["kl_mean"]
+    assert len(end["kl_per_layer"]) == 3
+    assert [len(kl_H) for kl_H in end["kl_per_head"]] == [4, 4, 4]
+    assert end["kl_mean"] == pytest.approx(finished.metrics("distill")[-1]["validation_kl_nats"])
+    assert end["steps"] == 4
+    assert end["tokens"] == sum(record["tokens"] for record in finished.metrics("distill"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 1), (2, 2), (3, 3), (3, 1), (0, 3)])
+def test_resumed_equals_uninterrupted(
+    before: int, after: int, finished: Run, new_run: Callable[..., Run], interrupt: Callable[..., None]
+) -> None:
+    """Under every ZeRO stage, and from one stage to another: same weights and same records, to the bit."""
+    run = new_run(engine__zero_stage=before)
+    interrupt(run, "distill")
+    assert not (run.root / MAPS).exists()
+    run = run.changed(engine__zero_stage=after)
+    assert run.stage("distill").num_resumes == 1
+    assert_equal(run, finished)
+    assert read_feature_maps(run.root / MAPS)[1] == read_feature_maps(finished.root / MAPS)[1]
+    for record, expected in zip(run.metrics("distill"), finished.metrics("distill"), strict=True):
+        # every stage adds up the squares of the gradient in its own order
+        assert record.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), rel=1e-6)
+        assert record == expected
+
+
+def test_a_subset_of_layers_learns_the_same_alone(finished: Run, new_run: Callable[..., Run]) -> None:
+    run = new_run(distill__save_every_steps=50)
+    run.changed(distill__layers="0,2").stage("distill")
+    with pytest.raises(CheckpointError, match="layers 1 are missing"):
+        merge_layers(run.config)
+    run.changed(distill__layers="1").stage("distill")
+    merged = merge_layers(run.config)
+    assert_equal(run, finished)
+    expected = finished.stage("distill").summary
+    assert merged.summary["kl_per_head"] == expected["kl_per_head"]
+    assert read_feature_maps(run.root / MAPS)[1] == read_feature_maps(finished.root / MAPS)[1]
+
+
+def test_merge_refuses_what_does_not_belong_together(new_run: Callable[..., Run]) -> None:
+    run = new_run(distill__enabled=False)
+    run.changed(distill__layers="0-1").stage("distill")
+    run.changed(distill__layers="1-2").stage("distill")
+    with pytest.raises(CheckpointError, match="layer 1 is in layers-0-1 and in layers-1-2"):
+        merge_layers(run.config)
+    other = new_run(distill__enabled=False)
+    other.changed(distill__layers="0-2", distill__learning_rate=0.5).stage("distill")
+    with pytest.raises(CheckpointError, match="another config"):
+        merge_layers(other.config)
+
+
+def test_a_layer_that_does_not_exist(new_run: Callable[..., Run]) -> None:
+    with pytest.raises(ConfigError, match="layer 7; the model has layers 0 to 2"):
+        new_run(distill__layers="1,7").stage("distill")
+
+
+def test_a_step_does_not_depend_on_the_split_of_its_batch(new_run: Callable[..., Run]) -> None:
+    whole, split = (
+        new_run(distill__gradient_clip=None, distill__micro_batch_size=size, distill__save_every_steps=50)
+        for size in (4, 1)
+    )
+    whole.stage("distill")
+    split.stage("distill")
+    for one, other in zip(whole.metrics("distill"), split.metrics("distill"), strict=True):
+        assert one.pop("layer_grad_norm_max") > 0
+        other.pop("layer_grad_norm_max")  # a mean of norms, not the norm of a mean
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_clipping_bounds_a_layers_gradient(new_run: Callable[..., Run]) -> None:
+    clip = 1e-3
+    run = new_run(distill__gradient_clip=clip, distill__max_steps=1)
+    run.stage("distill")
+    record = run.metrics("distill")[0]
+    assert record["layer_grad_norm_max"] > 10 * clip
+    assert record["grad_norm"] <= clip * 3**0.5 * 1.001  # three layers, each at most `clip`
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_learn_the_same(
+    stage: int, two_process_runs: dict[Any, Run], new_run: Callable[..., Run], finished: Run
+) -> None:
+    """Their micro-batches are of one row each, so clipping is lifted out of the comparison by its bound."""
+    run = two_process_runs[stage]
+    assert run.losses("distill")[0] == pytest.approx(finished.losses("distill")[0], rel=1e-5)
+    assert run.losses("distill") == pytest.approx(finished.losses("distill"), rel=1e-3)
+    kl, expected = (r.stage("distill").summary["kl_per_layer"] for r in (run, finished))
+    assert kl == pytest.approx(expected, rel=1e-2)
+
+
+def test_another_number_of_processes_may_resume(two_process_runs: dict[Any, Run], finished: Run) -> None:
+    run = two_process_runs["distill"]
+    assert not (run.root / MAPS).exists()
+    manifest = run.stage("distill")
+    assert manifest.num_resumes == 1
+    assert manifest.world_size == 1
+    assert run.losses("distill") == pytest.approx(finished.losses("distill"), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_layer_and_head(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    layer_loss = distillation.FeatureMapDistillation._layer_loss
+    calls = []
+
+    def poisoned(self: Any, seen: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, kl_H = layer_loss(self, seen, batch)
+        calls.append(seen.layer_index)
+        if len(calls) > 3 * 2 * 2 and seen.layer_index == 1:  # third step: layers x micro-batches x steps
+            kl_H = kl_H.clone()
+            kl_H[2] = torch.nan
+        return loss, kl_H
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation.FeatureMapDistillation, "_layer_loss", poisoned)
+        with pytest.raises(NonFiniteLossError) as error:
+            run.stage("distill")
+    message = str(error.value)
+    assert "step 3: the loss of layer 1, head 2" in message
+    assert "step-000002" in message
+    assert "learning_rate" in message
+    kept = [folder.name for folder in (run.root / "distill/checkpoints").iterdir()]
+    assert kept == ["step-000002"]
+
+
+def test_softmax_attention_has_nothing_to_distill(new_run: Callable[..., Run]) -> None:
+    manifest = new_run(model__attention="softmax").stage("distill")
+    assert manifest.skipped
+    assert not manifest.artifacts
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"distill__enabled": False, "engine__zero_stage": 3}, {"model__feature_map": "elu"}]
+)
+def test_maps_that_do_not_train_are_measured(overrides: dict[str, Any], new_run: Callable[..., Run]) -> None:
+    """Also under ZeRO-3, where weights that the base lacks must still get their initial values."""
+    run = new_run(**overrides)
+    manifest = run.stage("distill")
+    assert manifest.summary["kl_mean"] > 0
+    assert manifest.summary["trained"] is False
+    maps, metadata = read_feature_maps(run.root / MAPS)
+    assert metadata["layers"] == [0, 1, 2]
+    assert len(maps) == (6 if "distill__enabled" in overrides else 0)
+    for weight_HDF in maps.values():
+        assert torch.equal(weight_HDF, torch.eye(8).expand(4, 8, 8))
+
+
+def test_packed_sequences_and_output_error(new_run: Callable[..., Run]) -> None:
+    run = new_run(
+        distill__packing=True,
+        distill__output_mse_weight=1.0,
+        distill__cross_entropy_weight=0.0,
+        distill__max_steps=2,
+        distill__micro_batch_size=1,
+        distill__global_batch_size=2,
+    )
+    summary = run.stage("distill").summary
+    assert summary["kl_mean"] > 0
+    # the output error is counted in the outputs' variance, so it cannot be far from 1 at the start
+    assert 0 < run.losses("distill")[0] < 10
