@@ -62,7 +62,9 @@ def load_base(
     except OSError as error:
         raise _cannot_fetch(name, error) from error
     except SafetensorError as error:
-        raise ModelError(f"{name}: a safetensors file is truncated or damaged ({error}); fetch it again") from error
+        raise ModelError(
+            f"{name}: a safetensors file is truncated or damaged ({_one_line(error)}); fetch it again"
+        ) from error
     llama, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -113,14 +115,14 @@ def _check_folder(folder: Path) -> LlamaConfig:
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{config_file}: cannot be read as JSON ({error})") from error
+        raise ModelError(f"{config_file}: cannot be read as JSON ({_one_line(error)})") from error
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
     if model_type != "llama":
         raise _not_a_llama(str(folder), model_type)
     try:
         config = LlamaConfig.from_pretrained(folder)
     except Exception as error:  # transformers' validation has its own families of errors
-        raise ModelError(f"{config_file}: not a valid Llama configuration ({error})") from error
+        raise ModelError(f"{config_file}: not a valid Llama configuration ({_one_line(error)})") from error
     for file in _weight_files(folder):
         _check_safetensors(file)
     return config
@@ -156,7 +158,8 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from error
+        reason = _one_line(error)
+        raise ModelError(f"{file}: truncated or not a safetensors file ({reason}); fetch it again") from error
 
 
 def _not_a_llama(name: str, model_type: object) -> ModelError:
@@ -166,11 +169,14 @@ def _not_a_llama(name: str, model_type: object) -> ModelError:
 
 
 def _cannot_fetch(name: str, error: BaseException) -> ModelError:
-    reason = " ".join(str(error).split())[:300]
     return ModelError(
-        f"{name}: is no local folder, and cannot be fetched from the hub either ({reason}); without a network, put the "
-        "model's folder on this machine and give its path"
+        f"{name}: is no local folder, and cannot be fetched from the hub either ({_one_line(error)}); "
+        "without a network, put the model's folder on this machine and give its path"
     )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -189,8 +195,8 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a broken native library raises all sorts
         raise ModelError(
-            f"quantization {quantization!r} needs bitsandbytes, which cannot be imported here ({error}); install it, "
-            "or leave quantization out"
+            f"quantization {quantization!r} needs bitsandbytes, which cannot be imported here ({_one_line(error)}); "
+            "install it, or leave quantization out"
         ) from error
     from transformers import BitsAndBytesConfig
 

@@ -43,6 +43,12 @@ def llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture
+def new_llama():
+    """new_llama(**config fields)"""
+    return make_llama
+
+
+@pytest.fixture
 def token_ids():
     """token_ids(batch, length, seed=0): random ids without special tokens."""
 

@@ -1,0 +1,147 @@
+"""generate() with the recurrent state gives what recomputing the whole text gives; the cache's methods."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from hedgehog.pipeline.llama.convert import convert_llama
+from hedgehog.pipeline.llama.hedgehog_cache import HedgehogCache
+from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+MODES = {
+    "greedy": GREEDY,
+    "sampling": {"do_sample": True, "max_new_tokens": 12, "top_k": 20, "temperature": 1.3},
+    "beams": {"do_sample": False, "num_beams": 4, "max_new_tokens": 12},
+    "several beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 10},
+    "beam sampling": {"do_sample": True, "num_beams": 3, "max_new_tokens": 8},
+}
+
+
+@pytest.fixture(params=["hedgehog_softmax", "cosformer"])
+def hedgehog(llama, request) -> HedgehogLlamaForCausalLM:
+    return convert_llama(llama, feature_map=request.param, chunk_size=8)
+
+
+def generate(model, ids_BL, **options) -> torch.Tensor:
+    torch.manual_seed(1)
+    return model.generate(ids_BL, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_with_the_state_as_without(hedgehog, token_ids, left_padded, mode):
+    ids_BL, mask_BL = left_padded([token_ids(1, 7, seed=1)[0], token_ids(1, 15, seed=2)[0]])
+    options = {"attention_mask": mask_BL, **MODES[mode]}
+    with_state = generate(hedgehog, ids_BL, use_cache=True, **options)
+    assert torch.equal(with_state, generate(hedgehog, ids_BL, use_cache=False, **options))
+
+
+def test_beams_are_really_reordered(hedgehog, token_ids, monkeypatch):
+    """The comparison above proves something only if beams change places."""
+    seen = []
+    original = HedgehogCache.reorder_cache
+
+    def spy(self, beam_idx):
+        seen.append(beam_idx.tolist())
+        original(self, beam_idx)
+
+    monkeypatch.setattr(HedgehogCache, "reorder_cache", spy)
+    generate(hedgehog, token_ids(1, 9), **MODES["beams"])
+    assert any(order != sorted(set(order)) for order in seen[1:])
+
+
+def test_left_padded_batch_gives_each_row_what_it_gets_alone(hedgehog, token_ids, left_padded):
+    rows = [token_ids(1, length, seed=length)[0] for length in (5, 12, 9)]
+    ids_BL, mask_BL = left_padded(rows)
+    batch = generate(hedgehog, ids_BL, attention_mask=mask_BL, **GREEDY)
+    for row, generated in zip(rows, batch[:, 12:], strict=True):
+        alone = generate(hedgehog, row[None], **GREEDY)[0, len(row) :]
+        length = min(len(alone), len(generated))
+        assert torch.equal(generated[:length], alone[:length])
+        assert (generated[length:] == 0).all()
+    one = generate(hedgehog, ids_BL[:1], attention_mask=mask_BL[:1], **GREEDY)[0, 12:]
+    alone = generate(hedgehog, rows[0][None], **GREEDY)[0, 5:]
+    assert torch.equal(one, alone)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 64])
+def test_chunked_prefill(hedgehog, token_ids, left_padded, chunk):
+    ids_BL, mask_BL = left_padded([token_ids(1, 6)[0], token_ids(1, 17)[0]])
+    whole = generate(hedgehog, ids_BL, attention_mask=mask_BL, **GREEDY)
+    chunked = generate(hedgehog, ids_BL, attention_mask=mask_BL, prefill_chunk_size=chunk, **GREEDY)
+    assert torch.equal(chunked, whole)
+
+
+def test_generation_goes_on_from_a_cache(hedgehog, token_ids):
+    """A shared prefix is read once; copies of its state serve several continuations."""
+    prefix, tail = token_ids(1, 11, seed=1), token_ids(1, 4, seed=2)
+    with torch.no_grad():
+        state = hedgehog(prefix, use_cache=True).past_key_values
+    text = torch.cat([prefix, tail], 1)
+    expected = generate(hedgehog, text, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(generate(hedgehog, text, past_key_values=copy.deepcopy(state), **GREEDY), expected)
+
+
+@torch.no_grad()
+def test_state_is_as_large_after_many_tokens_as_after_one(hedgehog, token_ids):
+    cache = hedgehog(token_ids(2, 1), use_cache=True).past_key_values
+    state = cache.layer(0).state
+    features = hedgehog.model.layers[0].self_attn.feature_map_q.num_features
+    assert state.kv_state_BHFV.shape == (2, 4, features, 16)
+    bytes_after_one = cache.num_bytes()
+    assert bytes_after_one == 2 * 2 * 4 * features * (16 + 1) * 4
+    for length in (30, 1, 1, 60):
+        hedgehog(token_ids(2, length), past_key_values=cache)
+    assert cache.num_bytes() == bytes_after_one
+    assert cache.get_seq_length() == 93
+    assert set(vars(cache.layer(0))) == set(vars(HedgehogCache(1).layer(0)))
+
+
+@torch.no_grad()
+def test_cache_rows_can_be_repeated_selected_and_reset(hedgehog, token_ids, left_padded):
+    ids_BL, mask_BL = left_padded([token_ids(1, 6)[0], token_ids(1, 10)[0]])
+    step = torch.tensor([[7], [9]])
+    expected = hedgehog(step, past_key_values=hedgehog(ids_BL, attention_mask=mask_BL).past_key_values).logits
+
+    cache = hedgehog(ids_BL, attention_mask=mask_BL).past_key_values
+    cache.batch_repeat_interleave(3)
+    logits = hedgehog(step.repeat_interleave(3, 0), past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected.repeat_interleave(3, 0), rtol=1e-5, atol=1e-6)
+
+    for selection in (torch.tensor([1]), torch.tensor([False, True])):
+        cache = hedgehog(ids_BL, attention_mask=mask_BL).past_key_values
+        cache.batch_select_indices(selection)
+        logits = hedgehog(step[1:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, expected[1:], rtol=1e-5, atol=1e-6)
+
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.num_bytes() == 0
+    torch.testing.assert_close(
+        hedgehog(ids_BL, attention_mask=mask_BL, past_key_values=cache).logits,
+        hedgehog(ids_BL, attention_mask=mask_BL).logits,
+    )
+
+
+def test_what_a_state_cannot_do_is_refused(hedgehog, token_ids):
+    ids_BL = token_ids(1, 5)
+    cache = hedgehog(ids_BL, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="one kind of cache"):
+        hedgehog.generate(ids_BL, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="stateful"):
+        hedgehog.generate(ids_BL, prompt_lookup_num_tokens=3, max_new_tokens=4)
+
+
+def test_right_padded_prompts_of_a_scored_batch(hedgehog, token_ids):
+    """Scoring pads right: real rows see nothing of it."""
+    short, long = token_ids(1, 6, seed=1), token_ids(1, 10, seed=2)
+    ids_BL = torch.cat([torch.cat([short, torch.zeros(1, 4, dtype=torch.long)], 1), long])
+    mask_BL = torch.tensor([[1] * 6 + [0] * 4, [1] * 10])
+    with torch.no_grad():
+        together, alone = hedgehog(ids_BL, attention_mask=mask_BL).logits, hedgehog(short).logits
+    torch.testing.assert_close(together[0, :6], alone[0], rtol=1e-5, atol=1e-6)
