@@ -25,7 +25,7 @@ MIB = 2**20
 
 CUDA_OVERHEAD_BYTES = 1 * GIB
 """CUDA context, cuBLAS and NCCL workspaces, the allocator's fragments."""
-CPU_OVERHEAD_BYTES = 700 * MIB
+CPU_OVERHEAD_BYTES = 550 * MIB
 """A Python process that has imported torch, transformers, peft and DeepSpeed."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantization: 4 bits, one byte per block of 64, one fp32 per 256 blocks."""
@@ -214,7 +214,7 @@ class _Sizes:
     def overhead_term(self) -> Term:
         if self.device == "cuda":
             return Term("overhead", CUDA_OVERHEAD_BYTES, "CUDA context, workspaces, fragments: 1 GiB", "overhead")
-        return Term("overhead", CPU_OVERHEAD_BYTES, "Python and libraries: 0.7 GiB", "overhead")
+        return Term("overhead", CPU_OVERHEAD_BYTES, "Python and libraries: 0.54 GiB", "overhead")
 
 
 def _distill_terms(sizes: _Sizes) -> list[Term]:
@@ -363,6 +363,6 @@ def _estimate_pretraining(config: RunConfig, shape: ModelShape) -> StageEstimate
         Term("model and AdamW", 16 * shape.num_weights, "16 · W", "training"),
         Term("activations", shape.num_layers * tokens * per_layer, "4 L B T (8E + 4I)"),
         Term("logits", tokens * shape.vocab_size * 12, "12 S B T"),
-        Term("overhead", CPU_OVERHEAD_BYTES, "Python and libraries: 0.7 GiB", "overhead"),
+        Term("overhead", CPU_OVERHEAD_BYTES, "Python and libraries: 0.54 GiB", "overhead"),
     )
     return StageEstimate("prepare", None, "cpu", terms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -110,19 +111,28 @@ def print_status(run: str, *, as_json: bool) -> None:
 
     table = Table(title=status.folder, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("stage", "state", "step", "last loss", "minutes", "results"):
-        table.add_column(column, justify="right" if column in ("step", "last loss", "minutes") else "left")
+        justify = "right" if column in ("step", "last loss", "minutes") else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for stage in status.stages:
         step = "" if stage.step is None else f"{stage.step}/{stage.total_steps or '?'}"
         loss = "" if stage.loss is None else f"{stage.loss_name} {stage.loss:.4g}"
         minutes = "" if stage.minutes is None else f"{stage.minutes:.1f}"
         state = f"{stage.state}: {stage.detail}" if stage.detail else stage.state
-        table.add_row(stage.title, state, step, loss, minutes, "\n".join(stage.artifacts.values()))
+        table.add_row(stage.title, state, step, loss, minutes, _results(stage))
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     console.print(table)
     for command in status.commands:
         print(f"  to go on: {command}")
     if not status.commands:
         print("  finished.")
+
+
+def _results(stage: StageStatus) -> str:
+    """The path of a single artifact, else the folder that holds them all."""
+    paths = [Path(path) for path in stage.artifacts.values()]
+    if len(paths) > 1:
+        return f"{os.path.commonpath(paths)} ({len(paths)} artifacts)"
+    return "".join(str(path) for path in paths)
 
 
 def _resolved_config(folder: RunFolder) -> RunConfig | None:
