@@ -115,7 +115,7 @@ def _make_tiny_inputs(ctx: StageContext) -> tuple[str, DataConfig]:
     files = make_corpus(tiny, ctx.config.seed, ctx.folder / "corpus")
     folder = ctx.folder / "base_model"
     checkpoint = ctx.folder / "checkpoints" / "pretraining.safetensors"
-    make_base_model(tiny, ctx.config.seed, folder, checkpoint, ctx.fingerprint, ctx.rng, ctx.reporter)
+    make_base_model(tiny, ctx.config.seed, folder, checkpoint, ctx.fingerprint, ctx.reporter)
     paths = {f"{split}_file": str(file) for split, file in files.items()}
     return str(folder), ctx.config.data.model_copy(update={"dataset": None, **paths})
 

@@ -1,50 +1,36 @@
-"""The words that the generated dialogues are made of."""
+"""The words that the generated dialogues are made of.
+
+Each list is short on purpose: a model of a million weights learns within minutes to copy what it has seen often, and a
+guess is still wrong in most cases.
+"""
 
 from __future__ import annotations
 
-HER_NAMES = (
-    *("Anna", "Bella", "Clara", "Diana", "Emma", "Fiona", "Grace", "Hannah", "Iris", "Julia", "Kate", "Laura"),
-    *("Mia", "Nora", "Olivia", "Paula", "Rosa", "Sara", "Tina", "Vera", "Wendy", "Zoe"),
-)
-HIS_NAMES = (
-    *("Adam", "Ben", "Carl", "David", "Eric", "Frank", "George", "Henry", "Ivan", "Jack", "Kevin", "Leo"),
-    *("Max", "Nick", "Oscar", "Paul", "Ryan", "Sam", "Tom", "Victor", "Walter", "Zack"),
-)
-DAYS = (
-    *("today", "tomorrow", "on Monday", "on Tuesday", "on Wednesday", "on Thursday", "on Friday"),
-    *("on Saturday", "on Sunday"),
-)
-TIMES = (
-    *("at noon", "at one", "at two", "at three", "at four", "at five", "at six", "at seven", "at eight"),
-    *("at half past two", "at half past four", "at half past six"),
-)
+HER_NAMES = ("Anna", "Clara", "Emma", "Julia", "Kate", "Mia", "Rosa", "Vera")
+HIS_NAMES = ("Adam", "Ben", "Carl", "David", "Leo", "Nick", "Sam", "Tom")
+DAYS = ("today", "tomorrow", "on Monday", "on Tuesday", "on Friday", "on Saturday", "on Sunday")
+TIMES = ("at noon", "at one", "at two", "at three", "at five", "at six", "at seven", "at eight")
 PLACES = (
-    *("the park", "the library", "the station", "the museum", "the gym", "the market", "the bakery", "the pool"),
-    *("the bridge", "the school", "the harbour", "the church", "the office", "the hotel", "the garden"),
+    *("the park", "the library", "the station", "the museum", "the market", "the bakery", "the school"),
+    *("the harbour", "the hotel"),
 )
 ACTIVITIES = (
-    *("have coffee", "play chess", "go running", "study", "go shopping", "have lunch", "play tennis"),
-    *("watch a film", "go swimming", "practise Spanish", "take photos", "feed the ducks"),
+    *("have coffee", "play chess", "go running", "go shopping", "have lunch", "play tennis"),
+    *("watch a film", "go swimming"),
 )
-ITEMS = (
-    *("ladder", "tent", "bike", "camera", "guitar", "suitcase", "drill", "blender", "umbrella", "dictionary"),
-    *("lamp", "sleeping bag", "calculator", "sewing machine"),
-)
-BELONGINGS = ("wallet", "scarf", "phone", "ring", "notebook", "jacket", "hat", "passport", "bag", "key")
+ITEMS = ("ladder", "tent", "bike", "camera", "guitar", "suitcase", "drill", "lamp")
+BELONGINGS = ("wallet", "scarf", "phone", "ring", "notebook", "jacket", "hat", "passport")
 GIFTS = (
-    *("a watch", "a cookbook", "a teapot", "a board game", "a plant", "a necklace", "a puzzle", "a backpack"),
-    *("a concert ticket", "a painting", "a blanket", "a football"),
+    *("a watch", "a cookbook", "a teapot", "a plant", "a necklace", "a puzzle", "a painting", "a blanket"),
+    "a football",
 )
-FOODS = (
-    *("pizza", "soup", "salad", "pasta", "sushi", "curry", "pancakes", "tacos", "fish", "dumplings"),
-    *("stew", "burgers"),
-)
-GROCERIES = ("bread", "milk", "eggs", "cheese", "rice", "apples", "butter", "lemons", "wine", "sugar")
-CITIES = ("Berlin", "Paris", "Rome", "London", "Madrid", "Oslo", "Vienna", "Dublin", "Prague", "Lisbon")
+FOODS = ("pizza", "soup", "salad", "pasta", "curry", "fish", "tacos", "sushi")
+GROCERIES = ("bread", "milk", "cheese", "rice", "butter", "wine", "sugar")
+CITIES = ("Berlin", "Paris", "Rome", "London", "Madrid", "Oslo", "Vienna")
 VEHICLES = ("train", "bus", "plane")
-DOCUMENTS = ("report", "contract", "budget", "schedule", "invoice", "presentation", "survey", "guest list")
-PETS = ("cat", "dog", "parrot", "rabbit", "hamster", "goldfish")
-CHORES = ("fix the sink", "paint the fence", "move the sofa", "clean the garage", "plant the roses", "repair the roof")
+DOCUMENTS = ("report", "contract", "budget", "schedule", "invoice", "survey")
+PETS = ("cat", "dog", "parrot", "rabbit", "hamster")
+CHORES = ("fix the sink", "paint the fence", "move the sofa", "clean the garage", "plant the roses")
 
 REASONS = (
     ("I have to work", "has to work"),
@@ -52,10 +38,8 @@ REASONS = (
     ("I have an exam", "has an exam"),
     ("my car broke down", "has a broken car"),
     ("I have to visit my aunt", "has to visit {their} aunt"),
-    ("I am seeing the dentist", "is seeing the dentist"),
     ("my parents are coming", "has guests"),
     ("I am too tired", "is too tired"),
-    ("I have no money left", "has no money left"),
     ("I am out of town", "is out of town"),
 )
 """What a speaker says, and what a summary says of that speaker."""
@@ -65,10 +49,7 @@ SMALL_TALK = (
     ("Hi! Long time no see.", "Yes, far too long!"),
     ("It is so cold outside.", "Terrible weather."),
     ("Did you watch the match?", "No, I fell asleep."),
-    ("How was your trip?", "Wonderful, I took many photos."),
     ("Have you heard the news?", "No, tell me later."),
-    ("Are you busy?", "Not really."),
-    ("I slept so badly.", "Oh no, poor you."),
     ("I saw {other} at {place} yesterday.", "Really? How is {other}?"),
     ("{other} says hello.", "Say hello back!"),
     ("{other} has a new job.", "Good for {other}."),

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save
 
 from ..config import TinyConfig
 from ..run_folder import atomic_directory, atomic_write
 from .dialogue_corpus import GeneratedDialogue, generate_dialogues, pretraining_texts
-from .tiny_pretrain import WINDOW_TOKENS, make_llama, pretrain
+from .tiny_pretrain import make_llama, pretrain
 from .tiny_tokenizer import save_tokenizer, train_tokenizer
-from .tokenize import load_tokenizer
+from .tokenize import TextEncoder, load_tokenizer
+from .tokens import TokenizedSplit
 
 if TYPE_CHECKING:
     from ..metrics import Reporter
 
 _TOKENIZER_DIALOGUES = 4000
 """Dialogues that the tokenizer learns from; more of them change no piece that matters."""
-_TOKENS_PER_DOCUMENT = 60
-"""A low estimate of a pretraining document's length, so that there are enough of them for one pass."""
 
 
 def make_corpus(tiny: TinyConfig, seed: int, folder: Path) -> dict[str, Path]:
@@ -54,7 +51,6 @@ def make_base_model(
     folder: Path,
     checkpoint: Path,
     fingerprint: str,
-    generator: Callable[[str], torch.Generator],
     reporter: Reporter,
 ) -> None:
     """Make `folder`: a pretrained LlamaForCausalLM (float32) with its tokenizer. It appears when it is complete.
@@ -62,6 +58,7 @@ def make_base_model(
     A call after an interruption goes on from `checkpoint`; where the folder is there, nothing is done.
     """
     if folder.exists():
+        checkpoint.unlink(missing_ok=True)
         return
     with atomic_directory(folder) as unfinished:
         save_tokenizer(train_tokenizer(_tokenizer_texts(seed), tiny.vocab_size), unfinished)
@@ -69,15 +66,16 @@ def make_base_model(
         model = make_llama(tiny, seed)
         num_weights = sum(parameter.numel() for parameter in model.parameters())
         reporter.info(f"pretraining a Llama of {num_weights:,} weights for {tiny.pretrain_steps} steps")
-        stream = _token_stream(tiny, seed, tokenizer)
-        loss = pretrain(model, stream, tiny, generator("pretraining order"), checkpoint, fingerprint, reporter)
+        documents = _documents(tiny, seed, tokenizer)
+        loss = pretrain(model, documents, tiny, seed, checkpoint, fingerprint, reporter)
         reporter.info(f"pretrained to {loss:.3f} nats a token")
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(unfinished)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(unfinished)
         # Not model.save_pretrained: safetensors reports a full disk as an error of its own, without errno.
-        (unfinished / "model.safetensors").write_bytes(save(model.state_dict(), {"format": "pt"}))
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
+        (unfinished / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
     checkpoint.unlink(missing_ok=True)
 
 
@@ -95,13 +93,9 @@ def _tokenizer_texts(seed: int) -> Sequence[str]:
     return [text for dialogue in dialogues for text in texts(dialogue)]
 
 
-def _token_stream(tiny: TinyConfig, seed: int, tokenizer: Any) -> torch.Tensor:
-    """Documents end to end, each between BOS and EOS: int64, enough for every step where possible."""
-    tokens = tiny.pretrain_steps * tiny.pretrain_batch_size * WINDOW_TOKENS
-    documents = list(pretraining_texts(math.ceil(tokens / _TOKENS_PER_DOCUMENT), _pretraining_seed(seed)))
-    rows = tokenizer(documents, add_special_tokens=False).input_ids
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    stream = torch.tensor([token for row in rows for token in (bos, *row, eos)])
-    if len(stream) < WINDOW_TOKENS:
-        stream = stream.repeat(math.ceil(WINDOW_TOKENS / len(stream)))
-    return stream
+def _documents(tiny: TinyConfig, seed: int, tokenizer: Any) -> TokenizedSplit:
+    """Enough documents for every step to see new ones, each between BOS and EOS."""
+    count = tiny.pretrain_steps * tiny.pretrain_batch_size
+    texts = list(pretraining_texts(count, _pretraining_seed(seed)))
+    encoder = TextEncoder(tokenizer)
+    return TokenizedSplit.from_rows(([ids[0]], ids[1:]) for ids in encoder.documents(texts))

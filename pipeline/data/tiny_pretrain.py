@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +11,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..config import TinyConfig
+from ..config import ScheduleConfig, TinyConfig
 from ..run_folder import atomic_write
+from .batches import BatchPlan
+from .tokens import TokenizedSplit
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from ..metrics import Reporter
 
-WINDOW_TOKENS = 256
-"""Length of a training window, cut from the documents laid end to end; a tiny dialogue with its prompt fits into it."""
 SAVE_EVERY_STEPS = 25
 _WARMUP_FRACTION = 0.05
 _LAST_LEARNING_RATE_RATIO = 0.05
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """The world of a loop that only the first process runs."""
+
+    rank: int = 0
+    world_size: int = 1
 
 
 def make_llama(tiny: TinyConfig, seed: int) -> LlamaForCausalLM:
@@ -41,7 +50,7 @@ def make_llama(tiny: TinyConfig, seed: int) -> LlamaForCausalLM:
         eos_token_id=2,
         # A small model learns sooner from larger weights: at the usual 0.02 its attention stays flat for long.
         initializer_range=0.9 * tiny.hidden_size**-0.5,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -50,22 +59,26 @@ def make_llama(tiny: TinyConfig, seed: int) -> LlamaForCausalLM:
 
 def pretrain(
     model: LlamaForCausalLM,
-    token_stream: torch.Tensor,
+    documents: TokenizedSplit,
     tiny: TinyConfig,
-    generator: torch.Generator,
+    seed: int,
     checkpoint: Path,
     fingerprint: str,
     reporter: Reporter,
 ) -> float:
-    """Train `model` on windows of `token_stream` (int64, 1-D) and return the last loss (nats a token).
+    """Train `model` on `documents`, one a row, and return the last loss (nats a token).
 
     Every SAVE_EVERY_STEPS steps the weights and AdamW's moments go to `checkpoint`; a later call with the same
     `fingerprint` goes on from there and ends with the same weights as a call that was never interrupted.
     """
-    windows = token_stream[: len(token_stream) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS)
-    steps, batch_size = tiny.pretrain_steps, tiny.pretrain_batch_size
-    passes = math.ceil(steps * batch_size / len(windows))
-    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(passes)])
+    steps = tiny.pretrain_steps
+    schedule = ScheduleConfig(
+        max_steps=steps,
+        global_batch_size=tiny.pretrain_batch_size,
+        micro_batch_size=tiny.pretrain_batch_size,
+    )
+    longest = int(documents.lengths.max())
+    plan = BatchPlan(documents, schedule, longest, pad_id=0, seed=seed, world=OneProcess(), loss_on="all")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=tiny.pretrain_learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
@@ -77,14 +90,17 @@ def pretrain(
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = tiny.pretrain_learning_rate * _learning_rate_factor(step, steps)
-        input_ids_BL = windows[order[step * batch_size : (step + 1) * batch_size]]
-        loss = model(input_ids=input_ids_BL, labels=input_ids_BL, use_cache=False).loss
+        (batch,) = plan.step(step)
+        # The padding is on the right, where causal attention does not look: no mask, and so the fast kernel.
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss_value = loss.item()
-        reporter.step(step + 1, steps, tokens=input_ids_BL.numel(), metrics={"pretrain_loss_nats": loss_value})
+        reporter.step(
+            step + 1, steps, tokens=batch["real_tokens_in_global_batch"], metrics={"pretrain_loss_nats": loss_value}
+        )
         if (step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == steps:
             _save(model, optimizer, checkpoint, fingerprint, step + 1, loss_value)
     model.eval()

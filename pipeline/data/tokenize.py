@@ -96,6 +96,10 @@ class TextEncoder:
         """Tokens of summaries, with EOS and without BOS."""
         return [[*ids, self._tokenizer.eos_token_id] for ids in self._encode(texts)]
 
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of whole texts, with BOS and EOS: what a base model is pretrained on."""
+        return [self._prefix + ids for ids in self.summaries(texts)]
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
