@@ -46,7 +46,8 @@ def main(folder: Path) -> None:
     )
     model, loading = cast(Any, loaded)
     model = model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(request["model"])
+    # it reads config.json first, so it asks for trust too
+    tokenizer = AutoTokenizer.from_pretrained(request["model"], trust_remote_code=request["trust_remote_code"])
     with torch.inference_mode():
         logits = model(
             input_ids=tensors["input_ids"].to(device),

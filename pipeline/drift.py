@@ -140,6 +140,7 @@ def answer_in_clean_process(
             [sys.executable, "-I", str(script), str(folder)],
             env=environment,
             cwd=folder,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",

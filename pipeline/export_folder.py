@@ -105,7 +105,7 @@ def write_configs(
         use_cache=True,
     ).save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     for key in ("is_local", "local_files_only"):  # how it was loaded here, nothing about the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id != pad_id:

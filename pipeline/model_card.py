@@ -92,7 +92,7 @@ def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         "",
         'folder = "."  # this folder, or its hub id',
         f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         f"prompt = {prompt}.replace(",
         '    "{dialogue}", "Ann: Lunch at one? Bob: Yes, see you there!"',
         ")",

@@ -171,7 +171,7 @@ def make_finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
                 "name": "run",
                 "output_dir": str(tmp_path_factory.mktemp("runs")),
                 "data": {"prompt_template": "{dialogue}\n=>"},
-                "engine": {"device": "cpu", "precision": "float32"},
+                "engine": {"device": "cpu", "precision": "float32", "cpu_threads": 1},
                 "evaluate": {"batch_size": 3, "max_new_tokens": 8, "bootstrap_samples": 50},
                 **sections,
             }

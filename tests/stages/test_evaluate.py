@@ -169,7 +169,8 @@ def test_two_ranks_finish_what_one_began(
 ):
     contexts: list[StageContext] = []
     computed: dict[int, int] = {}
-    run, generate = evaluate.run, evaluate.generate_summaries
+    run, generate, load = evaluate.run, evaluate.generate_summaries, evaluate.load_variant_model
+    loading, all_loaded = threading.Lock(), threading.Barrier(2)
 
     def run_in_two_threads(ctx: StageContext) -> Any:
         meeting, board = threading.Barrier(2), {}
@@ -185,6 +186,12 @@ def test_two_ranks_finish_what_one_began(
         computed[threading.get_ident()] = computed.get(threading.get_ident(), 0) + 1
         return generate(*arguments)
 
+    def load_one_at_a_time(*arguments: Any) -> Any:
+        with loading:  # transformers patches torch while it loads: safe between processes, not between threads
+            model = load(*arguments)
+        all_loaded.wait(timeout=60)
+        return model
+
     predictions = folder(copied_run) / "predictions"
     predictions.mkdir(parents=True)
     lines = uninterrupted["predictions/main.jsonl"].splitlines(keepends=True)
@@ -192,6 +199,7 @@ def test_two_ranks_finish_what_one_began(
     (predictions / "main.rank3.jsonl").write_text(lines[6] + lines[3] + "{")
     monkeypatch.setattr(evaluate, "run", run_in_two_threads)
     monkeypatch.setattr(evaluate, "generate_summaries", count_by_thread)
+    monkeypatch.setattr(evaluate, "load_variant_model", load_one_at_a_time)
     run_stage(copied_run, "evaluate")
     assert results(copied_run) == uninterrupted
     assert len(computed) == 2 and min(computed.values()) >= 3
