@@ -281,7 +281,7 @@ class Taylor(FeatureMap):
     def activate(self, z_BHLP: Tensor, positions_BL: Tensor | None) -> Tensor:
         x = z_BHLP * self.head_dim**-0.25
         rows, columns = torch.triu_indices(self.head_dim, self.head_dim, device=x.device)
-        factor = torch.where(rows == columns, math.sqrt(0.5), 1.0).to(x.dtype)
+        factor = torch.ones(len(rows), dtype=x.dtype, device=x.device).masked_fill(rows == columns, math.sqrt(0.5))
         return torch.cat([torch.ones_like(x[..., :1]), x, x[..., rows] * x[..., columns] * factor], dim=-1)
 
 

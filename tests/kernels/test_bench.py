@@ -1,0 +1,45 @@
+"""`make bench` runs and reports; its figures are not tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "benchmarks" / "bench.py"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+def test_quick_bench_writes_every_section_with_its_bounds(tmp_path):
+    out = tmp_path / "deep" / "bench.json"
+    command = [
+        sys.executable,
+        str(BENCH),
+        "--quick",
+        "--sections",
+        "attention,distillation,decoding",
+        "--out",
+        str(out),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert {"command", "cpu", "torch", "python", "threads", "quick", "seconds"} <= report.keys()
+    assert {name: len(section["checks"]) for name, section in report["sections"].items()} == {
+        "attention": 2,
+        "distillation": 3,
+        "decoding": 2,
+    }
+    assert all(section["rows"] for section in report["sections"].values())
+    assert "gradient error" in done.stdout and "bounds held" in done.stdout
+
+
+def test_unknown_section_is_named(tmp_path):
+    command = [sys.executable, str(BENCH), "--sections", "decodign"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "unknown section decodign; known: attention" in done.stderr
