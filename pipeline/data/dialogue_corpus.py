@@ -364,7 +364,7 @@ def _play(rng: random.Random) -> GeneratedDialogue:
 
 
 def pretraining_texts(count: int, seed: int) -> Iterator[str]:
-    """Documents for pretraining: a dialogue, then lines quoted from it, questions with answers, or its story.
+    """Documents for pretraining: a dialogue, then lines quoted from it, or questions with answers and often its story.
 
     Quoting teaches copying, questions and stories teach where to look. No document has a summary or its prompt: that is
     left for finetuning.
@@ -372,12 +372,12 @@ def pretraining_texts(count: int, seed: int) -> Iterator[str]:
     rng = random.Random(seed + 1)
     for dialogue in generate_dialogues(count, seed):
         course = rng.random()
-        if course < 0.25:
+        if course < 0.15:
             lines = dialogue.text.split("\n")
             quoted = [f"> {lines[i]}" for i in sorted(rng.sample(range(len(lines)), min(3, len(lines))))]
             yield dialogue.text + "\n\n" + "\n".join(quoted)
-        elif course < 0.7:
-            asked = rng.sample(dialogue.questions, len(dialogue.questions))
-            yield dialogue.text + "\n\n" + "\n".join(f"{question} {answer}" for question, answer in asked)
-        else:
-            yield f"{dialogue.text}\n\n{dialogue.story}"
+            continue
+        asked = rng.sample(dialogue.questions, len(dialogue.questions))
+        answered = "\n".join(f"{question} {answer}" for question, answer in asked)
+        told = [answered, dialogue.story] if course < 0.7 else [dialogue.story] if course < 0.85 else [answered]
+        yield "\n\n".join([dialogue.text, *told])
