@@ -4,8 +4,8 @@
     optimizer….safetensors   AdamW's moments likewise (the 8-bit optimizer: one file a rank)
     checkpoint.json          step, fingerprint, engine layout, metrics, and every file's size and SHA-256; written last
 
-Batches, learning rate and random numbers are pure functions of the step, so there is nothing else to keep. The folder is
-written under another name and renamed when it is whole; nothing earlier is touched before that.
+Batches, learning rate and random numbers are pure functions of the step, so there is nothing else to keep. The
+folder is written under another name and renamed when it is whole; nothing earlier is touched before that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Checkpoints:
     Args:
         folder: usually `<stage>/checkpoints`.
         fingerprint: of the stage's config and inputs.
-        best_metric: name in `metrics` of the figure whose smallest value marks the best checkpoint; None: only the newest count.
+        best_metric: name in `metrics` of the figure whose smallest value marks the best checkpoint; None: there is
+            no best, only newest.
         warn: told about a torn checkpoint.
     """
 
@@ -85,27 +86,27 @@ class Checkpoints:
         """Write a checkpoint and drop the ones that are no longer kept. Collective: every rank gives its own `files`.
 
         Raises:
-            ResourceError: the file system refuses, on any rank. Earlier checkpoints are untouched, nothing half-written stays.
+            ResourceError: the file system refuses, on any rank. Earlier checkpoints are untouched, and nothing
+                half-written stays.
         """
         target = self.folder / f"step-{step:06d}"
-        with storage_errors(f"saving {target}"):
-            with self._temporary(target) as temporary:
-                self._world.barrier()
-                written, fault = self._write(temporary, files)
-                reports = self._world.gather((written, fault))
-                faults = [fault for _, fault in reports if fault]
-                if faults:
-                    raise ResourceError(faults[0])
-                if self._world.is_main:
-                    content = {
-                        "format": FORMAT,
-                        "step": step,
-                        "fingerprint": self.fingerprint,
-                        "layout": dict(layout),
-                        "metrics": dict(metrics or {}),
-                        "files": {name: facts for entry, _ in reports for name, facts in entry.items()},
-                    }
-                    write_json(temporary / "checkpoint.json", content)
+        with storage_errors(f"saving {target}"), self._temporary(target) as temporary:
+            self._world.barrier()
+            written, fault = self._write(temporary, files)
+            reports = self._world.gather((written, fault))
+            faults = [fault for _, fault in reports if fault]
+            if faults:
+                raise ResourceError(faults[0])
+            if self._world.is_main:
+                content = {
+                    "format": FORMAT,
+                    "step": step,
+                    "fingerprint": self.fingerprint,
+                    "layout": dict(layout),
+                    "metrics": dict(metrics or {}),
+                    "files": {name: facts for entry, _ in reports for name, facts in entry.items()},
+                }
+                write_json(temporary / "checkpoint.json", content)
         self._world.barrier()
         if self._world.is_main:
             self._prune()
@@ -153,7 +154,7 @@ class Checkpoints:
     def _write(
         self, folder: Path, files: Mapping[str, Mapping[str, torch.Tensor]]
     ) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """Write this rank's files; returns their facts, and the fault instead of raising: all ranks must learn of it."""
+        """Write this rank's files: (their facts, fault or None). Not raised here: all ranks must learn of it."""
         written: dict[str, dict[str, Any]] = {}
         try:
             with storage_errors(f"saving {folder.with_suffix('')}"):
@@ -174,8 +175,8 @@ class Checkpoints:
                 continue
             if checkpoint.fingerprint != self.fingerprint:
                 raise CheckpointError(
-                    f"{folder}: made with another config or other inputs than this run's. Undo the change, or begin the "
-                    "stage anew with --force."
+                    f"{folder}: made with another config or other inputs than this run's. Undo the change, or begin "
+                    "the stage anew with --force."
                 )
             return checkpoint
         return None

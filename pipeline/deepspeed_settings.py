@@ -1,8 +1,8 @@
 """DeepSpeed's configuration, made from the YAML, with an expert's JSON merged over it.
 
-There is no bf16 section, on purpose. DeepSpeed would cast the whole module, feature maps and adapters too, and keep fp32
-copies of them. Here the frozen weights simply are bf16, everything that learns is fp32, and both feature maps and
-peft's adapters compute in their own type; DeepSpeed sees fp32 parameters only and treats them as such.
+There is no bf16 section, on purpose. DeepSpeed would cast the whole module, feature maps and adapters too, and keep
+fp32 copies of them. Here the frozen weights simply are bf16, everything that learns is fp32, and both feature maps
+and peft's adapters compute in their own type; DeepSpeed takes the whole to be fp32 and optimizes fp32 parameters.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Teacher(nn.Module):
 
 
 class FeatureMapDistillation(nn.Module):
-    """The maps of some layers, and their distillation loss. The teacher is no submodule: it is neither trained nor saved.
+    """The maps of some layers, and their distillation loss. The teacher is no submodule: neither trained nor saved.
 
     Args:
         hedgehog: the converted model that the maps are taken from.

@@ -34,9 +34,9 @@ ADAM_EPS = 1e-8
 class TrainingEngine:
     """A module under DeepSpeed. Made by `build_engine`.
 
-    A step is: for every micro-batch `backward(engine(batch))`, then `step(factor)`. The loss given to `backward` is this
-    micro-batch's share of the global batch's loss: gradients are summed over micro-batches and ranks, never averaged,
-    so that a step does not depend on how its global batch was split.
+    A step is: for every micro-batch `backward(engine(batch))`, then `step(factor)`. The loss given to `backward` is
+    this micro-batch's share of the global batch's loss: gradients are summed over micro-batches and ranks, never
+    averaged, so that a step does not depend on how its global batch was split.
     """
 
     def __init__(self, deepspeed_engine: Any, module: nn.Module, optimizer_name: str, world: World) -> None:
@@ -100,12 +100,9 @@ class TrainingEngine:
 
     def close(self) -> None:
         """Give back the memory: several engines may follow one another in a process."""
-        from deepspeed.runtime.zero import parameter_offload
-
         self._engine.destroy()
-        # ZeRO-3 appends every root module to this list and never takes one off, which would keep all of them alive
-        parameter_offload.FWD_MODULE_STACK.clear()
-        self._engine = None
+        del self._engine
+        release_deepspeed()
 
 
 def build_engine(
@@ -128,8 +125,8 @@ def build_engine(
     """Wrap `module`, of which only fp32 parameters learn.
 
     Args:
-        param_groups: dicts with `params` and `peak_learning_rate`. A group is updated independently of the others, to the
-            bit: ZeRO flattens each by itself.
+        param_groups: dicts with `params` and `peak_learning_rate`. A group is updated independently of the others, to
+            the bit: ZeRO flattens each by itself.
         gradient_clip: largest norm over all that learns; None: no clipping.
         optimizer: `adamw` (torch's; DeepSpeed's CPU version with `engine.offload_optimizer`) or `adamw8bit`.
         keep_weights_whole: under ZeRO-3, do not shard this module's weights.
@@ -195,9 +192,20 @@ def shard_frozen(module: nn.Module, world: World) -> nn.Module:
     return engine
 
 
+def release_deepspeed() -> None:
+    """Undo what ZeRO-3 leaves behind in the process: references to every root module, and its own F.linear."""
+    import_deepspeed()
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    original = getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if original is not None:
+        nn.functional.linear = original
+
+
 @contextmanager
 def sharded_loading(config: EngineConfig, world: World) -> Iterator[None]:
-    """Inside, `from_pretrained` builds models sharded from the start under ZeRO-3; nothing changes under ZeRO 0 to 2."""
+    """Inside, `from_pretrained` builds models sharded from the start under ZeRO-3; no change under ZeRO 0 to 2."""
     if config.zero_stage != 3:
         yield
         return
@@ -233,7 +241,7 @@ def _make_optimizer(
     if name == "adamw8bit":
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(groups, **options)
+        return bitsandbytes.optim.AdamW8bit(groups, **options)  # pyright: ignore[reportPrivateImportUsage]
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -241,7 +249,8 @@ def _make_optimizer(
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         except RuntimeError as error:
             raise ResourceError(
-                f"engine.offload_optimizer: DeepSpeed's CPU optimizer did not compile ({error}). Install g++, or set engine.offload_optimizer=false."
+                f"engine.offload_optimizer: DeepSpeed's CPU optimizer did not compile ({error}). Install g++, or set "
+                "engine.offload_optimizer=false."
             ) from error
     return torch.optim.AdamW(groups, **options)
 

@@ -1,7 +1,7 @@
 """Weights and optimizer states, between ZeRO's flat shards and whole tensors by name.
 
-AdamW's moments are gathered to whole tensors: they fit any ZeRO stage and world size. The 8-bit optimizer's are not: its
-blocks follow the flat shards, so every rank keeps its own and gets it back only in the same layout.
+AdamW's moments are gathered to whole tensors: they fit any ZeRO stage and world size. The 8-bit optimizer's are
+not: its blocks follow the flat shards, so every rank keeps its own and gets it back only in the same layout.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def gather_state(engine: Any, parameters: Parameters, optimizer_name: str, world
         fragments.setdefault(id(fragment.parameter), []).append(fragment)
     state = engine.basic_optimizer.state
 
-    def whole(parameter: torch.nn.Parameter, moment: str | None) -> torch.Tensor:
+    def whole(parameter: torch.Tensor, moment: str | None) -> torch.Tensor:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty parameter behind
         gathered = torch.zeros(shape, device=world.device)
         for part in fragments.get(id(parameter), []):
@@ -109,9 +109,10 @@ def restore_optimizer(
     if layout["optimizer"] == "adamw8bit":
         if dict(saved_layout) != dict(layout):
             raise CheckpointError(
-                f"{file.parent}: 8-bit optimizer states fit only the layout that made them, ZeRO-{saved_layout['zero_stage']} on "
-                f"{saved_layout['world_size']} processes; this is ZeRO-{layout['zero_stage']} on {layout['world_size']}. Resume with "
-                "that layout, or begin the stage anew with --force (finetune.optimizer=adamw would fit any)."
+                f"{file.parent}: 8-bit optimizer states fit only the layout that made them, "
+                f"ZeRO-{saved_layout['zero_stage']} on {saved_layout['world_size']} processes; this is "
+                f"ZeRO-{layout['zero_stage']} on {layout['world_size']}. Resume with that layout, or begin the stage "
+                "anew with --force (finetune.optimizer=adamw would fit any)."
             )
         tensors = _read(file)
         for index, shard in enumerate(_shards(engine)):
@@ -137,7 +138,7 @@ def restore_optimizer(
 class Fragment:
     """The piece of a parameter that lies in one of this rank's shards; both are meant flat."""
 
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     shard: torch.Tensor
     in_shard: slice
     in_parameter: slice
@@ -197,5 +198,6 @@ def _read(file: Path) -> Tensors:
 def _check_shape(folder: Path, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
         raise CheckpointError(
-            f"{folder}: {name} has shape {tuple(tensor.shape)}, this run needs {tuple(shape)}. Begin the stage anew with --force."
+            f"{folder}: {name} has shape {tuple(tensor.shape)}, this run needs {tuple(shape)}. "
+            "Begin the stage anew with --force."
         )

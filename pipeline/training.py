@@ -1,8 +1,8 @@
 """The loop that both training stages share: resume, step, record, validate, save.
 
-A step is a function of its number alone: its batch (BatchPlan), learning rate (`schedule.py`) and random numbers (seeded
-anew each step) depend on nothing that went before but the weights and the optimizer's state. So a resumed run repeats an
-uninterrupted one bit for bit on one process.
+A step is a function of its number alone: its batch (BatchPlan), learning rate (`schedule.py`) and random numbers
+(seeded anew each step) depend on nothing that went before but the weights and the optimizer's state. So a resumed run
+repeats an uninterrupted one bit for bit on one process.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..pipeline.checkpoints import Checkpoints
 from ..pipeline.data.batches import BatchPlan, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.distillation import FeatureMapDistillation, Teacher, parse_layers
-from ..pipeline.engine import TrainingEngine, build_engine, shard_frozen, sharded_loading
+from ..pipeline.engine import TrainingEngine, build_engine, release_deepspeed, shard_frozen, sharded_loading
 from ..pipeline.errors import CheckpointError, ConfigError
 from ..pipeline.llama.convert import (
     convert_llama,
@@ -53,8 +53,8 @@ ARTIFACT = "feature_maps.safetensors"
 PAD_ID = 0
 """Stands where the mask is False, so any id would do."""
 _CURE = (
-    "Lower distill.learning_rate, raise distill.loss_eps, or set a smaller distill.gradient_clip, then begin the stage anew "
-    "with --force."
+    "Lower distill.learning_rate, raise distill.loss_eps, or set a smaller distill.gradient_clip, then begin the stage "
+    "anew with --force."
 )
 
 
@@ -67,6 +67,14 @@ def run(ctx: StageContext) -> StageResult:
     config = ctx.config
     if config.model.attention == "softmax":
         return StageResult(skipped="model.attention is softmax: there are no feature maps")
+    try:
+        return _distill(ctx)
+    finally:
+        release_deepspeed()
+
+
+def _distill(ctx: StageContext) -> StageResult:
+    config = ctx.config
     module, hedgehog = _load(ctx)
     task = _Distillation(ctx, module)
     reason = None
@@ -157,11 +165,13 @@ def merge(ctx: StageContext) -> StageResult:
         manifest = read_manifest(folder)
         if manifest is None or manifest.status != "done":
             raise CheckpointError(
-                f"{folder}: this subset is not finished; run `hedgehog distill CONFIG distill.layers={folder.name[7:]}`."
+                f"{folder}: this subset is not finished; run "
+                f"`hedgehog distill CONFIG distill.layers={folder.name.removeprefix('layers-')}`."
             )
         if manifest.fingerprint != ctx.fingerprint:
             raise CheckpointError(
-                f"{folder}: this subset was trained with another config or other inputs; remove it, or train it again with --force."
+                f"{folder}: this subset was trained with another config or other inputs; remove it, or train it again "
+                "with --force."
             )
         shards.append((folder, manifest))
     if not shards:

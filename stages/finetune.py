@@ -1,12 +1,13 @@
 """Stage two: LoRA on the summaries, loss on the summaries' tokens only. Feature maps learn along, or stay.
 
-    load the base → linear attention with the distilled maps (or softmax) → adapters → train → adapter and maps
+load the base → linear attention with the distilled maps (or softmax) → adapters → train → adapter and maps
 """
 
 from __future__ import annotations
 
 import gc
 import shutil
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from ..pipeline.summary_loss import SummaryLoss
 from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from ..pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 
 CONSUMES = ("prepare", "distill")
 SECTIONS = ("model", "finetune", "data.max_length_tokens", "engine.precision", "seed")
@@ -52,9 +53,7 @@ ADAPTER = "adapter"
 FEATURE_MAPS = "feature_maps.safetensors"
 PAD_ID = 0
 """Right padding is never attended to and has no label, so any id would do."""
-_CURE = (
-    "Lower finetune.learning_rate, or set a smaller finetune.gradient_clip, then begin the stage anew with --force."
-)
+_CURE = "Lower finetune.learning_rate, or set a smaller finetune.gradient_clip, then begin the stage anew with --force."
 
 
 def run(ctx: StageContext) -> StageResult:
@@ -70,7 +69,9 @@ def run(ctx: StageContext) -> StageResult:
     adapted = attach_lora(model, config.finetune.lora, seed=ctx.rng("finetune.lora").initial_seed())
     map_parameters = _release_feature_maps(ctx, model)
     if config.finetune.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renamed it, 5.17 has only this name
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     module = SummaryLoss(adapted, packed=config.finetune.packing)
 
     plan = BatchPlan(
@@ -119,7 +120,7 @@ def run(ctx: StageContext) -> StageResult:
         reporter=ctx.reporter,
         cure=_CURE,
     )
-    artifacts = _save(ctx, engine, module)
+    artifacts = _save(ctx, engine, module, model)
     engine.close()
     del engine, module, adapted, model
     gc.collect()  # the model's hooks hold it in a cycle, and the next stage loads another
@@ -159,9 +160,7 @@ class _Finetuning:
         """Nats per summary token over the validation rows."""
         world, settings = self._ctx.world, self._ctx.config.finetune
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in validation_batches(
-            self._validation, settings.micro_batch_size, PAD_ID, world, loss_on="summary"
-        ):
+        for batch in validation_batches(self._validation, settings.micro_batch_size, PAD_ID, world, loss_on="summary"):
             batch = to_device(batch, world.device)
             loss = self._engine.module(batch)
             if batch["counted"]:
@@ -170,7 +169,7 @@ class _Finetuning:
         return {self.FIGURE: loss / count}
 
 
-def _load(ctx: StageContext) -> PreTrainedModel:
+def _load(ctx: StageContext) -> HedgehogLlamaForCausalLM:
     """The converted model with its distilled maps; for softmax attention the same class without maps."""
     config = ctx.config
     sharded = config.engine.zero_stage == 3
@@ -196,7 +195,7 @@ def _load(ctx: StageContext) -> PreTrainedModel:
     )
 
 
-def _release_feature_maps(ctx: StageContext, model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def _release_feature_maps(ctx: StageContext, model: HedgehogLlamaForCausalLM) -> list[torch.Tensor]:
     """The feature maps' weights that are to learn, which peft froze with all the rest."""
     if not ctx.config.finetune.train_feature_maps:
         return []
@@ -205,7 +204,7 @@ def _release_feature_maps(ctx: StageContext, model: PreTrainedModel) -> list[tor
 
 
 def _parameter_groups(
-    ctx: StageContext, module: SummaryLoss, map_parameters: list[torch.nn.Parameter]
+    ctx: StageContext, module: SummaryLoss, map_parameters: list[torch.Tensor]
 ) -> list[dict[str, Any]]:
     settings = ctx.config.finetune
     of_maps = {id(p) for p in map_parameters}
@@ -217,7 +216,9 @@ def _parameter_groups(
     return groups
 
 
-def _save(ctx: StageContext, engine: TrainingEngine, module: SummaryLoss) -> dict[str, str]:
+def _save(
+    ctx: StageContext, engine: TrainingEngine, module: SummaryLoss, model: HedgehogLlamaForCausalLM
+) -> dict[str, str]:
     """Write the artifacts (rank 0). Collective: the weights are gathered from all ranks."""
     weights = engine.full_weights()
     if not ctx.world.is_main:
@@ -234,7 +235,7 @@ def _save(ctx: StageContext, engine: TrainingEngine, module: SummaryLoss) -> dic
     names = {id(parameter): name for name, parameter in engine.parameters.items()}
     trained = {
         f"layers.{layer}.{side}.{key}": weights[names[id(parameter)]]
-        for (layer, side), feature_map in feature_map_modules(module.model.get_base_model()).items()
+        for (layer, side), feature_map in feature_map_modules(model).items()
         for key, parameter in feature_map.named_parameters()
         if id(parameter) in names
     }

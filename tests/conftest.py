@@ -66,9 +66,7 @@ class TrainingRun:
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """What metrics.jsonl holds, without times and memory."""
         lines = (self.root / stage / "metrics.jsonl").read_text().splitlines()
-        return [
-            {k: v for k, v in json.loads(line).items() if k not in ("step_s", "memory_bytes")} for line in lines
-        ]
+        return [{k: v for k, v in json.loads(line).items() if k not in ("step_s", "memory_bytes")} for line in lines]
 
     def losses(self, stage: str) -> list[float]:
         return [record["loss_nats"] for record in self.metrics(stage)]

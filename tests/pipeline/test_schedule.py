@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from hedgehog.pipeline.config import ScheduleConfig
@@ -18,7 +20,7 @@ def test_rises_then_falls_to_the_last_ratio(name: str) -> None:
     factors = course(100, lr_schedule=name, warmup_fraction=0.1, min_lr_ratio=0.2)
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[9] < factors[10] == 1
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[10:]))
     assert factors[-1] == pytest.approx(0.2)
 
 

@@ -25,7 +25,7 @@ def finished(new_run: Callable[..., Run]) -> Run:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def distilled(finished: Run, new_run: Callable[..., Run]) -> Callable[..., Run]:
     """A run with `finished`'s distill stage and nothing finetuned."""
     import shutil
@@ -36,6 +36,14 @@ def distilled(finished: Run, new_run: Callable[..., Run]) -> Callable[..., Run]:
         return run
 
     return make
+
+
+@pytest.fixture(scope="module")
+def unclipped(distilled: Callable[..., Run]) -> Run:
+    """An uninterrupted run without gradient clipping."""
+    run = distilled(finetune__gradient_clip=None)
+    run.stage("finetune")
+    return run
 
 
 def assert_equal(run: Run, other: Run, *paths: str) -> None:
@@ -83,38 +91,43 @@ def test_the_loss_is_the_mean_over_summary_tokens(distilled: Callable[..., Run])
     total, count = 0.0, 0
     for row in (row for sequence in plan.global_batch(0) for row in sequence):
         input_ids, prompt_length = split[row]
-        log_p = model(input_ids[None]).logits[0].float().log_softmax(-1)
+        log_p = model(input_ids[None]).logits[0].detach().log_softmax(-1)
         for position in range(prompt_length, len(input_ids)):
             total -= float(log_p[position - 1, input_ids[position]])
             count += 1
     assert run.losses("finetune")[0] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 1), (2, 2), (3, 3), (3, 1)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 1), (2, 2), (3, 3), (3, 1), (0, 2)])
 def test_resumed_equals_uninterrupted(
-    before: int, after: int, finished: Run, distilled: Callable[..., Run], interrupt: Callable[..., None]
+    before: int, after: int, unclipped: Run, distilled: Callable[..., Run], interrupt: Callable[..., None]
 ) -> None:
-    """Under every ZeRO stage, and from one to another. With gradient clipping off, whose factor is rounded differently."""
-    run = distilled(engine__zero_stage=before)
+    """Under every ZeRO stage, and from one to another.
+
+    The stages round the factor of the common gradient clipping differently, so that is off here; ZeRO-3 computes linear
+    layers its own way, so it is compared with itself.
+    """
+    run = distilled(engine__zero_stage=before, finetune__gradient_clip=None)
     interrupt(run, "finetune")
     run = run.changed(engine__zero_stage=after)
     run.stage("finetune")
-    if before == after == 1:
-        assert_equal(run, finished, ADAPTER, MAPS)
-        assert_same_records(run, finished)
+    expected = unclipped
+    if before == after == 3:
+        expected = distilled(engine__zero_stage=3, finetune__gradient_clip=None)
+        expected.stage("finetune")
+    if before == after or 3 not in (before, after):
+        assert_equal(run, expected, ADAPTER, MAPS)
+        assert_same_records(run, expected)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            written = [(r.root / "finetune/adapter" / name).read_bytes() for r in (run, finished)]
+            written = [(r.root / "finetune/adapter" / name).read_bytes() for r in (run, expected)]
             assert written[0] == written[1]
-    whole = distilled(engine__zero_stage=after)
-    whole.stage("finetune")
-    if before == after:
-        assert_equal(run, whole, ADAPTER, MAPS)
-        assert run.metrics("finetune") == whole.metrics("finetune")
-    assert run.losses("finetune") == pytest.approx(finished.losses("finetune"), rel=1e-4)
+    assert run.losses("finetune") == pytest.approx(unclipped.losses("finetune"), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_processes_learn_the_same(stage: int, two_process_runs: dict[Any, Run], new_run: Callable[..., Run]) -> None:
+def test_two_processes_learn_the_same(
+    stage: int, two_process_runs: dict[Any, Run], new_run: Callable[..., Run]
+) -> None:
     run = two_process_runs[stage]
     alone = new_run(distill__micro_batch_size=1)
     alone.stage("distill")
@@ -155,7 +168,6 @@ def test_the_8bit_optimizer_resumes_in_its_own_layout_only(
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantized_base_trains(quantization: str, distilled: Callable[..., Run]) -> None:
     run = distilled(model__quantization=quantization, engine__precision="bfloat16", finetune__max_steps=2)
-    # the maps were distilled in float32, so distill's manifest is of another config: only finetune looks at its artifact
     summary = run.stage("finetune").summary
     assert 0 < summary["validation_loss"] < 20
     assert all(tensor.dtype == torch.float32 for tensor in run.tensors(ADAPTER).values())
@@ -215,16 +227,16 @@ def test_packed_sequences_give_the_loss_of_their_rows(attention: str, distilled:
     assert packed.losses("finetune") == pytest.approx(rows.losses("finetune"), rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_recomputing_layers_changes_nothing(
     stage: int, distilled: Callable[..., Run], finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaDecoderLayer
+    from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaAttention
 
     calls = []
-    forward = HedgehogLlamaDecoderLayer.forward
+    forward = HedgehogLlamaAttention.forward
     monkeypatch.setattr(
-        HedgehogLlamaDecoderLayer,
+        HedgehogLlamaAttention,
         "forward",
         lambda self, *args, **kwargs: (calls.append(self.training), forward(self, *args, **kwargs))[1],
     )
