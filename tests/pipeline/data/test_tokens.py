@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -13,6 +13,7 @@ IDS = st.lists(st.integers(0, 40000), min_size=1, max_size=6)
 ROWS = st.lists(st.tuples(IDS, IDS), max_size=6)
 
 
+@settings(deadline=None, max_examples=50)
 @given(ROWS)
 def test_rows_come_back_as_written(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("split") / "tokens.safetensors"
