@@ -10,6 +10,7 @@ import re
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 LAYERS_PATTERN = r"\d+(-\d+)?(,\d+(-\d+)?)*"
 
@@ -28,9 +29,9 @@ class Section(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         kinds = get_args(annotation) or (annotation,)
         if (int in kinds or float in kinds) and isinstance(value, (bool, str)):
-            raise ValueError("not a number")
+            raise PydanticCustomError("wrong_type", "not a number")
         if bool in kinds and not isinstance(value, bool):
-            raise ValueError("neither true nor false")
+            raise PydanticCustomError("wrong_type", "neither true nor false")
         return value
 
 
@@ -55,7 +56,7 @@ class ModelConfig(Section):
     """Options of that feature map (see its docstring)."""
     attention_eps: float = Field(default=1e-6, gt=0, le=1e-2)
     """Added to the denominator of linear attention."""
-    chunk_size: int = Field(default=128, ge=16, le=1024)
+    chunk_size: int = Field(default=64, ge=16, le=1024)
     """Tokens per chunk of the chunked linear attention."""
     attention_backend: Literal["auto", "torch"] = "auto"
     """Implementation of linear attention; `auto` takes the fastest that works and logs why."""
@@ -187,7 +188,7 @@ class DistillConfig(ScheduleConfig):
     """Weight of the mean squared error between attention outputs (LoLCATs' loss), relative to the outputs' variance."""
     loss_eps: float = Field(default=1e-6, gt=0, le=1e-2)
     """epsilon of s' = s + eps in the loss: keeps a gradient where the student's similarity is zero."""
-    query_block: int = Field(default=256, ge=16)
+    query_block: int = Field(default=64, ge=16)
     """Query rows a tile of the loss."""
 
     @field_validator("layers", mode="before")
