@@ -147,13 +147,18 @@ def test_finished_batches_are_not_computed_again(copied_run: RunConfig, monkeypa
 
 @dataclasses.dataclass(frozen=True)
 class ThreadWorld(World):
-    """Two ranks in two threads."""
+    """Ranks in threads, of which one at a time runs: what they call is safe between processes, not threads."""
 
     meeting: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(1))
+    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     board: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def barrier(self) -> None:
-        self.meeting.wait(timeout=60)
+        self.turn.release()
+        try:
+            self.meeting.wait()
+        finally:
+            self.turn.acquire()
 
     def broadcast(self, value: Any) -> Any:
         if self.is_main:
@@ -167,30 +172,36 @@ class ThreadWorld(World):
 def test_two_ranks_finish_what_one_began(
     copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    contexts: list[StageContext] = []
     computed: dict[int, int] = {}
-    run, generate, load = evaluate.run, evaluate.generate_summaries, evaluate.load_variant_model
-    loading, all_loaded = threading.Lock(), threading.Barrier(2)
+    run, generate = evaluate.run, evaluate.generate_summaries
 
     def run_in_two_threads(ctx: StageContext) -> Any:
-        meeting, board = threading.Barrier(2), {}
-        worlds = [ThreadWorld(rank, 2, rank, torch.device("cpu"), meeting=meeting, board=board) for rank in range(2)]
-        contexts.extend(dataclasses.replace(ctx, world=world) for world in worlds)
-        other = threading.Thread(target=run, args=(contexts[1],))
-        other.start()
-        result = run(contexts[0])
-        other.join()
-        return result
+        first = ThreadWorld(0, 2, 0, torch.device("cpu"), meeting=threading.Barrier(2))
+        outcomes: dict[int, Any] = {}
+
+        def run_rank(world: ThreadWorld) -> None:
+            with world.turn:
+                try:
+                    outcomes[world.rank] = run(dataclasses.replace(ctx, world=world))
+                except BaseException as error:
+                    outcomes[world.rank] = error
+                    world.meeting.abort()  # or the other rank would wait for ever
+
+        threads = [
+            threading.Thread(target=run_rank, args=(dataclasses.replace(first, rank=rank),)) for rank in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
+        if errors:
+            raise errors[0]
+        return outcomes[0]
 
     def count_by_thread(*arguments: Any) -> Any:
         computed[threading.get_ident()] = computed.get(threading.get_ident(), 0) + 1
         return generate(*arguments)
-
-    def load_one_at_a_time(*arguments: Any) -> Any:
-        with loading:  # transformers patches torch while it loads: safe between processes, not between threads
-            model = load(*arguments)
-        all_loaded.wait(timeout=60)
-        return model
 
     predictions = folder(copied_run) / "predictions"
     predictions.mkdir(parents=True)
@@ -199,7 +210,6 @@ def test_two_ranks_finish_what_one_began(
     (predictions / "main.rank3.jsonl").write_text(lines[6] + lines[3] + "{")
     monkeypatch.setattr(evaluate, "run", run_in_two_threads)
     monkeypatch.setattr(evaluate, "generate_summaries", count_by_thread)
-    monkeypatch.setattr(evaluate, "load_variant_model", load_one_at_a_time)
     run_stage(copied_run, "evaluate")
     assert results(copied_run) == uninterrupted
     assert len(computed) == 2 and min(computed.values()) >= 3
