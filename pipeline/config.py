@@ -134,9 +134,7 @@ class TinyConfig(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
-            raise ValueError(
-                "hidden_size must be a multiple of num_heads, and num_heads of num_key_value_heads"
-            )
+            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_key_value_heads")
         return self
 
 
@@ -290,7 +288,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda where torch finds it."""
     cpu_threads: int | None = Field(default=None, ge=1)
-    """Threads a process uses on a CPU. Null: cores / processes."""
+    """Threads a process uses on a CPU. Null: OMP_NUM_THREADS for a process alone where it is set, else cores / processes."""
 
 
 class LoggingConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     import torch
 
     from .config import EngineConfig
+
+
+_TIMEOUT = timedelta(hours=3)
+"""How long ranks wait for one another: rank 0 merges and writes an export alone."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class World:
         if self.world_size == 1:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(free_port()))
-        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False, timeout=_TIMEOUT
+        )
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -79,6 +86,11 @@ class World:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:
@@ -112,6 +124,7 @@ def discover_world(engine: EngineConfig) -> World:
     else:
         device = torch.device("cpu")
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        threads = engine.cpu_threads or max(1, (len(os.sched_getaffinity(0)) // local_world_size))
-        torch.set_num_threads(threads)
+        threads = engine.cpu_threads or max(1, _num_cores() // local_world_size)
+        if engine.cpu_threads or world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads)  # torchrun sets OMP_NUM_THREADS to 1, whatever the number of cores
     return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)

@@ -1,0 +1,71 @@
+"""Who am I: from torchrun's variables, or alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hedgehog.pipeline.config import EngineConfig
+from hedgehog.pipeline.distributed import World, discover_world, free_port
+from hedgehog.pipeline.errors import ConfigError
+
+CPU = EngineConfig(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_without_a_launcher_there_is_one_process() -> None:
+    world = discover_world(CPU)
+    assert (world.rank, world.world_size, world.device.type, world.is_main) == (0, 1, "cpu", True)
+    assert world.broadcast({"a": 1}) == {"a": 1}
+    assert world.gather(3) == [3]
+    world.barrier()
+
+
+def test_torchrun_s_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    world = discover_world(CPU)
+    assert (world.rank, world.world_size, world.local_rank, world.is_main) == (3, 4, 1, False)
+
+
+def test_several_processes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        discover_world(CPU)
+
+
+def test_cuda_is_refused_where_there_is_none() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ConfigError, match=r"engine\.device"):
+        discover_world(EngineConfig(device="cuda"))
+    assert discover_world(EngineConfig()).device.type == "cpu"
+
+
+def test_threads_follow_the_config_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    discover_world(EngineConfig(device="cpu", cpu_threads=3))
+    assert torch.get_num_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    discover_world(CPU)
+    assert torch.get_num_threads() == 3  # left as it is: whoever set the variable decides
+    discover_world(EngineConfig(device="cpu", cpu_threads=1))
+    assert torch.get_num_threads() == 1
+
+
+def test_the_main_process_is_rank_zero() -> None:
+    assert not World(rank=1, world_size=2, local_rank=1, device=torch.device("cpu")).is_main
+
+
+def test_a_free_port_can_be_bound() -> None:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port()))
