@@ -68,7 +68,7 @@ class DataConfig(Section):
     """Dialogues and summaries, and how they become tokens."""
 
     dataset: str | None = None
-    """Hub id, or a local folder holding train/validation(val)/test files (.json, .jsonl). Alternative to the files below."""
+    """Hub id, or a local folder with train, validation (val) and test files (.json, .jsonl). Instead of the files below."""
     train_file: str | None = None
     """JSON (a list of objects) or JSONL file of training rows."""
     validation_file: str | None = None
@@ -86,7 +86,7 @@ class DataConfig(Section):
     max_length_tokens: int = Field(default=1024, ge=16)
     """Longest prompt + summary. Longer rows follow `overlong`."""
     overlong: Literal["drop", "truncate_dialogue"] = "drop"
-    """What happens to a longer row: dropped, or its dialogue cut at the end. Both are counted; a summary is never cut."""
+    """A longer row is dropped, or its dialogue is cut at the end. Both are counted; a summary is never cut."""
     num_validation_examples: int = Field(default=200, ge=1)
     """Held out of train when there is no validation file; at most this many are used for validation otherwise."""
     max_train_examples: int | None = Field(default=None, ge=1)
@@ -162,7 +162,7 @@ class ScheduleConfig(Section):
     adam_beta2: float = Field(default=0.99, gt=0, lt=1)
     """AdamW's second-moment decay (beta1 is 0.9)."""
     gradient_clip: float | None = Field(default=1.0, gt=0)
-    """Largest gradient norm (distill: per layer and micro-batch, so that layers stay independent). Null: no clipping."""
+    """Largest gradient norm (distill: per layer and micro-batch, so that layers stay independent). Null: none."""
     packing: bool = False
     """Join rows into sequences of `data.max_length_tokens`, attention and state reset at their borders."""
     save_every_steps: int = Field(default=100, ge=1)
@@ -177,7 +177,7 @@ class DistillConfig(ScheduleConfig):
     """Stage one: feature maps learn to reproduce the frozen softmax attention, layer by layer."""
 
     enabled: bool = True
-    """False: keep the maps at their start (T2R's recipe: maps are learned in stage two only). The KL is still measured."""
+    """False: the maps stay at their start (T2R's recipe: they learn in stage two only). The KL is still measured."""
     layers: str | None = None
     """Subset such as `8-15` or `0,2,5-7`. Null: all. Subsets are joined by `hedgehog merge`."""
     cross_entropy_weight: float = Field(default=1.0, ge=0)
@@ -288,7 +288,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda where torch finds it."""
     cpu_threads: int | None = Field(default=None, ge=1)
-    """Threads a process uses on a CPU. Null: OMP_NUM_THREADS for a process alone where it is set, else cores / processes."""
+    """Threads of a process on a CPU. Null: OMP_NUM_THREADS where a process alone has it set, else cores / processes."""
 
 
 class LoggingConfig(Section):
