@@ -68,7 +68,7 @@ class DataConfig(Section):
     """Dialogues and summaries, and how they become tokens."""
 
     dataset: str | None = None
-    """Hub id, or a local folder with train, validation (val) and test files (.json, .jsonl). Instead of the files below."""
+    """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl). Instead of the files below."""
     train_file: str | None = None
     """JSON (a list of objects) or JSONL file of training rows."""
     validation_file: str | None = None

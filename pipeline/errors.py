@@ -30,4 +30,4 @@ class ResourceError(HedgehogError):
 
 
 class NonFiniteLossError(HedgehogError):
-    """Training met a NaN or infinite loss. The last good checkpoint was kept; the message names layer, head and step."""
+    """Training met a NaN or infinite loss. The last good checkpoint was kept; the message names the place and step."""
