@@ -90,8 +90,12 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _agree(stage: _Stage, speaker: str) -> None:
-    stage.say(speaker, "OK.", "Sure.", "Fine with me.", "All right.", "Great!", "Perfect.", "Good idea.")
+def _agree(stage: _Stage, speaker: str, agreed: str | None = None) -> None:
+    """`speaker` accepts, often by repeating what is agreed."""
+    if agreed is not None and stage.chance(0.6):
+        stage.say(speaker, f"OK, {agreed}.", f"Sure, {agreed}.", f"Fine, {agreed} then.")
+    else:
+        stage.say(speaker, "OK.", "Sure.", "Fine with me.", "All right.", "Great!", "Perfect.", "Good idea.")
 
 
 def _accept_pity(stage: _Stage, speaker: str) -> None:
@@ -108,14 +112,14 @@ def _refuse(stage: _Stage, speaker: str) -> str:
 def _negotiate(stage: _Stage, options: tuple[str, ...], ask: str, first: str, second: str) -> str:
     """`first` proposes one of `options`; it may be changed, and the change may be refused. Returns the last agreed."""
     agreed, wish = stage.different(options, 2)
-    stage.say(first, ask.format(option=agreed), f"Let's say {agreed}.", f"{_capital(agreed)}?")
+    stage.say(first, ask.format(option=agreed), f"Let's say {agreed}.", f"Maybe {agreed}?")
     course = stage.rng.random()
     if course < 0.4:
-        _agree(stage, second)
+        _agree(stage, second, agreed)
         return agreed
     stage.say(second, f"Rather {wish}.", f"I would prefer {wish}.", f"Could we make it {wish}?")
     if course < 0.8:
-        _agree(stage, first)
+        _agree(stage, first, wish)
         return wish
     stage.say(first, f"No, {wish} is bad for me.", f"Sorry, {wish} does not work.")
     stage.say(second, f"OK, {agreed} then.", f"Fine, {agreed}.")
@@ -181,7 +185,7 @@ def _birthday(stage: _Stage) -> Outcome:
     stage.say(b, "Right! What do we give?", "Oh! Any ideas for a present?", "What shall we buy?")
     gift = _negotiate(stage, words.GIFTS, "How about {option}?", a, b)
     buyer = stage.choice((a, b))
-    stage.say(buyer, "I will buy it.", "I can get it.", "Leave it to me, I'll buy it.")
+    stage.say(buyer, f"I will buy {gift}.", "I can get it.", "Leave it to me, I'll buy it.")
     _agree(stage, b if buyer == a else a)
     return (
         f"{a} and {b} will give {other} {gift} {day}. {buyer} will buy it.",
@@ -207,10 +211,10 @@ def _travel(stage: _Stage) -> Outcome:
             f"Nobody waited for {a} in {city}, since {b} {why}. A taxi helped.",
             (("Which city?", city), ("What time?", time), ("Who takes a taxi?", a), ("Why?", f"{b} {why}")),
         )
-    stage.say(b, "Of course.", "Sure, I will be there.", "Yes, no problem.")
+    stage.say(b, "Of course.", f"Sure, see you in {city}.", f"Yes, I will be in {city} then.")
     if stage.chance(0.4):
         stage.say(a, f"The {vehicle} is late. It comes {later}.", f"Bad news, I will only arrive {later}.")
-        _agree(stage, b)
+        _agree(stage, b, later)
         time = later
     else:
         stage.say(a, "Thank you!", "Thanks, see you there.")
@@ -228,10 +232,10 @@ def _dinner(stage: _Stage) -> Outcome:
     thing = stage.choice(words.GROCERIES)
     stage.say(a, f"We have no {thing}.", f"The {thing} is gone.", f"But we need {thing}.")
     if stage.chance(0.5):
-        stage.say(b, "I'll buy some on my way.", "I will get some.")
+        stage.say(b, f"I'll buy {thing} on my way.", f"I will get {thing}.")
         buyer = b
     else:
-        stage.say(b, "Can you buy some?", "Could you get some, please?")
+        stage.say(b, f"Can you buy {thing}?", f"Could you get {thing}, please?")
         stage.say(a, "Yes, I'll go now.", "OK, I will.")
         buyer = a
     return (
@@ -270,14 +274,14 @@ def _lost(stage: _Stage) -> Outcome:
         stage.say(b, f"Did you look at {guess}?", f"Maybe at {guess}?")
         stage.say(a, "Not there.", "Yes, nothing.", "I did. Nothing.")
     if stage.chance(0.4):
-        stage.say(b, "No idea, sorry.", "Sorry, I don't know.")
+        stage.say(b, f"Your {thing}? No idea.", f"I don't know where your {thing} is.")
         stage.say(a, f"I'll ask at {place}.", f"Then I will look at {place}.")
         return (
             f"{a} lost {_their(a)} {thing}. {_capital(_they(a))} will look for it at {place}.",
             f"{a} had no {thing} any more and went to {place} to search.",
             (("What is lost?", f"the {thing}"), ("Who lost it?", a), ("Where will the search be?", place)),
         )
-    stage.say(b, f"You left it at {place}.", f"I saw it at {place}.", f"It lies at {place}.")
+    stage.say(b, f"You left your {thing} at {place}.", f"I saw your {thing} at {place}.", f"It lies at {place}.")
     day = _negotiate(stage, words.DAYS, "Can you bring it {option}?", a, b)
     return (
         f"{a} left {_their(a)} {thing} at {place}. {b} will bring it {day}.",
