@@ -1,7 +1,8 @@
 """Runs stages: skips what is done, refuses what changed, resumes what was killed, writes the manifest last.
 
-A stage module (`hedgehog.stages.<stage>`) declares CONSUMES, SECTIONS and IGNORED, and has `run(ctx)`. Everything
-that is the same for all stages is here.
+A stage module (`hedgehog.stages.<stage>`) declares CONSUMES, SECTIONS and IGNORED, and has `run(ctx)`; it may have
+`external_inputs(config)`, fingerprints by name of files that come from outside the run. Everything that is the same for
+all stages is here.
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ def merge_layers(config: RunConfig, *, variant: str | None = None, force: bool =
     effective = config if variant is None else apply_variant(config, variant)
     effective = effective.model_copy(update={"distill": effective.distill.model_copy(update={"layers": None})})
     with storage_errors("merge"):
-        return _run_stage(config, effective, "distill", variant, None, _stage_module("distill").merge, force)
+        function = _stage_module("distill").merge
+        return _run_stage(config, effective, "distill", variant, None, function, force, keeps_folder=True)
 
 
 def _layers_folder(config: RunConfig, stage: str) -> str | None:
@@ -187,7 +189,10 @@ def _run_stage(
     layers: str | None,
     function: Callable[[StageContext], StageResult],
     force: bool,
+    *,
+    keeps_folder: bool = False,
 ) -> Manifest:
+    """`keeps_folder`: what the stage reads lies in its own folder (merge), so that `force` must not set it aside."""
     module = _stage_module(stage)
     run_folder = RunFolder(Path(effective.output_dir) / effective.name)
     folder = run_folder.stage(stage, variant, layers)
@@ -204,12 +209,14 @@ def _run_stage(
     consumed = {name: entry.manifest.output_fingerprint for name, entry in inputs.items()}
     for name, entry in variants.items():
         consumed |= {f"{name}/{key}": value.manifest.output_fingerprint for key, value in entry.inputs.items()}
+    if hasattr(module, "external_inputs"):
+        consumed |= module.external_inputs(effective)
     stage_fingerprint = fingerprint({"stage": stage, "config": sections, "consumed": consumed})
 
     previous: Manifest | None = world.broadcast(read_manifest(folder) if world.is_main else None)
     quiet = Reporter(title, None, is_main=world.is_main)
     if previous is not None and previous.fingerprint != stage_fingerprint:
-        if not force:
+        if not force and world.broadcast(_holds_work(folder)):
             raise CheckpointError(_refusal(title, folder, previous, sections, consumed))
         previous = None
     if previous is not None and previous.status == "done" and not force:
@@ -217,7 +224,8 @@ def _run_stage(
         return previous
     if world.is_main:
         if force and folder.exists():
-            _set_aside(folder, quiet)
+            if not keeps_folder:
+                _set_aside(folder, quiet)
             previous = None
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(run_folder.config_file, dump_resolved(config))
@@ -311,7 +319,9 @@ def _refusal(title: str, folder: Path, previous: Manifest, sections: dict[str, A
     lines = config_differences(previous.config, sections)
     for name in sorted(consumed.keys() | previous.consumed.keys()):
         if consumed.get(name) != previous.consumed.get(name):
-            lines.append(f"input from {name}: its artifacts changed")
+            lines.append(
+                f"input from {name}: its artifacts changed" if "." not in name else f"{name}: the file changed"
+            )
     changes = "\n".join(f"  {line}" for line in lines)
     state = "finished" if previous.status == "done" else "begun"
     return (
@@ -319,6 +329,11 @@ def _refusal(title: str, folder: Path, previous: Manifest, sections: dict[str, A
         f"Undo the change, choose another name=…, or begin the stage anew with --force "
         f"(the folder is kept as {folder.name}.previous)."
     )
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a stage's folder holds more than the note that it was begun: a mistyped path leaves nothing to lose."""
+    return any(path.name not in ("manifest.json", "metrics.jsonl") for path in folder.iterdir())
 
 
 def _set_aside(folder: Path, reporter: Reporter) -> None:

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.config import DataConfig
-from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_tokenizer
+from ..pipeline.config import DataConfig, RunConfig
+from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
 from ..pipeline.data.sources import SPLITS, Split, resolve_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
 from ..pipeline.errors import ConfigError, DataError
@@ -30,6 +30,11 @@ SECTIONS: tuple[str, ...] = (
     "tiny",
 )
 IGNORED: frozenset[str] = frozenset()
+
+
+def external_inputs(config: RunConfig) -> dict[str, str]:
+    """Fingerprints of the local files that this stage reads, so that a changed file is noticed."""
+    return fingerprint_local_inputs(config.model, config.data)
 
 
 def run(ctx: StageContext) -> StageResult:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..manifest import fingerprint
+from ..manifest import fingerprint, hash_file
+
+if TYPE_CHECKING:
+    from ..config import DataConfig, ModelConfig
 
 _EDGE_BYTES = 1 << 20
 
@@ -25,6 +28,27 @@ def fingerprint_base(path_or_id: str, revision: str | None, config: Any) -> str:
     else:
         identity |= {"id": path_or_id, "revision": revision, "commit": getattr(config, "_commit_hash", None)}
     return fingerprint(identity)
+
+
+def fingerprint_local_inputs(model: ModelConfig, data: DataConfig) -> dict[str, str]:
+    """Config key and path to SHA-256, for every local file and folder that `model` and `data` name and that exists.
+
+    Data files are hashed whole; a base folder as `config.json` and the weight files' sizes and edges.
+    """
+    named = {f"data.{key}": getattr(data, key) for key in ("dataset", "train_file", "validation_file", "test_file")}
+    found: dict[str, str] = {}
+    for key, value in named.items():
+        path = Path(value).expanduser() if value else None
+        if path is not None and path.is_file():
+            found[f"{key} {value}"] = hash_file(path)
+        elif path is not None and path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+            found[f"{key} {value}"] = fingerprint([[file.name, hash_file(file)] for file in files])
+    base = Path(model.base).expanduser() if model.base else None
+    if base is not None and (base / "config.json").is_file():
+        weights = [[file.name, file.stat().st_size, _hash_edges(file)] for file in sorted(base.glob("*.safetensors"))]
+        found[f"model.base {model.base}"] = fingerprint([hash_file(base / "config.json"), weights])
+    return found
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:

@@ -158,6 +158,30 @@ def test_a_killed_stage_goes_on_in_its_folder(stages: FakeStages, config: RunCon
     assert manifest.summary == {"rows": 3}
 
 
+def test_a_mistake_corrected_before_anything_was_made_needs_no_force(stages: FakeStages, config: RunConfig) -> None:
+    stages.failure = ConfigError("no such base")
+    with pytest.raises(ConfigError):
+        run_stage(config, "prepare")
+    stages.failure = None
+    manifest = run_stage(config.model_copy(update={"seed": 1}), "prepare")
+    assert manifest.status == "done" and manifest.num_resumes == 0
+
+
+def test_a_changed_file_from_outside_is_refused(stages: FakeStages, config: RunConfig, tmp_path: Path) -> None:
+    data = tmp_path / "train.json"
+    data.write_text("[]")
+
+    def external_inputs(config: RunConfig) -> dict[str, str]:
+        return {f"data.train_file {data}": data.read_text()}
+
+    sys.modules["fake_prepare"].external_inputs = external_inputs  # type: ignore[attr-defined]
+    run_stage(config, "prepare")
+    run_stage(config, "prepare")
+    data.write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"data\.train_file .*train\.json: the file changed"):
+        run_stage(config, "prepare")
+
+
 def test_a_full_disk_is_one_message(stages: FakeStages, config: RunConfig) -> None:
     stages.failure = OSError(errno.ENOSPC, "No space left on device", "x")
     with pytest.raises(ResourceError, match="prepare: the disk is full"):
