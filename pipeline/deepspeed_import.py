@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def import_deepspeed() -> ModuleType:
-    """Return the `deepspeed` package with its logger at WARNING.
+    """Return the `deepspeed` package with its logger at WARNING, and with nothing left to compile at its start.
 
     DeepSpeed chooses its accelerator at import: where torch has no CUDA it is told so, since its own search
     prints warnings about every other kind.
@@ -21,6 +21,9 @@ def import_deepspeed() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+    # A shared-memory all-reduce for inference, which nothing here calls. DeepSpeed would compile it at the first start
+    # on a machine; a kill meanwhile leaves torch's lock file behind, and every later start would wait for it forever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return deepspeed

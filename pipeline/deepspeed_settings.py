@@ -78,6 +78,7 @@ def deepspeed_settings(
         "gradient_clipping": gradient_clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
     }
     if engine.deepspeed_config is not None:

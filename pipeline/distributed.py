@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -100,21 +102,68 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task of a Slurm step, from Slurm's own; empty outside a step of several tasks.
+
+    The rendezvous is on the step's first node, where rank 0 is, at a port that the job and step ids decide, so that
+    jobs that share a node do not meet. A MASTER_ADDR or MASTER_PORT that is set stays.
+
+    Raises:
+        ConfigError: a variable that should be a number is none.
+    """
+    # the batch script itself has SLURM_PROCID too, but belongs to no step
+    if "SLURM_STEP_ID" not in environment or _integer(environment, "SLURM_STEP_NUM_TASKS", 1) < 2:
+        return {}
+    num_tasks = _integer(environment, "SLURM_STEP_NUM_TASKS", 1)
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", "127.0.0.1"))
+    seed = 31 * _integer(environment, "SLURM_JOB_ID", 0) + _integer(environment, "SLURM_STEP_ID", 0)
+    tasks_per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", str(num_tasks))
+    return {
+        "RANK": str(_integer(environment, "SLURM_PROCID", 0)),
+        "LOCAL_RANK": str(_integer(environment, "SLURM_LOCALID", 0)),
+        "WORLD_SIZE": str(num_tasks),
+        # `4(x2),3`: the most that any node has, by which the cores are shared
+        "LOCAL_WORLD_SIZE": str(max(int(n) for n in re.findall(r"(?:^|,)(\d+)", tasks_per_node))),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + seed % 12000),  # below the ephemeral ports
+    }
+
+
+def first_host(nodes: str) -> str:
+    """First name of a Slurm node list: `gpu-[03-05,9],login` is `gpu-03`."""
+    bracketed = r"\[(\w+)[^\]]*\]"
+    name = re.match(rf"(?:{bracketed}|[^,\[])*", nodes)
+    return re.sub(bracketed, r"\1", name[0]) if name else nodes
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"the environment's {name} is '{value}', which is no number: unset it.") from None
+
+
 def discover_world(engine: EngineConfig) -> World:
     """Read rank and world size, choose this process's device and its number of CPU threads.
 
-    torchrun's RANK, WORLD_SIZE and LOCAL_RANK come first; else one process alone.
+    torchrun's RANK, WORLD_SIZE and LOCAL_RANK come first, then those of a Slurm step (`srun`); else one process alone.
 
     Raises:
-        ConfigError: several processes but no rendezvous address, or CUDA asked for and not there.
+        ConfigError: several processes but no rendezvous address, a variable that is no number, or CUDA asked for and
+            not there.
     """
     import torch
 
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(slurm_variables(os.environ))
     rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        _integer(os.environ, name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     if world_size > 1 and not os.environ.get("MASTER_ADDR"):
-        raise ConfigError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set: start the processes with torchrun.")
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set: start the processes with torchrun or srun."
+        )
     use_cuda = torch.cuda.is_available() if engine.device == "auto" else engine.device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda, but torch finds no CUDA device; set engine.device=cpu or auto.")

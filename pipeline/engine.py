@@ -21,7 +21,7 @@ from torch import nn
 from .deepspeed_import import import_deepspeed
 from .deepspeed_settings import deepspeed_settings
 from .engine_state import gather_state, restore_optimizer, restore_weights
-from .errors import ConfigError, ResourceError
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .config import EngineConfig
@@ -128,7 +128,7 @@ def build_engine(
         param_groups: dicts with `params` and `peak_learning_rate`. A group is updated independently of the others, to
             the bit: ZeRO flattens each by itself.
         gradient_clip: largest norm over all that learns; None: no clipping.
-        optimizer: `adamw` (torch's; DeepSpeed's CPU version with `engine.offload_optimizer`) or `adamw8bit`.
+        optimizer: `adamw` (torch's, on the CPU with `engine.offload_optimizer`) or `adamw8bit`.
         keep_weights_whole: under ZeRO-3, do not shard this module's weights.
         resume_from, resume_layout, step: a checkpoint's folder, its `layout()` and its number of steps.
 
@@ -160,7 +160,7 @@ def build_engine(
     groups = [{**group, "lr": group["peak_learning_rate"]} for group in param_groups]
     module.to(world.device)
     options = {"betas": (ADAM_BETA1, adam_beta2), "eps": ADAM_EPS, "weight_decay": weight_decay}
-    client = _make_optimizer(optimizer, groups, options, offload=config.offload_optimizer)
+    client = _make_optimizer(optimizer, groups, options)
     try:
         deepspeed_engine, *_ = deepspeed.initialize(
             model=module, optimizer=client, config=settings, dist_init_required=False
@@ -235,23 +235,14 @@ def _start_deepspeed(world: World) -> ModuleType:
     return deepspeed
 
 
-def _make_optimizer(
-    name: str, groups: list[dict[str, Any]], options: dict[str, Any], *, offload: bool
-) -> torch.optim.Optimizer:
+def _make_optimizer(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    """Offloaded states use torch's AdamW too. DeepSpeed's CPU version is for billions of weights that learn; here are
+    some millions, and it would have to be compiled at its first use.
+    """
     if name == "adamw8bit":
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)  # pyright: ignore[reportPrivateImportUsage]
-    if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        try:
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-        except RuntimeError as error:
-            raise ResourceError(
-                f"engine.offload_optimizer: DeepSpeed's CPU optimizer did not compile ({error}). Install g++, or set "
-                "engine.offload_optimizer=false."
-            ) from error
     return torch.optim.AdamW(groups, **options)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,9 @@ VARIANT_STAGES = ("distill", "finetune")
 """The stages that every variant runs for itself."""
 
 _TEMPORARY_SUFFIX = ".partial"
+_SUBSET_PREFIX = "layers-"
+PREVIOUS_SUFFIX = ".previous"
+"""Ends the name of a folder that --force set aside."""
 
 
 class RunFolder:
@@ -36,12 +41,46 @@ class RunFolder:
     def stage(self, stage: str, variant: str | None = None, layers: str | None = None) -> Path:
         """Folder of a stage; `layers` names a subset of distill's layers (`8-15`), which has a folder of its own."""
         base = self.root if variant is None or stage in ("prepare", "evaluate") else self.root / "variants" / variant
-        return base / stage if layers is None else base / stage / f"layers-{layers}"
+        return base / stage if layers is None else base / stage / f"{_SUBSET_PREFIX}{layers}"
+
+    def subsets(self, variant: str | None = None) -> list[Path]:
+        """Folders of distill's subsets of layers, sorted by name; those that --force set aside are not among them."""
+        folder = self.stage("distill", variant)
+        return sorted(path for path in folder.glob(f"{_SUBSET_PREFIX}*") if path.suffix != PREVIOUS_SUFFIX)
 
     @property
     def config_file(self) -> Path:
         """The resolved config of the newest command on this run."""
         return self.root / "config.resolved.yaml"
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a stage's folder to `<folder>.previous`, all but the subsets of layers in it: they are stages of their own.
+
+    The manifest goes first, so that a kill on the way leaves a stage that has not begun, never a finished one without
+    its artifacts. An earlier `.previous` is removed. Returns the new place.
+    """
+    previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    entries = sorted(folder.iterdir(), key=lambda path: (path.name != "manifest.json", path.name))
+    for entry in entries:
+        if not entry.name.startswith(_SUBSET_PREFIX):
+            os.replace(entry, previous / entry.name)
+    fsync_directory(previous)
+    fsync_directory(folder)
+    return previous
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what an unfinished stage left, all but the subsets of layers in its folder."""
+    for entry in sorted(folder.iterdir(), key=lambda path: (path.name != "manifest.json", path.name)):
+        if entry.name.startswith(_SUBSET_PREFIX):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def fsync_directory(folder: Path) -> None:
@@ -71,10 +110,15 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it becomes `path` when the block ends well and vanishes when it does not."""
+def atomic_file(path: Path, *, several_writers: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes `path` when the block ends well and vanishes when it does not.
+
+    `several_writers`: other processes may write the same file at the same time, on other machines too; each gets a
+    temporary name of its own, and the last to finish wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    own = f".{socket.gethostname()}.{os.getpid()}" if several_writers else ""
+    temporary = path.with_name(path.name + own + _TEMPORARY_SUFFIX)
     try:
         yield temporary
         publish(temporary, path)
@@ -83,13 +127,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Replace a file's content in one step.
+def atomic_write(path: Path, content: str | bytes, *, several_writers: bool = False) -> None:
+    """Replace a file's content in one step; `several_writers` as in `atomic_file`.
 
     Raises:
         OSError: the disk is full or refuses; the earlier content is untouched.
     """
-    with atomic_file(path) as temporary:
+    with atomic_file(path, several_writers=several_writers) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -102,7 +146,8 @@ def write_json(path: Path, value: Any) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `path` when the block ends well.
 
-    An existing `path` is moved aside first and removed last, so that one of the two is there at every moment.
+    An existing `path` is moved aside to `<path>.replaced` first and removed last. A kill between the two renames
+    leaves only `.replaced`; nothing reads it, for the stage that writes `path` is not done then and writes it again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
@@ -135,6 +180,11 @@ _CURES = {
     errno.EACCES: "no permission: choose another output_dir or change the folder's owner",
     errno.EPERM: "no permission: choose another output_dir or change the folder's owner",
     errno.EROFS: "the file system is read-only: choose another output_dir",
+    errno.ENOTDIR: "a file stands where a folder should be: remove it, or choose another output_dir",
+    errno.EEXIST: "a file stands where a folder should be: remove it, or choose another output_dir",
+    errno.ENAMETOOLONG: "the path is too long for this file system: choose a shorter output_dir or name",
+    errno.EIO: "the disk or the network file system reports an error: look after it, then run the same command again",
+    errno.ESTALE: "the network file system lost the file: run the same command again",
 }
 
 
@@ -146,13 +196,22 @@ def storage_errors(what: str) -> Iterator[None]:
         what: what was being done, for the message ("finetune").
 
     Raises:
-        ResourceError: disk full, quota, file-size limit, no permission, read-only. Everything earlier is kept.
+        ResourceError: disk full, quota, file-size limit, no permission, read-only, … Everything earlier is kept.
     """
     try:
         yield
-    except OSError as error:
-        cure = _CURES.get(error.errno or 0)
-        if cure is None:
+    except Exception as error:
+        code = _error_number(error)
+        if code not in _CURES:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        raise ResourceError(f"{what}: {cure}{where}. What was saved before is untouched.") from error
+        name = getattr(error, "filename", None)
+        where = f" ({name})" if name else ""
+        raise ResourceError(f"{what}: {_CURES[code]}{where}. What was saved before is untouched.") from error
+
+
+def _error_number(error: Exception) -> int:
+    """The operating system's number; safetensors writes it into the text of an error of its own."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else 0

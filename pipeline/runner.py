@@ -30,7 +30,16 @@ from .distributed import World, discover_world
 from .errors import CheckpointError, ConfigError, ResourceError
 from .manifest import Manifest, StageInput, describe_artifact, fingerprint, read_manifest
 from .metrics import Reporter, format_bytes, format_duration, peak_memory_bytes, reset_peak_memory
-from .run_folder import STAGES, VARIANT_STAGES, RunFolder, atomic_write, storage_errors
+from .run_folder import (
+    PREVIOUS_SUFFIX,
+    STAGES,
+    VARIANT_STAGES,
+    RunFolder,
+    atomic_write,
+    clear_unfinished,
+    set_aside,
+    storage_errors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,7 +151,8 @@ def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, forc
         config: the run's config, without a variant's overrides.
         variant: run the stage for this variant instead of the main conversion.
         force: where the stage is done or its config or input changed, begin it anew. The earlier folder is kept as
-            `<stage>.previous`.
+            `<stage>.previous`, unless a finished one is there already and this one is not. A stage that `force` began
+            and that was killed goes on.
 
     Raises:
         ConfigError: unknown variant, or a variant asked of a stage that has none.
@@ -170,7 +180,7 @@ def merge_layers(config: RunConfig, *, variant: str | None = None, force: bool =
     effective = effective.model_copy(update={"distill": effective.distill.model_copy(update={"layers": None})})
     with storage_errors("merge"):
         function = _stage_module("distill").merge
-        return _run_stage(config, effective, "distill", variant, None, function, force, keeps_folder=True)
+        return _run_stage(config, effective, "distill", variant, None, function, force)
 
 
 def _layers_folder(config: RunConfig, stage: str) -> str | None:
@@ -189,10 +199,7 @@ def _run_stage(
     layers: str | None,
     function: Callable[[StageContext], StageResult],
     force: bool,
-    *,
-    keeps_folder: bool = False,
 ) -> Manifest:
-    """`keeps_folder`: what the stage reads lies in its own folder (merge), so that `force` must not set it aside."""
     module = _stage_module(stage)
     run_folder = RunFolder(Path(effective.output_dir) / effective.name)
     folder = run_folder.stage(stage, variant, layers)
@@ -222,16 +229,20 @@ def _run_stage(
     if previous is not None and previous.status == "done" and not force:
         quiet.info(f"done already ({previous.finished_at}); nothing to do. --force runs it again.")
         return previous
+    if force and not (previous is not None and previous.forced and previous.status == "running"):
+        previous = None
+        if world.is_main:
+            _begin_anew(folder, quiet)
     if world.is_main:
-        if force and folder.exists():
-            if not keeps_folder:
-                _set_aside(folder, quiet)
-            previous = None
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(run_folder.config_file, dump_resolved(config))
+        resolved = dump_resolved(config)
+        if not run_folder.config_file.is_file() or run_folder.config_file.read_text() != resolved:
+            atomic_write(run_folder.config_file, resolved, several_writers=True)
     previous = world.broadcast(previous)
 
-    manifest = previous or Manifest(stage=stage, variant=variant, fingerprint=stage_fingerprint, config=sections)
+    manifest = previous or Manifest(
+        stage=stage, variant=variant, fingerprint=stage_fingerprint, config=sections, forced=force
+    )
     manifest.consumed, manifest.versions, manifest.world_size = consumed, _versions(), world.world_size
     manifest.started_at = manifest.started_at or _now()
     if previous is not None:
@@ -336,13 +347,17 @@ def _holds_work(folder: Path) -> bool:
     return any(path.name not in ("manifest.json", "metrics.jsonl") for path in folder.iterdir())
 
 
-def _set_aside(folder: Path, reporter: Reporter) -> None:
-    import shutil
-
-    previous = folder.with_name(folder.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    os.replace(folder, previous)
-    reporter.info(f"--force: the earlier folder is kept as {previous}")
+def _begin_anew(folder: Path, reporter: Reporter) -> None:
+    """Set the folder aside; but a finished `.previous` is worth more than what an unfinished attempt left."""
+    if not folder.exists():
+        return
+    current, kept = read_manifest(folder), folder.with_name(folder.name + PREVIOUS_SUFFIX)
+    finished = read_manifest(kept) if kept.is_dir() else None
+    if finished is not None and finished.status == "done" and (current is None or current.status != "done"):
+        clear_unfinished(folder)
+        reporter.info(f"--force: begins anew; the finished folder of before is still kept as {kept}")
+    elif current is not None:
+        reporter.info(f"--force: the earlier folder is kept as {set_aside(folder)}")
 
 
 def _quiet_libraries() -> None:

@@ -152,7 +152,7 @@ def _stages(folder: RunFolder, config: RunConfig | None) -> Iterator[StageStatus
     for variant in (None, *variants):
         for stage in VARIANT_STAGES:
             if stage == "distill":
-                for subset in sorted(folder.stage(stage, variant).glob("layers-*")):
+                for subset in folder.subsets(variant):
                     yield _stage(folder, config, stage, variant, subset.name.removeprefix("layers-"))
             yield _stage(folder, config, stage, variant)
     yield _stage(folder, config, "evaluate", None)

@@ -161,7 +161,7 @@ def merge(ctx: StageContext) -> StageResult:
     if not ctx.world.is_main:
         return StageResult()
     shards = []
-    for folder in sorted(ctx.folder.glob("layers-*")):
+    for folder in ctx.run_folder.subsets(ctx.variant):
         manifest = read_manifest(folder)
         if manifest is None or manifest.status != "done":
             raise CheckpointError(

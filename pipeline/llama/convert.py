@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ..errors import ModelError
+from ..run_folder import atomic_file
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
 from .hedgehog_attention import FEATURE_MAP_NAMES, HedgehogLlamaRotaryEmbedding
 from .load_base import check_base, check_tokenizer_fits, load_base
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 FEATURE_MAPS_FORMAT = "hedgehog-feature-maps-1"
+_METADATA_KEY = "hedgehog"
 
 # What decides a feature map's shape and meaning; a file of maps fits a model only where all of these agree.
 _MAP_FIELDS = ("feature_map", "feature_dim", "feature_map_options", "head_dim", "num_attention_heads")
@@ -167,13 +169,10 @@ def save_feature_maps(
         wanted = {f"layers.{index}." for index in layers}
         maps = {key: tensor for key, tensor in maps.items() if key.startswith(tuple(wanted))}
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in maps.items()}
-    header = {"format": FEATURE_MAPS_FORMAT, "metadata": json.dumps(metadata, sort_keys=True)}
-    file = Path(file)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    save_file(tensors, unfinished, metadata=header)
-    with open(unfinished, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(unfinished, file)
+    # one key: safetensors writes several in any order, and equal maps should be equal files
+    header = json.dumps({"format": FEATURE_MAPS_FORMAT, **metadata}, sort_keys=True)
+    with atomic_file(Path(file)) as unfinished:
+        save_file(tensors, unfinished, metadata={_METADATA_KEY: header})
 
 
 def read_feature_maps(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -183,13 +182,14 @@ def read_feature_maps(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
         raise ModelError(f"{file}: there is no such file of feature maps; run the distill stage, or correct the path")
     try:
         with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
+            header = json.loads((opened.metadata() or {}).get(_METADATA_KEY, "{}"))
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a handle, not a dict)
     except SafetensorError as error:
         raise ModelError(f"{file}: truncated or not a safetensors file ({error}); make it again") from error
-    if header.get("format") != FEATURE_MAPS_FORMAT:
-        raise ModelError(f"{file}: not a file of feature maps (its format is {header.get('format')!r})")
-    return tensors, json.loads(header["metadata"])
+    found = header.pop("format", None)
+    if found != FEATURE_MAPS_FORMAT:
+        raise ModelError(f"{file}: not a file of feature maps (its format is {found!r})")
+    return tensors, header
 
 
 def load_feature_maps(

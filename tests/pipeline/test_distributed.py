@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hedgehog.pipeline.config import EngineConfig
-from hedgehog.pipeline.distributed import World, discover_world, free_port
+from hedgehog.pipeline.distributed import World, discover_world, first_host, free_port, slurm_variables
 from hedgehog.pipeline.errors import ConfigError
 
 CPU = EngineConfig(device="cpu")
@@ -39,6 +39,47 @@ def test_torchrun_s_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_processes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        discover_world(CPU)
+
+
+def test_a_slurm_step_is_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {
+        "SLURM_JOB_ID": "812", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu-[07-08]", "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    }  # fmt: skip
+    found = slurm_variables(step)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("2", "3", "0", "2")
+    assert found["MASTER_ADDR"] == "gpu-07" and 1024 < int(found["MASTER_PORT"]) < 32768
+    assert slurm_variables({**step, "SLURM_STEP_ID": "1"})["MASTER_PORT"] != found["MASTER_PORT"]
+    assert slurm_variables({**step, "MASTER_ADDR": "10.0.0.1"})["MASTER_ADDR"] == "10.0.0.1"
+    batch_script = {name: value for name, value in step.items() if "STEP" not in name}
+    assert slurm_variables(batch_script) == slurm_variables({**step, "SLURM_STEP_NUM_TASKS": "1"}) == {}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    for name in found:  # what discover_world adds is taken back after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    world = discover_world(CPU)
+    assert (world.rank, world.world_size, world.local_rank) == (2, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu-[03-05,9],login", "gpu-03"),
+        ("r[1,3]n[4-5],x", "r1n4"),
+        ("10.0.0.7", "10.0.0.7"),
+    ],
+)
+def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_a_variable_that_is_no_number_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):
         discover_world(CPU)
 
 

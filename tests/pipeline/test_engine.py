@@ -179,7 +179,6 @@ def test_settings_that_exclude_each_other() -> None:
         line_engine(1, config={"offload_optimizer": True}, optimizer="adamw8bit")
 
 
-@pytest.mark.slow  # compiles DeepSpeed's CPU optimizer, once a machine
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_offloaded_optimizer_resumes(stage: int, tmp_path: Path) -> None:
     from safetensors.torch import save_file

@@ -84,6 +84,30 @@ def test_a_refusing_file_system_becomes_one_clear_message(code: int, words: str)
     assert "finetune" in str(caught.value)
 
 
+def test_safetensors_own_error_is_understood(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "w.safetensors").mkdir()
+    with pytest.raises(Exception, match="os error") as raised:
+        save_file({"a": torch.zeros(2)}, tmp_path / "closed" / "w.safetensors")
+    text = str(raised.value).replace("os error 21", "os error 28")
+    with pytest.raises(ResourceError, match="disk is full"), storage_errors("distill"):
+        raise type(raised.value)(text)
+
+
+def test_several_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.yaml"
+    with atomic_file(file, several_writers=True) as mine:
+        mine.write_text("mine")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        atomic_write(file, "theirs", several_writers=True)
+        assert file.read_text() == "theirs"
+    assert file.read_text() == "mine"
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
 def test_other_faults_are_not_dressed_up() -> None:
     with pytest.raises(FileNotFoundError), storage_errors("finetune"):
         raise FileNotFoundError(errno.ENOENT, "gone", "x")

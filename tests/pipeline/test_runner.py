@@ -14,6 +14,7 @@ from hedgehog.pipeline import runner
 from hedgehog.pipeline.config import FinetuneConfig, RunConfig, VariantConfig
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, ResourceError
 from hedgehog.pipeline.manifest import read_manifest
+from hedgehog.pipeline.run_folder import RunFolder
 from hedgehog.pipeline.runner import StageContext, StageResult, run_pipeline, run_stage
 
 CONSUMES = {
@@ -117,6 +118,44 @@ def test_a_changed_config_is_refused_with_the_difference_until_forced(stages: Fa
     run_stage(changed, "finetune", force=True)
     assert (folder / "out.txt").read_text().endswith("0.0005")
     assert (folder.with_name("finetune.previous") / "out.txt").read_text().endswith("0.001")
+
+
+def test_force_after_a_kill_goes_on_and_never_removes_the_finished_folder(
+    stages: FakeStages, config: RunConfig
+) -> None:
+    run_pipeline(config)
+    folder = Path(config.output_dir) / "r" / "finetune"
+    stages.failure = KeyboardInterrupt()
+    changed = config.model_copy(update={"finetune": FinetuneConfig(learning_rate=5e-4)})
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(changed, "finetune", force=True)
+    (folder / "checkpoint").write_text("step 7")
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(changed, "finetune", force=True)
+    assert (folder / "checkpoint").read_text() == "step 7", "the same command goes on"
+    again = config.model_copy(update={"finetune": FinetuneConfig(learning_rate=2e-4)})
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(again, "finetune", force=True)
+    assert not (folder / "checkpoint").exists()
+    assert (folder.with_name("finetune.previous") / "out.txt").read_text().endswith("0.001")
+    stages.failure = None
+    assert run_stage(again, "finetune").status == "done"
+
+
+def test_force_leaves_the_subsets_of_layers(stages: FakeStages, config: RunConfig) -> None:
+    run_stage(config, "prepare")
+    subset = config.model_copy(update={"distill": config.distill.model_copy(update={"layers": "0-1"})})
+    run_stage(subset, "distill")
+    run_stage(config, "distill")
+    run_stage(config, "distill", force=True)
+    folder = Path(config.output_dir) / "r" / "distill"
+    assert (folder / "layers-0-1" / "out.txt").is_file()
+    assert sorted(path.name for path in folder.with_name("distill.previous").iterdir()) == [
+        "manifest.json", "out.txt",
+    ]  # fmt: skip
+    run_stage(subset, "distill", force=True)
+    assert (folder / "layers-0-1.previous" / "out.txt").is_file()
+    assert RunFolder(folder.parent).subsets() == [folder / "layers-0-1"]
 
 
 def test_a_key_that_does_not_change_the_result_is_not_a_change(stages: FakeStages, config: RunConfig) -> None:
