@@ -37,9 +37,10 @@ class World:
         return self.rank == 0
 
     def ensure_process_group(self) -> None:
-        """Start torch.distributed (gloo on a CPU, NCCL on CUDA) through DeepSpeed, once.
+        """Start torch.distributed (gloo on a CPU, NCCL on CUDA) for DeepSpeed, once.
 
-        A process alone gets the variables that DeepSpeed insists on and a free port, so that it needs no launcher.
+        A process alone gets the variables that DeepSpeed insists on and a store in its own memory, so that it needs
+        neither a launcher nor a port.
         """
         import torch.distributed as dist
 
@@ -52,12 +53,10 @@ class World:
         os.environ.setdefault("RANK", str(self.rank))
         os.environ.setdefault("WORLD_SIZE", str(self.world_size))
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.world_size == 1:
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(free_port()))
-        deepspeed.init_distributed(
-            dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False, timeout=_TIMEOUT
-        )
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_TIMEOUT)
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -121,10 +121,9 @@ def restore_optimizer(
         return
 
     whole = _read(file)
-    offload = type(engine.basic_optimizer).__name__ == "DeepSpeedCPUAdam"
     for shard in _shards(engine):
         state[shard] = {
-            "step": step if offload else torch.tensor(float(step)),
+            "step": torch.tensor(float(step)),
             **{moment: torch.zeros_like(shard, requires_grad=False) for moment in MOMENTS},
         }
     names = {id(parameter): name for name, parameter in parameters.items()}

@@ -87,7 +87,7 @@ def read_environment() -> Environment:
         devices=devices,
         no_device_reason=reason,
         nvcc=_program("nvcc", "needed only to build flash-attn"),
-        compiler=_program("g++", "DeepSpeed builds its CPU parts with it: install g++"),
+        compiler=_program("g++", "needed only to build flash-attn"),
         attention_backend=f"{backend.name} ({backend.reason})",
         process_group="nccl" if devices else "gloo",
     )

@@ -69,7 +69,9 @@ def test_distillation_is_flat_in_depth_and_linear_in_length():
         return sum(term.num_bytes for term in estimates[0].terms if term.kind == "activations")
 
     assert activations(4096, 8) == activations(4096, 32)
-    assert activations(65536, 8) / activations(32768, 8) == pytest.approx(2, rel=0.1)
+    # up to 65,536 tokens the loss fills its tiles with several heads at a time: less than linear
+    assert activations(65536, 8) / activations(32768, 8) < 1.5
+    assert activations(1 << 18, 8) / activations(1 << 17, 8) == pytest.approx(2, rel=0.1)
 
 
 def test_what_each_setting_saves():
