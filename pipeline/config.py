@@ -54,7 +54,7 @@ class ModelConfig(Section):
     """Width of the learned map W (head_dim x feature_dim) before ± concatenation. Null: head_dim."""
     feature_map_options: dict[str, Any] = Field(default_factory=dict)
     """Options of that feature map (see its docstring)."""
-    attention_eps: float = Field(default=1e-6, gt=0, le=1e-2)
+    attention_eps: float = Field(default=1e-30, gt=0, le=1e-2)
     """Added to the denominator of linear attention."""
     chunk_size: int = Field(default=64, ge=16, le=1024)
     """Tokens per chunk of the chunked linear attention."""

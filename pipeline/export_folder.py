@@ -108,7 +108,11 @@ def write_configs(
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     for key in ("is_local", "local_files_only"):  # how it was loaded here, nothing about the tokenizer
         tokenizer.init_kwargs.pop(key, None)
-    if tokenizer.pad_token_id != pad_id:
+    # a plain word must not become a special token: it would vanish from decoded text
+    is_special = pad_id in tokenizer.all_special_ids or getattr(
+        tokenizer.added_tokens_decoder.get(pad_id), "special", False
+    )
+    if tokenizer.pad_token_id != pad_id and is_special:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     tokenizer.save_pretrained(folder)
     if isinstance(config, HedgehogLlamaConfig):

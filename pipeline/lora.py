@@ -27,10 +27,14 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Pef
     """Freeze `model` and put adapters on `config.target_modules`: float32, B zero, A drawn from `seed`.
 
     Raises:
-        ConfigError: no linear module of the model has such a name.
+        ConfigError: a name that no module of the model has.
     """
     import peft
 
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    unknown = [name for name in config.target_modules if name not in names]
+    if unknown:  # peft only complains where nothing at all matches
+        raise ConfigError(f"finetune.lora.target_modules: the model has no module named {', '.join(unknown)}.")
     settings = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=config.rank,

@@ -25,15 +25,15 @@ _PLAIN_WIDTH = 160
 
 def reset_peak_memory() -> None:
     """Start a new peak: CUDA's allocator counter, and on Linux the resident set's high-water mark."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's since its start
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
-    """Peak since `reset_peak_memory`: allocated GPU memory where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
+    """Peak since `reset_peak_memory`: allocated GPU memory where this process uses a GPU, else resident memory."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

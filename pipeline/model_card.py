@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
+from .run_folder import atomic_write
 
 _HUB_ID_PARTS = 2
 
@@ -44,7 +45,7 @@ def write_model_card(folder: Path, config: RunConfig, facts: CardFacts) -> None:
         _drift(facts),
         _licence(facts),
     ]
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    atomic_write(folder / "README.md", "\n\n".join(sections) + "\n")
 
 
 def _base_name(facts: CardFacts) -> str:

@@ -1,8 +1,9 @@
 """Runs stages: skips what is done, refuses what changed, resumes what was killed, writes the manifest last.
 
 A stage module (`hedgehog.stages.<stage>`) declares CONSUMES, SECTIONS and IGNORED, and has `run(ctx)`; it may have
-`external_inputs(config)`, fingerprints by name of files that come from outside the run. Everything that is the same for
-all stages is here.
+`external_inputs(config)`, fingerprints by name of files that come from outside the run, and
+`still_to_do(config, run_folder, manifest)`, why a finished stage runs once more. Everything that is the same for all
+stages is here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -45,6 +46,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STAGE_MODULES = {stage: f"hedgehog.stages.{stage}" for stage in STAGES}
+_MAP_KEYS = frozenset(
+    {
+        "model.feature_map",
+        "model.feature_dim",
+        "model.feature_map_options",
+        "model.attention_eps",
+        "model.chunk_size",
+        "distill",
+        "finetune.feature_map_learning_rate",
+        "finetune.train_feature_maps",
+    }
+)
+"""Without effect on a softmax baseline, which need not be made again where they change."""
 _VERSIONED_PACKAGES = (
     "torch",
     "transformers",
@@ -226,7 +240,12 @@ def _run_stage(
         if not force and world.broadcast(_holds_work(folder)):
             raise CheckpointError(_refusal(title, folder, previous, sections, consumed))
         previous = None
-    if previous is not None and previous.status == "done" and not force:
+    unfinished = getattr(module, "still_to_do", None)
+    to_do = unfinished(effective, run_folder, previous) if unfinished and previous is not None else None
+    to_do = world.broadcast(to_do)
+    if previous is not None and previous.status == "done" and not force and to_do is not None:
+        quiet.info(f"done already ({previous.finished_at}), but {to_do}")
+    elif previous is not None and previous.status == "done" and not force:
         quiet.info(f"done already ({previous.finished_at}); nothing to do. --force runs it again.")
         return previous
     if force and not (previous is not None and previous.forced and previous.status == "running"):
@@ -297,11 +316,16 @@ def stage_sections(config: RunConfig, module: ModuleType) -> dict[str, Any]:
     """The part of the config that a stage's result depends on, flattened to dotted keys."""
     flat = flatten(config)
     wanted = tuple(module.SECTIONS)
+    ignored = module.IGNORED | (_MAP_KEYS if config.model.attention == "softmax" else frozenset())
     return {
         key: value
         for key, value in flat.items()
-        if key not in module.IGNORED and any(key == name or key.startswith(name + ".") for name in wanted)
+        if not _under(key, ignored) and any(_under(key, (name,)) for name in wanted)
     }
+
+
+def _under(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _open_input(run_folder: RunFolder, stage: str, variant: str | None) -> StageInput:

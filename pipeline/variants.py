@@ -32,9 +32,11 @@ def load_variant_model(
     Raises:
         ModelError, CheckpointError: an artifact is missing, torn, or does not fit the model.
     """
+    from .data.base_fingerprint import check_base_unchanged
     from .llama.convert import load_hedgehog
     from .llama.load_base import load_base
 
+    check_base_unchanged(inputs["prepare"], config.model.revision)
     model: PreTrainedModel = load_base(
         inputs["prepare"].summary["base_model"],
         dtype=dtype,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..pipeline.checkpoints import Checkpoints
+from ..pipeline.data.base_fingerprint import check_base_unchanged
 from ..pipeline.data.batches import BatchPlan, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.distillation import FeatureMapDistillation, Teacher, parse_layers
@@ -289,6 +290,7 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCa
     sharded = config.engine.zero_stage == 3
     if sharded and config.model.quantization is not None:
         raise ConfigError("engine.zero_stage 3 cannot shard quantized weights: use stage 2, or no quantization.")
+    check_base_unchanged(prepare, config.model.revision)
     with sharded_loading(config.engine, ctx.world):
         llama = load_base(
             prepare.summary["base_model"],

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..pipeline.config import RunConfig
 from ..pipeline.data.tokenize import choose_pad_id, load_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.drift import Probe, ProbeAnswer, answer_in_clean_process, answer_probe, make_probe, measure_drift
@@ -27,17 +29,34 @@ from ..pipeline.export_folder import (
     write_configs,
     write_weights,
 )
-from ..pipeline.manifest import StageInput, read_manifest
+from ..pipeline.manifest import Manifest, StageInput, read_manifest
 from ..pipeline.merging import merged_tensors
 from ..pipeline.metrics import format_bytes
 from ..pipeline.model_card import CardFacts, write_model_card
-from ..pipeline.run_folder import atomic_directory, write_json
+from ..pipeline.run_folder import RunFolder, atomic_directory, write_json
 from ..pipeline.runner import StageContext, StageResult
 from ..pipeline.variants import load_variant_model
 
 CONSUMES = ("prepare", "distill", "finetune")
 SECTIONS = ("export", "model", "engine.precision", "finetune.enabled")
-IGNORED = frozenset()
+IGNORED = frozenset({"export.push_to_hub"})
+
+
+def still_to_do(config: RunConfig, run_folder: RunFolder, manifest: Manifest) -> str | None:
+    """Why a finished export is taken up again: to be uploaded, or because evaluate has scored these weights since."""
+    if manifest.status != "done":
+        return None
+    target = config.export.push_to_hub
+    if target is not None and manifest.summary.get("pushed_repo") != target:
+        return f"not uploaded to {target} yet"
+    evaluate = read_manifest(run_folder.stage("evaluate"))
+    if evaluate is not None and evaluate.status == "done":
+        prefix = f"{manifest.variant or 'main'}/"
+        scored = {stage: evaluate.consumed.get(prefix + stage) for stage in ("distill", "finetune")}
+        same = all(manifest.consumed.get(stage) == fingerprint for stage, fingerprint in scored.items())
+        if same and manifest.summary.get("scored_by") != evaluate.output_fingerprint:
+            return "its model card lacks evaluate's scores"
+    return None
 
 
 def run(ctx: StageContext) -> StageResult:
@@ -53,10 +72,13 @@ def run(ctx: StageContext) -> StageResult:
     summary = _earlier_summary(ctx, folder, record)
     if summary is None:
         summary = _export(ctx, folder)
-        write_json(record, {"fingerprint": ctx.fingerprint, "summary": summary})
+    else:
+        summary["scored_by"] = _write_card(ctx, folder, summary)
+    write_json(record, {"fingerprint": ctx.fingerprint, "summary": summary})
     if ctx.config.export.push_to_hub is not None:
         ctx.reporter.info(f"uploads {folder} to {ctx.config.export.push_to_hub}")
         summary["pushed_to"] = push_folder(folder, ctx.config.export.push_to_hub)
+        summary["pushed_repo"] = ctx.config.export.push_to_hub
         ctx.reporter.info(f"uploaded: {summary['pushed_to']}")
     return StageResult(artifacts={"model": "model", "drift": "drift.json"}, summary=summary)
 
@@ -100,27 +122,41 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
         if ctx.world.device.type == "cuda":
             torch.cuda.empty_cache()
         drift, adds_bos = _check_reload(ctx, unfinished, probe, reference)
-        scores, baseline, num_examples = _measured_scores(ctx)
-        write_model_card(
-            unfinished,
-            config,
-            CardFacts(
-                base_model=config.model.base,
-                drift=drift,
-                licence_files=licence_files,
-                tokenizer_adds_bos=adds_bos,
-                kl_mean_nats=ctx.inputs["distill"].summary.get("kl_mean"),
-                scores=scores,
-                baseline=baseline,
-                num_examples=num_examples,
-                dtype=config.export.dtype,
-            ),
-        )
+        summary = {
+            "drift": drift,
+            "num_shards": len(shards),
+            "num_bytes": num_bytes,
+            "num_parameters": num_parameters,
+            "licence_files": licence_files,
+            "tokenizer_adds_bos": adds_bos,
+        }
+        summary["scored_by"] = _write_card(ctx, unfinished, summary)
     ctx.reporter.info(
         f"{folder} loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}, equal "
         f"greedy tokens {drift['equal_generated_share']:.1%}"
     )
-    return {"drift": drift, "num_shards": len(shards), "num_bytes": num_bytes, "num_parameters": num_parameters}
+    return summary
+
+
+def _write_card(ctx: StageContext, folder: Path, summary: Mapping[str, Any]) -> str | None:
+    """Write the model card; returns the fingerprint of the evaluation whose scores it shows."""
+    scores, baseline, num_examples, scored_by = _measured_scores(ctx)
+    write_model_card(
+        folder,
+        ctx.config,
+        CardFacts(
+            base_model=ctx.config.model.base,
+            drift=summary["drift"],
+            licence_files=summary["licence_files"],
+            tokenizer_adds_bos=summary["tokenizer_adds_bos"],
+            kl_mean_nats=ctx.inputs["distill"].summary.get("kl_mean"),
+            scores=scores,
+            baseline=baseline,
+            num_examples=num_examples,
+            dtype=ctx.config.export.dtype,
+        ),
+    )
+    return scored_by
 
 
 def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: ProbeAnswer) -> tuple[dict[str, Any], bool]:
@@ -152,22 +188,26 @@ def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: Prob
     return drift, facts["encoded_with_special_tokens"] == probe.prompt_tokens
 
 
-def _measured_scores(ctx: StageContext) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int | None]:
-    """rouge.json's entries of this conversion and of the softmax baseline, if evaluate scored these very weights."""
+def _measured_scores(
+    ctx: StageContext,
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int | None, str | None]:
+    """rouge.json's entries of this conversion and of the softmax baseline, the number of examples, and evaluate's
+    fingerprint: if evaluate scored these very weights."""
     evaluate = ctx.run_folder.stage("evaluate")
     manifest = read_manifest(evaluate)
     name = ctx.variant or "main"
     if manifest is None or manifest.status != "done":
         ctx.reporter.info("evaluate has not run: the model card has no scores")
-        return None, None, None
+        return None, None, None, None
     for stage in ("distill", "finetune"):
         if manifest.consumed.get(f"{name}/{stage}") != ctx.inputs[stage].manifest.output_fingerprint:
             ctx.reporter.warning("evaluate scored other weights than these: the model card has no scores")
-            return None, None, None
+            return None, None, None, None
     report = json.loads(StageInput(evaluate, manifest).artifact("rouge").read_text(encoding="utf-8"))
     baseline = report["softmax_reference"]
     return (
         report["variants"][name],
         report["variants"][baseline] if baseline not in (None, name) else None,
         report["num_examples"],
+        manifest.output_fingerprint,
     )

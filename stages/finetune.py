@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..pipeline.checkpoints import Checkpoints
+from ..pipeline.data.base_fingerprint import check_base_unchanged
 from ..pipeline.data.batches import NO_LOSS, BatchPlan, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.engine import TrainingEngine, build_engine, sharded_loading
@@ -175,6 +176,7 @@ def _load(ctx: StageContext) -> HedgehogLlamaForCausalLM:
     sharded = config.engine.zero_stage == 3
     if sharded and config.model.quantization is not None:
         raise ConfigError("engine.zero_stage 3 cannot shard quantized weights: use stage 2, or no quantization.")
+    check_base_unchanged(ctx.inputs["prepare"], config.model.revision)
     with sharded_loading(config.engine, ctx.world):
         base = load_base(
             ctx.inputs["prepare"].summary["base_model"],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..manifest import fingerprint, hash_file
+from ..errors import CheckpointError
+from ..manifest import StageInput, fingerprint, hash_file
 
 if TYPE_CHECKING:
     from ..config import DataConfig, ModelConfig
 
 _EDGE_BYTES = 1 << 20
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 def fingerprint_base(path_or_id: str, revision: str | None, config: Any) -> str:
@@ -33,22 +36,54 @@ def fingerprint_base(path_or_id: str, revision: str | None, config: Any) -> str:
 def fingerprint_local_inputs(model: ModelConfig, data: DataConfig) -> dict[str, str]:
     """Config key and path to SHA-256, for every local file and folder that `model` and `data` name and that exists.
 
-    Data files are hashed whole; a base folder as `config.json` and the weight files' sizes and edges.
+    Data and tokenizer files are hashed whole; a base folder as `config.json` and the weight files' sizes and edges.
+    What cannot be read is left out: the stage itself says so, with the cure.
     """
-    named = {f"data.{key}": getattr(data, key) for key in ("dataset", "train_file", "validation_file", "test_file")}
     found: dict[str, str] = {}
+    named = {f"data.{key}": getattr(data, key) for key in ("dataset", "train_file", "validation_file", "test_file")}
     for key, value in named.items():
-        path = Path(value).expanduser() if value else None
-        if path is not None and path.is_file():
-            found[f"{key} {value}"] = hash_file(path)
-        elif path is not None and path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
-            found[f"{key} {value}"] = fingerprint([[file.name, hash_file(file)] for file in files])
+        with contextlib.suppress(OSError):
+            path = Path(value).expanduser() if value else None
+            if path is not None and path.is_file():
+                found[f"{key} {value}"] = hash_file(path)
+            elif path is not None and path.is_dir():
+                files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+                found[f"{key} {value}"] = _fingerprint_files(files)
     base = Path(model.base).expanduser() if model.base else None
-    if base is not None and (base / "config.json").is_file():
-        weights = [[file.name, file.stat().st_size, _hash_edges(file)] for file in sorted(base.glob("*.safetensors"))]
-        found[f"model.base {model.base}"] = fingerprint([hash_file(base / "config.json"), weights])
+    tokenizer = Path(model.tokenizer).expanduser() if model.tokenizer else base
+    with contextlib.suppress(OSError):
+        if base is not None and (base / "config.json").is_file():
+            files = sorted(base.glob("*.safetensors"))
+            weights = [[file.name, file.stat().st_size, _hash_edges(file)] for file in files]
+            found[f"model.base {model.base}"] = fingerprint([hash_file(base / "config.json"), weights])
+    with contextlib.suppress(OSError):
+        if tokenizer is not None and tokenizer.is_dir():
+            files = sorted(file for name in _TOKENIZER_FILES for file in tokenizer.glob(name))
+            found[f"model.tokenizer {model.tokenizer or model.base}"] = _fingerprint_files(files)
     return found
+
+
+def check_base_unchanged(prepare: StageInput, revision: str | None) -> None:
+    """Refuse a local base folder whose config or weights changed since `prepare` looked at it.
+
+    Raises:
+        CheckpointError: it changed; the message names the folder and the cure.
+        ModelError: it is no usable Llama any more.
+    """
+    from ..llama.load_base import check_base
+
+    path, recorded = prepare.summary["base_model"], prepare.summary.get("base_fingerprint")
+    if recorded is None or not Path(path).expanduser().is_dir():
+        return
+    if fingerprint_base(path, revision, check_base(path, revision=revision)) != recorded:
+        raise CheckpointError(
+            f"{path}: the base model changed since prepare looked at it. Put the earlier files back, or begin with "
+            "`hedgehog prepare CONFIG --force`."
+        )
+
+
+def _fingerprint_files(files: list[Path]) -> str:
+    return fingerprint([[file.name, hash_file(file)] for file in files])
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:

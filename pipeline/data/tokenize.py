@@ -66,8 +66,15 @@ def choose_pad_id(tokenizer: Any) -> tuple[int, str]:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in forbidden:
         return tokenizer.pad_token_id, "the tokenizer's pad token"
     problem = "the tokenizer has no pad token" if tokenizer.pad_token_id is None else "the pad token is BOS or EOS"
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for text, index in sorted(added.items(), key=lambda entry: entry[1]):
+        if "pad" in text.lower() and index not in forbidden:
+            return index, f"{problem}; {text} pads"
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in forbidden:
         return tokenizer.unk_token_id, f"{problem}; unk pads instead"
+    for text, index in sorted(added.items(), key=lambda entry: entry[1]):
+        if index not in forbidden:
+            return index, f"{problem}, and there is no unk; {text} pads instead, masked by position"
     spare = next(token_id for token_id in range(3) if token_id not in forbidden)
     return spare, f"{problem}, and there is no unk; token {spare} pads instead, masked by position"
 

@@ -165,6 +165,17 @@ def test_a_key_that_does_not_change_the_result_is_not_a_change(stages: FakeStage
     assert stages.calls == []
 
 
+def test_a_softmax_baseline_does_not_depend_on_feature_maps(config: RunConfig) -> None:
+    from hedgehog.stages import finetune
+
+    softmax = config.model.model_copy(update={"attention": "softmax"})
+    base = config.model_copy(update={"model": softmax})
+    other = config.model_copy(update={"model": softmax.model_copy(update={"feature_map": "elu", "feature_dim": 7})})
+    assert runner.stage_sections(base, finetune) == runner.stage_sections(other, finetune)
+    linear = other.model_copy(update={"model": other.model.model_copy(update={"attention": "linear"})})
+    assert runner.stage_sections(config, finetune) != runner.stage_sections(linear, finetune)
+
+
 def test_a_changed_input_is_refused(stages: FakeStages, config: RunConfig) -> None:
     run_pipeline(config)
     stages.content = "2"

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hedgehog.pipeline import export_folder
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.drift import Probe, answer_probe
-from hedgehog.pipeline.errors import ConfigError, ModelError, ResourceError
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, ModelError, ResourceError
+from hedgehog.pipeline.manifest import describe_artifact
 from hedgehog.pipeline.runner import run_stage
 from hedgehog.stages import export
 
@@ -241,6 +242,10 @@ def test_the_folder_is_pushed_when_asked_and_goes_on_after_a_refusal(
     assert manifest.summary["pushed_to"] == "https://hub/me/hedgehog"
     [(repository, files)] = uploads
     assert repository == "me/hedgehog" and {"README.md", "config.json", "model.safetensors"} <= set(files)
+    run_stage(config, "export")
+    assert len(uploads) == 1, "what is uploaded is done"
+    run_stage(exporting(copied_run, push_to_hub="me/other"), "export")
+    assert [repository for repository, _ in uploads] == ["me/hedgehog", "me/other"] and len(reload_in_place) == 1
 
 
 def test_without_push_to_hub_nothing_is_uploaded(
@@ -251,3 +256,27 @@ def test_without_push_to_hub_nothing_is_uploaded(
 
     monkeypatch.setattr(export, "push_folder", never)
     assert "pushed_to" not in run_stage(copied_run, "export").summary
+
+
+def test_the_card_of_a_finished_export_gets_the_scores_that_came_later(
+    copied_run: RunConfig, reload_in_place: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    run_stage(copied_run, "export")
+    card = folder(copied_run) / "model" / "README.md"
+    assert "ROUGE" not in card.read_text()
+    run_stage(copied_run, "evaluate")
+    manifest = run_stage(copied_run, "export")
+    assert "ROUGE" in card.read_text() and len(reload_in_place) == 1
+    assert describe_artifact(folder(copied_run), "model").sha256 == manifest.artifacts["model"].sha256
+    before = card.stat().st_mtime_ns
+    run_stage(copied_run, "export")
+    assert card.stat().st_mtime_ns == before
+
+
+def test_a_base_that_changed_since_prepare_is_refused(copied_run: RunConfig):
+    prepared = Path(copied_run.output_dir) / "run" / "prepare"
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["summary"]["base_fingerprint"] = "of other weights"
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"base model changed since prepare.*prepare CONFIG --force"):
+        run_stage(copied_run, "export")

@@ -282,7 +282,7 @@ def test_zero_shot_is_skipped(distilled: Callable[..., Run]) -> None:
 
 def test_a_target_module_that_does_not_exist(distilled: Callable[..., Run]) -> None:
     with pytest.raises(ConfigError, match="target_modules"):
-        distilled(finetune__lora__target_modules=["qq_proj"]).stage("finetune")
+        distilled(finetune__lora__target_modules=["q_proj", "qq_proj"]).stage("finetune")
 
 
 def test_adapter_config_says_what_was_asked(finished: Run) -> None:

@@ -122,6 +122,21 @@ def test_a_summary_that_fills_the_row_alone_is_dropped_even_when_truncating(toke
     assert (len(result.split), result.dropped_overlong, result.truncated) == (0, 1, 0)
 
 
+def test_an_added_special_token_pads_before_a_plain_word():
+    from transformers import AddedToken
+
+    added = {
+        900: AddedToken("<|end|>", special=True), 901: AddedToken("<|other|>", special=True),
+        902: AddedToken("word", special=False),
+    }  # fmt: skip
+    tokenizer = SimpleNamespace(
+        pad_token_id=None, unk_token_id=None, bos_token_id=None, eos_token_id=900, added_tokens_decoder=added
+    )
+    assert choose_pad_id(tokenizer)[0] == 901
+    added[903] = AddedToken("<|right_pad|>", special=True)
+    assert choose_pad_id(tokenizer)[0] == 903
+
+
 @pytest.mark.parametrize(
     ("pad", "unk", "bos", "eos", "chosen"),
     [
@@ -134,7 +149,9 @@ def test_a_summary_that_fills_the_row_alone_is_dropped_even_when_truncating(toke
     ],
 )
 def test_padding_is_never_bos_or_eos(pad, unk, bos, eos, chosen):
-    tokenizer = SimpleNamespace(pad_token_id=pad, unk_token_id=unk, bos_token_id=bos, eos_token_id=eos)
+    tokenizer = SimpleNamespace(
+        pad_token_id=pad, unk_token_id=unk, bos_token_id=bos, eos_token_id=eos, added_tokens_decoder={}
+    )
     pad_id, reason = choose_pad_id(tokenizer)
     assert pad_id == chosen
     assert reason
