@@ -55,7 +55,7 @@ class World:
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)  # pyright: ignore[reportPrivateImportUsage]
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_TIMEOUT)
 
     def barrier(self) -> None:
