@@ -55,7 +55,8 @@ class World:
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)  # pyright: ignore[reportPrivateImportUsage]
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_TIMEOUT)
 
     def barrier(self) -> None:
