@@ -115,7 +115,7 @@ class Reporter:
         self._tokens_per_s = 0.0
         self._steps_per_s = 0.0
         self._last_time = time.monotonic()
-        self._last_step: int | None = None
+        self._num_steps_seen = 0
         self._last_plain = 0.0
         self._tensorboard_writer: Any = None
         if tensorboard and is_main and folder is not None:
@@ -170,9 +170,9 @@ class Reporter:
         metrics = dict(metrics or {})
         now = time.monotonic()
         elapsed = max(now - self._last_time, 1e-9)
-        first = self._last_step is None
-        self._last_time, self._last_step = now, step
-        if first:
+        self._last_time = now
+        self._num_steps_seen += 1
+        if self._num_steps_seen <= 2:  # the first step warms up: it says nothing of the second
             self._tokens_per_s, self._steps_per_s = tokens / elapsed, 1 / elapsed
         else:
             self._tokens_per_s = _SMOOTHING * self._tokens_per_s + (1 - _SMOOTHING) * tokens / elapsed
@@ -194,7 +194,8 @@ class Reporter:
     def _show(self, step: int, total: int, metrics: Mapping[str, Any], now: float) -> None:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
         remaining_s = (total - step) / max(self._steps_per_s, 1e-9)
-        tail = f"{self._tokens_per_s:,.0f} tokens/s  ETA {format_duration(remaining_s)}"
+        eta = format_duration(remaining_s) if self._num_steps_seen > 1 else "–"
+        tail = f"{self._tokens_per_s:,.0f} tokens/s  ETA {eta}"
         tail += f"  memory {format_bytes(peak_memory_bytes())}"
         if self.console.is_terminal:
             if self._progress is None:
@@ -225,7 +226,7 @@ class Reporter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        self._last_step = None
+        self._num_steps_seen = 0
 
     def close(self) -> None:
         """End the progress display and flush what is open."""
