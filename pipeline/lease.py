@@ -182,8 +182,7 @@ def acquire(folder: Path, say: Callable[[str], None] = lambda _: None) -> Lease:
         token = (newest or 0) + 1
         if _claim(leases, token, me):
             for file in leases.iterdir():
-                found = _NAME.fullmatch(file.name)
-                if found is None or int(found[1]) < token:
+                if file.name[:8].isdigit() and int(file.name[:8]) < token:
                     file.unlink(missing_ok=True)
             return Lease(folder, token, me)
 
@@ -191,18 +190,20 @@ def acquire(folder: Path, say: Callable[[str], None] = lambda _: None) -> Lease:
 def _may_replace(leases: Path, token: int, me: Holder, folder: Path, say: Callable[[str], None]) -> bool:
     """Whether the holder of `token` may be replaced; False: it has changed meanwhile, look again."""
     holder = _read(leases, token)
-    same_job = holder is not None and me.job is not None and holder.job == me.job
+    if holder is None:
+        return _stands_still(leases, token, None, folder, say)
+    same_job = me.job is not None and holder.job == me.job
     if same_job and holder.restart > me.restart:
         raise LeaseError(
             f"{folder}: a later start of this job works here ({holder}). This is restart {me.restart} of job {me.job}, "
             "which Slurm has given up; it stops."
         )
-    if holder is not None and holder.released:
+    if holder.released:
         return True
     if same_job and holder.restart < me.restart:
         say(f"takes over from an earlier start of this job ({holder})")
         return True
-    if holder is not None and holder.machine == me.machine:
+    if holder.machine == me.machine:
         if _process_start(holder.pid) != holder.process_start:
             return True
         if time.monotonic() - holder.beat_clock_s < STALE_AFTER_S:
@@ -210,11 +211,10 @@ def _may_replace(leases: Path, token: int, me: Holder, folder: Path, say: Callab
     return _stands_still(leases, token, holder, folder, say)
 
 
-def _stands_still(
-    leases: Path, token: int, holder: Holder | None, folder: Path, say: Callable[[str], None]
-) -> bool:
+def _stands_still(leases: Path, token: int, holder: Holder | None, folder: Path, say: Callable[[str], None]) -> bool:
     """Watch a heartbeat for STALE_AFTER_S seconds of this process's clock. False: the holder is another meanwhile."""
-    say(f"{folder} is held ({holder or 'by an unknown process'}): watches for up to {STALE_AFTER_S:.0f} s whether it lives")
+    whom = holder or "an unknown process"
+    say(f"{folder} is held by another ({whom}): watches for up to {STALE_AFTER_S:.0f} s whether it lives")
     started = time.monotonic()
     while time.monotonic() - started < STALE_AFTER_S:
         stop_if_asked("nothing of it was begun")
@@ -226,7 +226,7 @@ def _stands_still(
             if seen is None or seen.released or holder is None:
                 return False
             raise _in_use(folder, seen)
-    say(f"takes over: there was no sign of life ({holder or 'from an unknown process'})")
+    say(f"takes over: there was no sign of life ({whom})")
     return True
 
 
@@ -318,7 +318,10 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process of this machine began, as the kernel counts; None where it is gone, "" where only that it is known."""
+    """When a process of this machine began, as the kernel counts; None where it is gone.
+
+    "" on a system without /proc, for a process that is there.
+    """
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)

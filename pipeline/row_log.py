@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from .run_folder import atomic_write
+from .run_folder import atomic_write, check_may_write
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -79,8 +79,13 @@ class RowLog:
         return self
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write rows (each with its `index`) and hand them to the operating system: a kill loses none of them."""
+        """Write rows (each with its `index`) and hand them to the operating system: a kill loses none of them.
+
+        Raises:
+            LeaseError: another attempt has taken the folder over.
+        """
         assert self._file is not None
+        check_may_write(self.path)
         for row in rows:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
