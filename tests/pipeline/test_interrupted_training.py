@@ -1,4 +1,4 @@
-"""A signal at any moment of a training: saved, left, and the same command ends as if there had been none, to the bit."""
+"""A signal at any moment of a training: saved, left, and the same command ends as if there were none, to the bit."""
 
 from __future__ import annotations
 
