@@ -88,13 +88,14 @@ def _note(number: int, _frame: object) -> None:
 
 def votes() -> list[float]:
     """What this rank received, as numbers that ranks may add up; see `from_votes`."""
-    return [float(number in _received) for number in _kinds()]
+    return [float(number in _received) for number in _kinds()] if _received else [0.0, 0.0, 0.0]
 
 
 def from_votes(total: Sequence[float]) -> Interrupted | None:
     """What all ranks do, from the sum of their votes; its message is still to be given."""
-    kinds = [number for number, count in zip(_kinds(), total, strict=True) if count]
-    return _interrupted(kinds, "") if kinds else None
+    if not any(total):
+        return None
+    return _interrupted([number for number, count in zip(_kinds(), total, strict=True) if count], "")
 
 
 def _kinds() -> tuple[signal.Signals, ...]:

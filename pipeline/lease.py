@@ -147,12 +147,12 @@ def leased(folder: Path, world: World, say: Callable[[str], None]) -> Iterator[L
         Interrupted: a signal came before.
     """
     own: Lease | None = None
-    with stopping_together(world):
-        stop_if_asked("nothing of it was begun")
-        if world.is_main:
-            own = acquire(folder, say)
-            own.keep_alive()
     try:
+        with stopping_together(world):
+            stop_if_asked("nothing of it was begun")
+            if world.is_main:
+                own = acquire(folder, say)
+                own.keep_alive()
         lease = own or Lease(folder, 0)
         lease.token = world.broadcast(lease.token)
         lease.tag = str(lease.token)

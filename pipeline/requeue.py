@@ -43,7 +43,7 @@ def requeue(job: str) -> tuple[bool, str]:
 
 
 def _state(job: str) -> str | None:
-    code, output = _scontrol("show", "job", "--oneliner", job)
+    code, output = _scontrol("show", "job", job)
     found = re.search(r"\bJobState=(\w+)", output)
     return found[1] if code == 0 and found else None
 

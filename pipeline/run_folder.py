@@ -87,9 +87,17 @@ def fenced(fence: Fence) -> Iterator[None]:
 
 
 def write_fault() -> HedgehogError | None:
-    """Why nothing more may be written inside `fenced`, or None."""
+    """Why nothing more may be written inside `fenced`, or None.
+
+    For asking now and then: a file system that gives no answer just now is no fault. Before a rename it is.
+    """
     fence = _fence.get()
-    return fence.fault() if fence is not None else None
+    if fence is None:
+        return None
+    try:
+        return fence.fault()
+    except OSError:
+        return None
 
 
 def check_may_write(path: Path) -> None:

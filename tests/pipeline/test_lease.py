@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from hedgehog.pipeline.lease import Holder, Lease, acquire, leased
 from hedgehog.pipeline.manifest import Manifest
 from hedgehog.pipeline.metrics import Reporter
 from hedgehog.pipeline.row_log import RowLog
-from hedgehog.pipeline.run_folder import LEASE, atomic_directory, atomic_write
+from hedgehog.pipeline.run_folder import LEASE, atomic_directory, atomic_write, write_fault
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -281,3 +282,26 @@ def test_what_killed_attempts_were_writing_goes_away(folder: Path) -> None:
     with leased(folder, ALONE, print):
         assert not list(folder.glob("*.partial")) and not list(folder.glob("checkpoints/*"))
         assert (subset / "b.partial").is_dir(), "a subset of layers has a lease of its own"
+
+
+def test_a_file_system_that_gives_no_answer_is_no_take_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(_: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with leased(folder, ALONE, print):
+        monkeypatch.setattr(lease_module, "_newest", stale)
+        assert write_fault() is None
+        with pytest.raises(OSError, match="Stale"):
+            atomic_write(folder / "a.json", "x")
+
+
+def test_a_rank_that_was_asked_to_stop_leaves_the_lease_free(folder: Path) -> None:
+    class WithAnother(World):
+        def gather(self, value: object) -> list[object]:
+            return [value, Interrupted("theirs", signals=("SIGTERM",))]
+
+    world = WithAnother(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(Interrupted, match="theirs"), leased(folder, world, print):
+        pytest.fail("it went on alone")
+    left = lease_module._read(folder / LEASE, 1)
+    assert left is not None and left.released

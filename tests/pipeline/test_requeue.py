@@ -33,7 +33,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
 def test_a_running_job_is_queued_again(scontrol: Callable[..., Path]) -> None:
     calls = scontrol()
     assert requeue("7") == (True, "job 7 is queued again and goes on there")
-    assert calls.read_text().splitlines() == ["show job --oneliner 7", "requeue 7"]
+    assert calls.read_text().splitlines() == ["show job 7", "requeue 7"]
 
 
 @pytest.mark.parametrize(("state", "comes_back"), [("CANCELLED", False), ("PENDING", True)])
