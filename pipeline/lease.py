@@ -100,7 +100,7 @@ class Lease:
         other = _read(self.folder / LEASE, newest)
         return LeaseError(
             f"{self.folder}: another process has taken over ({other or 'token ' + str(newest)}). This older one stops "
-            "and writes nothing more; nothing is lost."
+            "and writes nothing more."
         )
 
     def keep_alive(self) -> None:

@@ -30,11 +30,13 @@ def requeue(job: str) -> tuple[bool, str]:
     Slurm ends what is left of the job's processes; so everything must be saved, and nothing is to be expected of the
     lines after this one.
     """
-    state = _state(job)
-    if state == "CANCELLED":
-        return False, f"job {job} was cancelled meanwhile and is not queued again"
-    if state in ("PENDING", "REQUEUED"):
+    facts = _facts(job)
+    state = facts.get("JobState", "RUNNING")  # no answer: try it
+    if _number(facts.get("Restarts")) > _number(os.environ.get("SLURM_RESTART_COUNT")):
         return True, f"Slurm has queued job {job} again"
+    # a job that is being ended is COMPLETING, whoever ends it; at its time limit it may come back
+    if state != "RUNNING" and facts.get("Reason") != "TimeLimit":
+        return False, f"job {job} was ended meanwhile ({state}) and is not queued again"
     code, output = _scontrol("requeue", job)
     if code == 0:
         return True, f"job {job} is queued again and goes on there"
@@ -42,10 +44,13 @@ def requeue(job: str) -> tuple[bool, str]:
     return False, f"job {job} could not be queued again ({reason}): submit it again"
 
 
-def _state(job: str) -> str | None:
+def _facts(job: str) -> dict[str, str]:
     code, output = _scontrol("show", "job", job)
-    found = re.search(r"\bJobState=(\w+)", output)
-    return found[1] if code == 0 and found else None
+    return dict(re.findall(r"\b(JobState|Reason|Restarts)=(\S+)", output)) if code == 0 else {}
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:

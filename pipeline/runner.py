@@ -427,11 +427,12 @@ def _leave(stop: Interrupted, attempt: _Attempt) -> Interrupted:
     Everything is saved and the lease released by now: Slurm ends a job that it queues again at once. The other ranks
     wait until that is done, for `srun --kill-on-bad-exit` would take rank 0 along with the first that leaves.
     """
-    message = f"{attempt.title} stopped by {' and '.join(stop.signals)}: {stop}"
+    what = f"stopped by {' and '.join(stop.signals)}: {stop}"
+    message = f"{attempt.title} {what}"
     goes_on = False
     job = slurm_job()
     if attempt.world.is_main and stop.requeue and job is not None:
-        attempt.quiet.info(message)
+        attempt.quiet.info(what)
         goes_on, outcome = requeue(job)
         message += f"; {outcome}"
     attempt.world.barrier()

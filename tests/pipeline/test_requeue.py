@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,15 +14,15 @@ from hedgehog.pipeline.requeue import requeue, slurm_job
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`scontrol(state="RUNNING", refuses="")` puts one on the PATH; returns the file with its command lines."""
+    """`scontrol()` puts one on the PATH; returns the file with its command lines."""
 
-    def make(state: str = "RUNNING", refuses: str = "") -> Path:
+    def make(state: str = "RUNNING", reason: str = "None", restarts: int = 0, refuses: str = "") -> Path:
         calls = tmp_path / "calls"
         program = tmp_path / "scontrol"
+        facts = f"JobId=7\\n JobState={state} Reason={reason}\\n Restarts={restarts}\\n"
+        answer = f"echo '{refuses}' >&2; exit 1\n" if refuses else ""
         program.write_text(
-            f'#!/bin/sh\necho "$@" >> {calls}\n'
-            f"if [ $1 = show ]; then echo 'JobId=7 JobState={state} Reason=None'; exit 0; fi\n"
-            + (f"echo '{refuses}' >&2; exit 1\n" if refuses else "")
+            f"#!/bin/sh\necho \"$@\" >> {calls}\nif [ $1 = show ]; then printf '{facts}'; exit 0; fi\n{answer}"
         )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -36,11 +37,28 @@ def test_a_running_job_is_queued_again(scontrol: Callable[..., Path]) -> None:
     assert calls.read_text().splitlines() == ["show job 7", "requeue 7"]
 
 
-@pytest.mark.parametrize(("state", "comes_back"), [("CANCELLED", False), ("PENDING", True)])
-def test_what_slurm_has_decided_stays(scontrol: Callable[..., Path], state: str, comes_back: bool) -> None:
-    calls = scontrol(state=state)
+@pytest.mark.parametrize(
+    ("facts", "comes_back", "asks"),
+    [
+        ({"state": "COMPLETING"}, False, False),  # cancelled, as Slurm 22.05 shows it
+        ({"state": "CANCELLED"}, False, False),
+        ({"state": "COMPLETING", "restarts": 2}, True, False),  # preempted: it is in the queue
+        ({"state": "PENDING", "restarts": 2}, True, False),
+        ({"state": "COMPLETING", "reason": "TimeLimit", "restarts": 1}, True, True),
+        ({"state": "RUNNING", "restarts": 1}, True, True),
+    ],
+)
+def test_what_slurm_has_decided_stays(
+    scontrol: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, Any],
+    comes_back: bool,
+    asks: bool,
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    calls = scontrol(**facts)
     assert requeue("7")[0] is comes_back
-    assert "requeue" not in calls.read_text()
+    assert ("requeue 7" in calls.read_text()) is asks
 
 
 def test_a_refusal_is_told_in_slurms_words(scontrol: Callable[..., Path]) -> None:
