@@ -149,7 +149,7 @@ def leased(folder: Path, world: World, say: Callable[[str], None]) -> Iterator[L
     own: Lease | None = None
     try:
         with stopping_together(world):
-            stop_if_asked("nothing of it was begun")
+            stop_if_asked("this attempt had not begun")
             if world.is_main:
                 own = acquire(folder, say)
                 own.keep_alive()
@@ -217,7 +217,7 @@ def _stands_still(leases: Path, token: int, holder: Holder | None, folder: Path,
     say(f"{folder} is held by another ({whom}): watches for up to {STALE_AFTER_S:.0f} s whether it lives")
     started = time.monotonic()
     while time.monotonic() - started < STALE_AFTER_S:
-        stop_if_asked("nothing of it was begun")
+        stop_if_asked("this attempt had not begun")
         time.sleep(_POLL_S)
         if _newest(leases) != token:
             return False

@@ -268,7 +268,7 @@ def test_a_signal_between_two_stages_stops_the_next(stages: FakeStages, config: 
         return StageResult(artifacts={}, summary={"finished": "all the same"})
 
     sys.modules["fake_prepare"].run = run  # type: ignore[attr-defined]
-    with pytest.raises(Interrupted, match="distill stopped by SIGTERM: nothing of it was begun") as raised:
+    with pytest.raises(Interrupted, match="distill stopped by SIGTERM: this attempt had not begun") as raised:
         run_pipeline(config)
     assert (raised.value.exit_code, raised.value.requeue) == (75, False)
     root = Path(config.output_dir) / "r"
