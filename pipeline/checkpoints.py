@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import save
 
 from .errors import CheckpointError, HedgehogError, ResourceError
+from .interrupts import stopping_together
 from .manifest import hash_file
-from .run_folder import atomic_directory, storage_errors, write_json
+from .run_folder import atomic_directory, storage_errors, temporary_path, write_json
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -47,6 +48,8 @@ class Checkpoint:
     layout: dict[str, Any]
     """`TrainingEngine.layout()` of the engine that wrote it."""
     metrics: dict[str, float] = field(default_factory=dict)
+    unfinished_step: dict[str, Any] | None = None
+    """What a step that was interrupted before its validation has still to record."""
 
 
 class Checkpoints:
@@ -82,15 +85,21 @@ class Checkpoints:
         *,
         layout: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        unfinished_step: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint and drop the ones that are no longer kept. Collective: every rank gives its own `files`.
 
         Raises:
+            LeaseError: another attempt has taken the folder over, on every rank; nothing was published.
             ResourceError: the file system refuses, on any rank. Earlier checkpoints are untouched, and nothing
                 half-written stays.
         """
         target = self.folder / f"step-{step:06d}"
-        with storage_errors(f"saving {target}"), self._temporary(target) as temporary:
+        with (
+            storage_errors(f"saving {target}"),
+            stopping_together(self._world),  # only rank 0 learns that it may not publish
+            self._temporary(target) as temporary,
+        ):
             self._world.barrier()
             written, fault = self._write(temporary, files)
             reports = self._world.gather((written, fault))
@@ -104,10 +113,10 @@ class Checkpoints:
                     "fingerprint": self.fingerprint,
                     "layout": dict(layout),
                     "metrics": dict(metrics or {}),
+                    "unfinished_step": dict(unfinished_step) if unfinished_step is not None else None,
                     "files": {name: facts for entry, _ in reports for name, facts in entry.items()},
                 }
                 write_json(temporary / "checkpoint.json", content)
-        self._world.barrier()
         if self._world.is_main:
             self._prune()
         return target
@@ -149,7 +158,7 @@ class Checkpoints:
         # every rank writes into the folder that rank 0 makes; the barrier after it makes it visible
         if self._world.is_main:
             return atomic_directory(target)
-        return nullcontext(target.with_name(target.name + ".partial"))
+        return nullcontext(temporary_path(target))
 
     def _write(
         self, folder: Path, files: Mapping[str, Mapping[str, torch.Tensor]]
@@ -197,8 +206,9 @@ class Checkpoints:
         for folder in self._folders():
             if folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
-        for leftover in self.folder.glob("step-*.partial"):  # a kill while saving
-            shutil.rmtree(leftover, ignore_errors=True)
+        for pattern in ("step-*.partial", "step-*.replaced"):  # a kill while saving
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path, *, verify: bool) -> tuple[Checkpoint | None, str | None]:
@@ -213,7 +223,14 @@ def read_checkpoint(folder: Path, *, verify: bool) -> tuple[Checkpoint | None, s
                 return None, f"{name} has {file.stat().st_size} bytes, not {facts['num_bytes']}"
             if verify and hash_file(file) != facts["sha256"]:
                 return None, f"{name} does not have the content that was written"
-        return Checkpoint(folder, content["step"], content["fingerprint"], content["layout"], content["metrics"]), None
+        return Checkpoint(
+            folder,
+            content["step"],
+            content["fingerprint"],
+            content["layout"],
+            content["metrics"],
+            content.get("unfinished_step"),
+        ), None
     except FileNotFoundError as error:
         return None, f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import ConfigError, HedgehogError
+from .errors import ConfigError, HedgehogError, Interrupted, LeaseError
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -26,6 +26,8 @@ INTERRUPTED_EXIT_CODE = 130
 app = typer.Typer(
     name="hedgehog",
     help="Convert a pretrained Llama into a linear-attention Hedgehog-Llama: distill, finetune, evaluate, export.",
+    epilog="Exit codes: 0 done, 2 a mistake or a refusal with its cure, 75 stopped by a signal with all saved (the "
+    "same command goes on), 130 likewise by Ctrl-C.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -75,7 +77,7 @@ def run(
     Example: hedgehog run configs/tiny.yaml
              hedgehog run configs/llama2-7b-samsum.yaml --from finetune finetune.epochs=3
     """
-    with _errors_shown():
+    with _errors_shown(), _signals_noted():
         loaded = _load(config, overrides)
         from .runner import run_pipeline
 
@@ -117,7 +119,7 @@ def merge(config: Config, overrides: Overrides = None, variant: Variant = None, 
     \b
     Example: hedgehog merge configs/tiny.yaml
     """
-    with _errors_shown():
+    with _errors_shown(), _signals_noted():
         loaded = _load(config, overrides)
         from .runner import merge_layers
 
@@ -244,7 +246,7 @@ def _run_stage(
     variant: str | None = None,
     force: bool = False,
 ) -> None:
-    with _errors_shown():
+    with _errors_shown(), _signals_noted():
         given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
         loaded = _load(config, [*(overrides or []), *given])
         from .runner import run_stage
@@ -267,24 +269,45 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    """A user's mistake becomes one message and exit code 2, Ctrl-C the command that goes on; all else crashes loudly.
+    """A user's mistake becomes one message and exit code 2; all else crashes loudly.
+
+    After an interruption the exit code is 75 (130 after Ctrl-C), and the message has the command that goes on.
 
     What is wrong with a config is the same on every rank and told once, by rank 0. Other errors may concern one
     rank's machine only, so every rank tells its own.
     """
-    rank = int(os.environ.get("RANK", 0))
     try:
         yield
+    except Interrupted as error:
+        if _rank() == 0:
+            go_on = "" if error.goes_on_by_itself else f". To go on: {resume_command(sys.argv[1:])}"
+            print(f"{error}{go_on}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
     except HedgehogError as error:
+        rank = _rank()
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, ConfigError):
+        elif not isinstance(error, (ConfigError, LeaseError)):
             print(f"error (rank {rank}): {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        if rank == 0:
+        if _rank() == 0:
             print(f"\ninterrupted. To go on: {resume_command(sys.argv[1:])}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+
+def _rank() -> int:
+    """Asked for when there is something to say: under srun the rank is found out on the way."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def _signals_noted() -> Iterator[None]:
+    """Before the slow imports, so that a signal that comes early is not lost."""
+    from .interrupts import listening
+
+    with listening():
+        yield
 
 
 def resume_command(arguments: list[str]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .data.tokens import TokenizedSplit
 from .errors import ModelError
 from .generation import left_pad
+from .interrupts import stop_if_asked, stopped_child
 
 PROBE_ROWS = 4
 PROBE_POSITIONS = 64
@@ -31,6 +32,8 @@ PROBE_NEW_TOKENS = 32
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SHOWN_ERROR_LINES = 15
+_POLL_S = 0.5
+_STOPPED = "the export was not compared yet and begins anew"
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def answer_in_clean_process(
 
     Raises:
         ModelError: the folder does not load there, lacks weights, or its tokenizer gives other tokens.
+        Interrupted: a signal came.
     """
     from safetensors.torch import load_file, save_file
 
@@ -136,25 +140,43 @@ def answer_in_clean_process(
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
         script = Path(__file__).with_name("clean_reload.py")
-        finished = subprocess.run(
-            [sys.executable, "-I", str(script), str(folder)],
-            env=environment,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if finished.returncode != 0:
-            lines = finished.stderr.strip().splitlines()[-_SHOWN_ERROR_LINES:]
+        returncode, error_output = _run_stoppable([sys.executable, "-I", str(script), str(folder)], environment, folder)
+        if returncode != 0:
+            lines = error_output.strip().splitlines()[-_SHOWN_ERROR_LINES:]
             raise ModelError(
-                f"the export in {model_folder} does not load in a clean process (exit status {finished.returncode}):\n"
+                f"the export in {model_folder} does not load in a clean process (exit status {returncode}):\n"
                 + "\n".join(f"  {line}" for line in lines)
             )
         facts = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "answer.safetensors")
     _check_facts(model_folder, facts, probe)
     return ProbeAnswer(tensors["logits"], tensors["tokens"]), facts
+
+
+def _run_stoppable(command: list[str], environment: dict[str, str], folder: Path) -> tuple[int, str]:
+    """Run a program to its end and return its status and error output; a signal to this process ends it too."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            while True:
+                try:
+                    _, error_output = process.communicate(timeout=_POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    stop_if_asked(_STOPPED)
+        except BaseException:
+            process.kill()
+            raise
+    stopped_child(process.returncode, _STOPPED)
+    return process.returncode, error_output
 
 
 def _check_facts(model_folder: Path, facts: dict[str, Any], probe: Probe) -> None:

@@ -31,3 +31,25 @@ class ResourceError(HedgehogError):
 
 class NonFiniteLossError(HedgehogError):
     """Training met a NaN or infinite loss. The last good checkpoint was kept; the message names the place and step."""
+
+
+class LeaseError(HedgehogError):
+    """Another process works in the same stage's folder, or has taken it over from this one."""
+
+
+class Interrupted(HedgehogError):
+    """A signal asked the run to stop, and it did. The message says what is saved; the same command goes on there."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. Ctrl-C alone has a shell's 130."""
+
+    def __init__(self, saved: str, *, signals: tuple[str, ...] = (), requeue: bool = False) -> None:
+        super().__init__(saved)
+        self.signals = signals
+        """Names of what was received ("SIGUSR2"), on any rank."""
+        self.requeue = requeue
+        """Whether the signal among them is the one that asks for the Slurm job to be queued again."""
+        self.goes_on_by_itself = False
+        """Slurm starts the job again: nobody has to repeat the command."""
+        if signals == ("SIGINT",):
+            self.exit_code = 130

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import ConfigError, ResourceError
+from .interrupts import stop_if_asked
 from .merging import MergedTensor
 from .metrics import format_bytes
 
@@ -48,6 +49,7 @@ def write_weights(folder: Path, tensors: Mapping[str, MergedTensor], max_shard_s
 
     Raises:
         ConfigError: `max_shard_size` is not a size such as 5GB or 500MB.
+        Interrupted: a signal came, between two shards.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -60,6 +62,7 @@ def write_weights(folder: Path, tensors: Mapping[str, MergedTensor], max_shard_s
             f"export.max_shard_size: '{max_shard_size}' is not a size; write 5GB or 500MB ({error})"
         ) from None
     for file, names in plan.filename_to_tensors.items():
+        stop_if_asked("the unfinished folder was removed, and export begins anew")
         save_file({name: tensors[name].compute() for name in names}, folder / file, metadata={"format": "pt"})
         # safetensors makes files that only their owner may read; weights are shared on clusters
         os.chmod(folder / file, folder.stat().st_mode & 0o666)

@@ -56,6 +56,8 @@ class Manifest(BaseModel):
     peak_memory_bytes: int = 0
     """Peak of one process: resident set on a CPU, allocated memory on a GPU."""
     num_resumes: int = 0
+    interrupted: str | None = None
+    """Why and where the newest attempt stopped, where a signal stopped it."""
     forced: bool = False
     """Begun by --force: the same command after a kill goes on here instead of beginning once more."""
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .run_folder import atomic_write, write_fault
+
 _PLAIN_INTERVAL_S = 5.0
 """Shortest time between two progress lines where there is no terminal."""
 _SMOOTHING = 0.9
@@ -76,8 +78,6 @@ def rewind_metrics(file: Path, step: int) -> None:
         if record.get("step", 0) > step:
             break
         kept.append(line)
-    from .run_folder import atomic_write
-
     atomic_write(file, "".join(line + "\n" for line in kept))
 
 
@@ -152,8 +152,8 @@ class Reporter:
             rewind_metrics(self._file, step)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Append one object to metrics.jsonl."""
-        if self._file is None:
+        """Append one object to metrics.jsonl, unless another attempt writes there now: the stage stops soon then."""
+        if self._file is None or write_fault() is not None:
             return
         with open(self._file, "a") as file:
             file.write(json.dumps(dict(record)) + "\n")

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from .run_folder import atomic_write
+from .interrupts import stopping_together
+from .run_folder import atomic_write, check_may_write
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -74,13 +75,21 @@ class RowLog:
 
     def __enter__(self) -> RowLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = self._world.broadcast(self._join() if self._world.is_main else None)
+        with stopping_together(self._world):  # rank 0 may find that another attempt has taken the folder over
+            if self._world.is_main:
+                self.done = self._join()
+        self.done = self._world.broadcast(self.done)
         self._file = open(self._rank_file(self._world.rank), "a", encoding="utf-8")
         return self
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write rows (each with its `index`) and hand them to the operating system: a kill loses none of them."""
+        """Write rows (each with its `index`) and hand them to the operating system: a kill loses none of them.
+
+        Raises:
+            LeaseError: another attempt has taken the folder over.
+        """
         assert self._file is not None
+        check_may_write(self.path)
         for row in rows:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -92,6 +101,6 @@ class RowLog:
         self._file.close()
         if kind is None:
             self._world.barrier()
-            if self._world.is_main:
-                self._join()
-            self._world.barrier()
+            with stopping_together(self._world):
+                if self._world.is_main:
+                    self._join()

@@ -14,10 +14,11 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from .errors import ResourceError
+from .errors import HedgehogError, ResourceError
 
 STAGES = ("prepare", "distill", "finetune", "evaluate", "export")
 VARIANT_STAGES = ("distill", "finetune")
@@ -27,6 +28,8 @@ _TEMPORARY_SUFFIX = ".partial"
 _SUBSET_PREFIX = "layers-"
 PREVIOUS_SUFFIX = ".previous"
 """Ends the name of a folder that --force set aside."""
+LEASE = "lease"
+"""Says in a stage's folder which process may write there; see lease.py. It stays whatever becomes of the rest."""
 
 
 class RunFolder:
@@ -54,8 +57,93 @@ class RunFolder:
         return self.root / "config.resolved.yaml"
 
 
+class Fence(Protocol):
+    """What may forbid writing in a folder."""
+
+    folder: Path
+    tag: str
+    """Part of temporary names, so that two attempts never write into the same temporary file."""
+
+    def fault(self) -> HedgehogError | None:
+        """Why nothing more may be written, or None."""
+        ...
+
+
+_fence: ContextVar[Fence | None] = ContextVar("fence", default=None)
+
+
+@contextmanager
+def fenced(fence: Fence) -> Iterator[None]:
+    """Inside, nothing gets its final name in the fence's folder once the fence has a fault: that is raised instead.
+
+    Between the look and the rename lie microseconds. Should a fault begin just there, then what is published is what
+    the other attempt will write there too: both make the same bytes from the same config.
+    """
+    token = _fence.set(fence)
+    try:
+        yield
+    finally:
+        _fence.reset(token)
+
+
+def write_fault() -> HedgehogError | None:
+    """Why nothing more may be written inside `fenced`, or None.
+
+    For asking now and then: a file system that gives no answer just now is no fault. Before a rename it is.
+    """
+    fence = _fence.get()
+    if fence is None:
+        return None
+    try:
+        return fence.fault()
+    except OSError:
+        return None
+
+
+def check_may_write(path: Path) -> None:
+    """Look before writing `path` in place.
+
+    Raises:
+        LeaseError: another attempt has taken the folder over.
+    """
+    fence = _fence.get()
+    if fence is not None and path.is_relative_to(fence.folder):
+        fault = fence.fault()
+        if fault is not None:
+            raise fault
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written before it is complete."""
+    fence = _fence.get()
+    tag = f".{fence.tag}" if fence is not None and path.is_relative_to(fence.folder) else ""
+    return path.with_name(path.name + tag + _TEMPORARY_SUFFIX)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed attempts were writing in a stage's folder; not in the subsets of layers, whose it is not."""
+    for entry in folder.iterdir():
+        if entry.name.endswith(_TEMPORARY_SUFFIX):
+            _remove(entry)
+        elif entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(_SUBSET_PREFIX):
+            remove_temporaries(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _own_entries(folder: Path) -> list[Path]:
+    """What belongs to the stage itself, the manifest first; the subsets of layers are stages of their own."""
+    entries = sorted(folder.iterdir(), key=lambda path: (path.name != "manifest.json", path.name))
+    return [entry for entry in entries if entry.name != LEASE and not entry.name.startswith(_SUBSET_PREFIX)]
+
+
 def set_aside(folder: Path) -> Path:
-    """Move a stage's folder to `<folder>.previous`, all but the subsets of layers in it: they are stages of their own.
+    """Move a stage's folder to `<folder>.previous`, all but the subsets of layers and the lease in it.
 
     The manifest goes first, so that a kill on the way leaves a stage that has not begun, never a finished one without
     its artifacts. An earlier `.previous` is removed. Returns the new place.
@@ -63,20 +151,16 @@ def set_aside(folder: Path) -> Path:
     previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
-    entries = sorted(folder.iterdir(), key=lambda path: (path.name != "manifest.json", path.name))
-    for entry in entries:
-        if not entry.name.startswith(_SUBSET_PREFIX):
-            os.replace(entry, previous / entry.name)
+    for entry in _own_entries(folder):
+        os.replace(entry, previous / entry.name)
     fsync_directory(previous)
     fsync_directory(folder)
     return previous
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what an unfinished stage left, all but the subsets of layers in its folder."""
-    for entry in sorted(folder.iterdir(), key=lambda path: (path.name != "manifest.json", path.name)):
-        if entry.name.startswith(_SUBSET_PREFIX):
-            continue
+    """Remove what an unfinished stage left, all but the subsets of layers and the lease in its folder."""
+    for entry in _own_entries(folder):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -103,8 +187,13 @@ def _fsync_file(path: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a complete temporary file its final name: fsync, rename, fsync of the folder."""
+    """Give a complete temporary file its final name: fsync, look whether that is allowed, rename, fsync of the folder.
+
+    Raises:
+        LeaseError: another attempt has taken the folder over.
+    """
     _fsync_file(temporary)
+    check_may_write(path)
     os.replace(temporary, path)
     fsync_directory(path.parent)
 
@@ -118,7 +207,7 @@ def atomic_file(path: Path, *, several_writers: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{socket.gethostname()}.{os.getpid()}" if several_writers else ""
-    temporary = path.with_name(path.name + own + _TEMPORARY_SUFFIX)
+    temporary = temporary_path(path.with_name(path.name + own))
     try:
         yield temporary
         publish(temporary, path)
@@ -148,9 +237,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     An existing `path` is moved aside to `<path>.replaced` first and removed last. A kill between the two renames
     leaves only `.replaced`; nothing reads it, for the stage that writes `path` is not done then and writes it again.
+
+    Raises:
+        LeaseError: another attempt has taken the folder over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -161,6 +253,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             elif file.is_dir():
                 fsync_directory(file)
         fsync_directory(temporary)
+        check_may_write(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

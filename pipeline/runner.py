@@ -1,5 +1,8 @@
 """Runs stages: skips what is done, refuses what changed, resumes what was killed, writes the manifest last.
 
+One process (or group of ranks) at a time works in a stage's folder (lease.py). A signal makes it stop where nothing is
+lost (interrupts.py); if it was the job script's own, the Slurm job is queued again (requeue.py).
+
 A stage module (`hedgehog.stages.<stage>`) declares CONSUMES, SECTIONS and IGNORED, and has `run(ctx)`; it may have
 `external_inputs(config)`, fingerprints by name of files that come from outside the run, and
 `still_to_do(config, run_folder, manifest)`, why a finished stage runs once more. Everything that is the same for all
@@ -28,10 +31,14 @@ import torch
 from .config import RunConfig
 from .config_loading import apply_variant, config_differences, dump_resolved, flatten
 from .distributed import World, discover_world
-from .errors import CheckpointError, ConfigError, ResourceError
+from .errors import CheckpointError, ConfigError, Interrupted, LeaseError, ResourceError
+from .interrupts import listening, stopping_together
+from .lease import leased
 from .manifest import Manifest, StageInput, describe_artifact, fingerprint, read_manifest
 from .metrics import Reporter, format_bytes, format_duration, peak_memory_bytes, reset_peak_memory
+from .requeue import requeue, slurm_job
 from .run_folder import (
+    LEASE,
     PREVIOUS_SUFFIX,
     STAGES,
     VARIANT_STAGES,
@@ -40,6 +47,7 @@ from .run_folder import (
     clear_unfinished,
     set_aside,
     storage_errors,
+    write_fault,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +111,7 @@ class StageContext:
     variant: str | None
     run_folder: RunFolder
     folder: Path
-    """The stage's own folder; it exists."""
+    """The stage's own folder; it exists, and this attempt holds its lease."""
     world: World
     fingerprint: str
     """SHA-256 over config sections and consumed artifacts; checkpoints carry it."""
@@ -133,15 +141,16 @@ def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | Non
     if start > end:
         raise ConfigError(f"--from {first} comes after --to {last}; the order is {', '.join(names)}.")
     selected = names[start : end + 1]
-    if "prepare" in selected:
-        run_stage(config, "prepare", force=force)
-    for variant in (None, *config.variants):
-        for stage in VARIANT_STAGES:
+    with listening():  # also to what comes between two stages
+        if "prepare" in selected:
+            run_stage(config, "prepare", force=force)
+        for variant in (None, *config.variants):
+            for stage in VARIANT_STAGES:
+                if stage in selected:
+                    run_stage(config, stage, variant=variant, force=force)
+        for stage in ("evaluate", "export"):
             if stage in selected:
-                run_stage(config, stage, variant=variant, force=force)
-    for stage in ("evaluate", "export"):
-        if stage in selected:
-            run_stage(config, stage, force=force)
+                run_stage(config, stage, force=force)
     if selected[-1] == names[-1]:
         _say_where_things_are(config)
 
@@ -171,30 +180,22 @@ def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, forc
     Raises:
         ConfigError: unknown variant, or a variant asked of a stage that has none.
         CheckpointError: an input is missing or changed, or the stage's own config changed and `force` is off.
+        Interrupted: a signal came; what was done is saved.
+        LeaseError: another process works in the stage's folder, or has taken it over.
         ResourceError: the disk is full, refuses, or memory ran out.
     """
     if variant is not None and stage in ("prepare", "evaluate"):
         raise ConfigError(f"{stage} is done once for all variants; leave --variant away.")
     effective = config if variant is None else apply_variant(config, variant)
-    with storage_errors(stage):
-        return _run_stage(
-            config,
-            effective,
-            stage,
-            variant,
-            _layers_folder(effective, stage),
-            _stage_module(stage).run,
-            force,
-        )
+    layers = _layers_folder(effective, stage)
+    return _run_stage(config, effective, stage, variant, layers, lambda: _stage_module(stage).run, force)
 
 
 def merge_layers(config: RunConfig, *, variant: str | None = None, force: bool = False) -> Manifest:
     """Join the subsets that `distill --layers` trained into the distill stage's artifact."""
     effective = config if variant is None else apply_variant(config, variant)
     effective = effective.model_copy(update={"distill": effective.distill.model_copy(update={"layers": None})})
-    with storage_errors("merge"):
-        function = _stage_module("distill").merge
-        return _run_stage(config, effective, "distill", variant, None, function, force)
+    return _run_stage(config, effective, "distill", variant, None, lambda: _stage_module("distill").merge, force)
 
 
 def _layers_folder(config: RunConfig, stage: str) -> str | None:
@@ -211,17 +212,57 @@ def _run_stage(
     stage: str,
     variant: str | None,
     layers: str | None,
-    function: Callable[[StageContext], StageResult],
+    load: Callable[[], Callable[[StageContext], StageResult]],
     force: bool,
 ) -> Manifest:
+    """Run what `load` returns; an interruption is complete, requeue included, when it leaves here."""
+    title = "/".join(part for part in (variant, stage, layers) if part)
+    with listening(), storage_errors(title):
+        function = load()
+        world = discover_world(effective.engine)
+        attempt = _describe(config, effective, stage, variant, layers, world, force, title)
+        try:
+            return _skip_or_run(attempt, function)
+        except Interrupted as stop:
+            raise _leave(stop, attempt) from None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A stage, and everything that decides whether it runs."""
+
+    title: str
+    given: RunConfig
+    config: RunConfig
+    """With the variant's overrides."""
+    stage: str
+    variant: str | None
+    run_folder: RunFolder
+    folder: Path
+    world: World
+    inputs: dict[str, StageInput]
+    variants: dict[str, VariantInputs]
+    sections: dict[str, Any]
+    consumed: dict[str, str]
+    fingerprint: str
+    force: bool
+    unfinished: Callable[..., str | None] | None
+    quiet: Reporter
+    """Speaks, and records nothing."""
+
+
+def _describe(
+    config: RunConfig,
+    effective: RunConfig,
+    stage: str,
+    variant: str | None,
+    layers: str | None,
+    world: World,
+    force: bool,
+    title: str,
+) -> _Attempt:
     module = _stage_module(stage)
     run_folder = RunFolder(Path(effective.output_dir) / effective.name)
-    folder = run_folder.stage(stage, variant, layers)
-    title = "/".join(part for part in (variant, stage, layers) if part)
-    world = discover_world(effective.engine)
-    reporter_options = {"is_main": world.is_main, "tensorboard": effective.logging.tensorboard}
-    log_every_steps = getattr(getattr(effective, stage, None), "log_every_steps", 1)
-
     inputs = {name: _open_input(run_folder, name, variant) for name in module.CONSUMES}
     variants: dict[str, VariantInputs] = {}
     if stage == "evaluate":
@@ -232,63 +273,130 @@ def _run_stage(
         consumed |= {f"{name}/{key}": value.manifest.output_fingerprint for key, value in entry.inputs.items()}
     if hasattr(module, "external_inputs"):
         consumed |= module.external_inputs(effective)
-    stage_fingerprint = fingerprint({"stage": stage, "config": sections, "consumed": consumed})
-
-    previous: Manifest | None = world.broadcast(read_manifest(folder) if world.is_main else None)
-    quiet = Reporter(title, None, is_main=world.is_main)
-    if previous is not None and previous.fingerprint != stage_fingerprint:
-        if not force and world.broadcast(_holds_work(folder)):
-            raise CheckpointError(_refusal(title, folder, previous, sections, consumed))
-        previous = None
-    unfinished = getattr(module, "still_to_do", None)
-    to_do = unfinished(effective, run_folder, previous) if unfinished and previous is not None else None
-    to_do = world.broadcast(to_do)
-    if previous is not None and previous.status == "done" and not force and to_do is not None:
-        quiet.info(f"done already ({previous.finished_at}), but {to_do}")
-    elif previous is not None and previous.status == "done" and not force:
-        quiet.info(f"done already ({previous.finished_at}); nothing to do. --force runs it again.")
-        return previous
-    if force and not (previous is not None and previous.forced and previous.status == "running"):
-        previous = None
-        if world.is_main:
-            _begin_anew(folder, quiet)
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        resolved = dump_resolved(config)
-        if not run_folder.config_file.is_file() or run_folder.config_file.read_text() != resolved:
-            atomic_write(run_folder.config_file, resolved, several_writers=True)
-    previous = world.broadcast(previous)
-
-    manifest = previous or Manifest(
-        stage=stage, variant=variant, fingerprint=stage_fingerprint, config=sections, forced=force
-    )
-    manifest.consumed, manifest.versions, manifest.world_size = consumed, _versions(), world.world_size
-    manifest.started_at = manifest.started_at or _now()
-    if previous is not None:
-        manifest.num_resumes += 1
-        quiet.info(f"goes on in {folder}")
-    if world.is_main:
-        manifest.write(folder)
-    world.barrier()
-
-    reporter = Reporter(title, folder, log_every_steps=log_every_steps, **reporter_options)
-    context = StageContext(
+    return _Attempt(
+        title=title,
+        given=config,
         config=effective,
         stage=stage,
         variant=variant,
         run_folder=run_folder,
-        folder=folder,
+        folder=run_folder.stage(stage, variant, layers),
         world=world,
-        fingerprint=stage_fingerprint,
         inputs=inputs,
         variants=variants,
+        sections=sections,
+        consumed=consumed,
+        fingerprint=fingerprint({"stage": stage, "config": sections, "consumed": consumed}),
+        force=force,
+        unfinished=getattr(module, "still_to_do", None),
+        quiet=Reporter(title, None, is_main=world.is_main),
+    )
+
+
+def _skip_or_run(attempt: _Attempt, function: Callable[[StageContext], StageResult]) -> Manifest:
+    previous, to_do = _earlier_attempt(attempt)
+    if _is_done(attempt, previous, to_do):
+        return _say_done(attempt, previous)
+    with leased(attempt.folder, attempt.world, attempt.quiet.info):
+        # who held the folder until now may have finished the stage
+        previous, to_do = _earlier_attempt(attempt)
+        if _is_done(attempt, previous, to_do):
+            return _say_done(attempt, previous)
+        if previous is not None and to_do is not None:
+            attempt.quiet.info(f"done already ({previous.finished_at}), but {to_do}")
+        return _run_held(attempt, previous, function)
+
+
+def _earlier_attempt(attempt: _Attempt) -> tuple[Manifest | None, str | None]:
+    """The manifest that an attempt of this same stage left, and why it is to be taken up though it is done. Collective.
+
+    Raises:
+        CheckpointError: it had another config or input, left work behind, and `force` is off.
+    """
+    world, folder = attempt.world, attempt.folder
+    previous: Manifest | None = world.broadcast(read_manifest(folder) if world.is_main else None)
+    if previous is not None and previous.fingerprint != attempt.fingerprint:
+        if not attempt.force and world.broadcast(_holds_work(folder)):
+            raise CheckpointError(_refusal(attempt.title, folder, previous, attempt.sections, attempt.consumed))
+        previous = None
+    to_do = None
+    if attempt.unfinished is not None and previous is not None:
+        to_do = attempt.unfinished(attempt.config, attempt.run_folder, previous)
+    return previous, world.broadcast(to_do)
+
+
+def _is_done(attempt: _Attempt, previous: Manifest | None, to_do: str | None) -> bool:
+    return previous is not None and previous.status == "done" and not attempt.force and to_do is None
+
+
+def _say_done(attempt: _Attempt, previous: Manifest | None) -> Manifest:
+    assert previous is not None
+    attempt.quiet.info(f"done already ({previous.finished_at}); nothing to do. --force runs it again.")
+    return previous
+
+
+def _run_held(
+    attempt: _Attempt, previous: Manifest | None, function: Callable[[StageContext], StageResult]
+) -> Manifest:
+    """Run a stage whose folder this attempt holds, and write its manifest."""
+    folder, world, config = attempt.folder, attempt.world, attempt.config
+    if attempt.force and not (previous is not None and previous.forced and previous.status == "running"):
+        previous = None
+        if world.is_main:
+            _begin_anew(folder, attempt.quiet)
+    if world.is_main:
+        config_file, resolved = attempt.run_folder.config_file, dump_resolved(attempt.given)
+        if not config_file.is_file() or config_file.read_text() != resolved:
+            atomic_write(config_file, resolved, several_writers=True)
+    previous = world.broadcast(previous)
+
+    manifest = previous or Manifest(
+        stage=attempt.stage,
+        variant=attempt.variant,
+        fingerprint=attempt.fingerprint,
+        config=attempt.sections,
+        forced=attempt.force,
+    )
+    manifest.consumed, manifest.versions, manifest.world_size = attempt.consumed, _versions(), world.world_size
+    manifest.started_at = manifest.started_at or _now()
+    manifest.interrupted = None
+    if previous is not None:
+        manifest.num_resumes += 1
+        attempt.quiet.info(f"goes on in {folder}")
+    if world.is_main:
+        manifest.write(folder)
+    world.barrier()
+
+    reporter = Reporter(
+        attempt.title,
+        folder,
+        is_main=world.is_main,
+        log_every_steps=getattr(getattr(config, attempt.stage, None), "log_every_steps", 1),
+        tensorboard=config.logging.tensorboard,
+    )
+    context = StageContext(
+        config=config,
+        stage=attempt.stage,
+        variant=attempt.variant,
+        run_folder=attempt.run_folder,
+        folder=folder,
+        world=world,
+        fingerprint=attempt.fingerprint,
+        inputs=attempt.inputs,
+        variants=attempt.variants,
         reporter=reporter,
     )
     _quiet_libraries()
     reset_peak_memory()
     started = time.monotonic()
+    result = StageResult()
     try:
-        with _out_of_memory(title), _duration_kept(manifest, folder, world, started):
+        with (
+            _duration_kept(manifest, folder, world, started),
+            stopping_together(world),
+            _out_of_memory(attempt.title),
+            _lost_folder_said(),
+        ):
             result = function(context)
     finally:
         reporter.close()
@@ -301,15 +409,36 @@ def _run_stage(
             _now(),
             max(manifest.peak_memory_bytes, peak),
         )
-        manifest.write(folder)
-        if result.skipped:
-            reporter.info(f"skipped: {result.skipped}")
-        else:
-            reporter.info(
-                f"done in {format_duration(manifest.duration_s)}, peak memory {format_bytes(peak)}; results in {folder}"
-            )
-    manifest = world.broadcast(manifest)
-    return manifest
+    with stopping_together(world):
+        if world.is_main:
+            manifest.write(folder)
+    if result.skipped:
+        reporter.info(f"skipped: {result.skipped}")
+    else:
+        reporter.info(
+            f"done in {format_duration(manifest.duration_s)}, peak memory {format_bytes(peak)}; results in {folder}"
+        )
+    return world.broadcast(manifest)
+
+
+def _leave(stop: Interrupted, attempt: _Attempt) -> Interrupted:
+    """Queue the Slurm job again if the signal asked for it; the error with which all ranks leave. Collective.
+
+    Everything is saved and the lease released by now: Slurm ends a job that it queues again at once. The other ranks
+    wait until that is done, for `srun --kill-on-bad-exit` would take rank 0 along with the first that leaves.
+    """
+    what = f"stopped by {' and '.join(stop.signals)}: {stop}"
+    message = f"{attempt.title} {what}"
+    goes_on = False
+    job = slurm_job()
+    if attempt.world.is_main and stop.requeue and job is not None:
+        attempt.quiet.info(what)
+        goes_on, outcome = requeue(job)
+        message += f"; {outcome}"
+    attempt.world.barrier()
+    leaving = Interrupted(message, signals=stop.signals, requeue=stop.requeue)
+    leaving.goes_on_by_itself = goes_on
+    return leaving
 
 
 def stage_sections(config: RunConfig, module: ModuleType) -> dict[str, Any]:
@@ -368,7 +497,7 @@ def _refusal(title: str, folder: Path, previous: Manifest, sections: dict[str, A
 
 def _holds_work(folder: Path) -> bool:
     """Whether a stage's folder holds more than the note that it was begun: a mistyped path leaves nothing to lose."""
-    return any(path.name not in ("manifest.json", "metrics.jsonl") for path in folder.iterdir())
+    return any(path.name not in ("manifest.json", "metrics.jsonl", LEASE) for path in folder.iterdir())
 
 
 def _begin_anew(folder: Path, reporter: Reporter) -> None:
@@ -394,16 +523,30 @@ def _quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def _duration_kept(manifest: Manifest, folder: Path, world: World, started: float) -> Iterator[None]:
-    """Add this attempt's working time to the manifest, also when the attempt ends with an exception."""
+    """Add this attempt's working time to the manifest, also when the attempt ends with an exception; and say why."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         manifest.duration_s += time.monotonic() - started
+        if isinstance(error, Interrupted):
+            manifest.interrupted = f"{_now()}: {' and '.join(error.signals)}, {error}"
         if world.is_main:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, LeaseError):
                 manifest.write(folder)
         raise
     manifest.duration_s += time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _lost_folder_said() -> Iterator[None]:
+    """Who takes a folder over clears away what was being written there; the older attempt may stumble over that."""
+    try:
+        yield
+    except Exception as error:
+        fault = write_fault()
+        if fault is None or isinstance(error, LeaseError):
+            raise
+        raise fault from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .errors import NonFiniteLossError
+from .errors import Interrupted, LeaseError, NonFiniteLossError
+from .interrupts import from_votes, votes
+from .run_folder import write_fault
 from .schedule import learning_rate_factor
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from .distributed import World
     from .engine import TrainingEngine
     from .metrics import Reporter
+
+
+_VOTES = "votes to stop"
 
 
 class TrainingTask(Protocol):
@@ -82,6 +87,8 @@ def train(
         cure: what a user may try when the loss is not finite.
 
     Raises:
+        Interrupted: a signal came; a checkpoint of the step that was being done is saved.
+        LeaseError: another attempt has taken the folder over.
         NonFiniteLossError: NaN or infinite loss or gradient; the last checkpoint is good, nothing is saved after it.
         ResourceError: a checkpoint cannot be written; earlier ones are untouched.
     """
@@ -89,17 +96,49 @@ def train(
     if resumed is not None:
         start, num_tokens = resumed.step, int(resumed.metrics.get("num_tokens", 0))
         reporter.info(f"resumed from {resumed.folder.name}")
-    reporter.rewind(start)
     validation: dict[str, float] | None = None
     best = math.inf
     saved_best = checkpoints.best()
     if saved_best is not None:
         best = checkpoints.value(saved_best)
+
+    def validation_is_due(done: int) -> bool:
+        return done == plan.num_steps or bool(schedule.eval_every_steps and done % schedule.eval_every_steps == 0)
+
+    def save(done: int, unfinished_step: dict[str, Any] | None = None) -> None:
+        checkpoints.save(
+            done,
+            engine.checkpoint_files(),
+            layout=engine.layout(),
+            metrics={"num_tokens": num_tokens, **(validation or {})},
+            unfinished_step=unfinished_step,
+        )
+
+    def record(done: int, tokens: int, metrics: dict[str, float]) -> bool:
+        """What ends a step: record it, save if that is due; whether it was saved."""
+        nonlocal best
+        reporter.step(done, plan.num_steps, tokens=tokens, metrics=metrics | (validation or {}))
+        figure = next(iter(validation.values())) if validation else math.inf
+        due = done == plan.num_steps or done % schedule.save_every_steps == 0 or figure < best
+        best = min(best, figure)
+        if due:
+            save(done)
+        return due
+
+    stop = _agree_to_stop(world)
+    if stop is not None:
+        raise _stopped(stop, f"it stands where it was, after step {start} of {plan.num_steps}")
     engine.module.train()
+    unfinished = resumed.unfinished_step if resumed is not None else None
+    reporter.rewind(start if unfinished is None else start - 1)
     reporter.restart_clock()
+    if unfinished is not None:
+        validation = _validate(task, engine)
+        record(start, unfinished["tokens"], unfinished["metrics"])
+        reporter.restart_clock()
     for step in range(start, plan.num_steps):
         seed_step(seed, step, world.rank)
-        totals, step_tokens = _accumulate(task, engine, plan, step, world)
+        totals, step_tokens, stop = _accumulate(task, engine, plan, step, world)
         if not all(math.isfinite(x) for total in totals.values() for x in total.flatten().tolist()):
             raise _not_finite(task.fault(totals), step, checkpoints, cure)
         factor = learning_rate_factor(step, plan.num_steps, schedule)
@@ -112,20 +151,18 @@ def train(
         metrics = task.figures(totals)
         metrics |= {"grad_norm": grad_norm, "learning_rate": schedule.learning_rate * factor}
         validation = None
-        if done == plan.num_steps or (schedule.eval_every_steps and done % schedule.eval_every_steps == 0):
+        where = f"saved after step {done} of {plan.num_steps}"
+        if validation_is_due(done):
+            if stop is not None:  # a validation may take longer than the grace period: it is made up for later
+                save(done, {"tokens": step_tokens, "metrics": metrics})
+                raise _stopped(stop, where)
             validation = _validate(task, engine)
-            metrics |= validation
-        reporter.step(done, plan.num_steps, tokens=step_tokens, metrics=metrics)
-
-        figure = next(iter(validation.values())) if validation else math.inf
-        if done == plan.num_steps or done % schedule.save_every_steps == 0 or figure < best:
-            best = min(best, figure)
-            checkpoints.save(
-                done,
-                engine.checkpoint_files(),
-                layout=engine.layout(),
-                metrics={"num_tokens": num_tokens, **(validation or {})},
-            )
+            stop = _agree_to_stop(world)
+        was_saved = record(done, step_tokens, metrics)
+        if stop is not None and done < plan.num_steps:  # after the last step little remains to be done
+            if not was_saved:
+                save(done)
+            raise _stopped(stop, where)
         reporter.restart_clock()
     if validation is None:  # resumed after the last step
         validation = _validate(task, engine)
@@ -159,8 +196,12 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _accumulate(
     task: TrainingTask, engine: TrainingEngine, plan: BatchPlan, step: int, world: World
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Forward and backward over this rank's micro-batches; (figures of the global batch, its number of real tokens)."""
+) -> tuple[dict[str, torch.Tensor], int, Interrupted | None]:
+    """Forward and backward over this rank's micro-batches.
+
+    Returns the global batch's figures and its number of real tokens; and, from the same all-reduce, whether any rank
+    was asked to stop.
+    """
     sums: dict[str, torch.Tensor] = {}
     num_tokens = 0
     for batch in plan.step(step):
@@ -169,7 +210,34 @@ def _accumulate(
         engine.backward(loss)
         for name, share in shares.items():
             sums[name] = sums[name] + share.detach() if name in sums else share.detach()
-    return sum_over_ranks(sums, world), num_tokens
+    totals = sum_over_ranks({**sums, _VOTES: _votes(world)}, world)
+    return totals, num_tokens, _decide(totals.pop(_VOTES))
+
+
+def _agree_to_stop(world: World) -> Interrupted | None:
+    """Whether any rank was asked to stop. Collective."""
+    return _decide(sum_over_ranks({_VOTES: _votes(world)}, world)[_VOTES])
+
+
+def _votes(world: World) -> torch.Tensor:
+    """This rank's signals, and whether it has lost the folder to another attempt; rank 0 looks for all."""
+    lost = world.is_main and write_fault() is not None
+    return torch.tensor([*votes(), float(lost)], dtype=torch.float64, device=world.device)
+
+
+def _decide(total: torch.Tensor) -> Interrupted | None:
+    """
+    Raises:
+        LeaseError: rank 0 has lost the folder. On every rank, so that none waits for another.
+    """
+    *signals, lost = total.tolist()
+    if lost:
+        raise write_fault() or LeaseError("the first process has lost the folder to another attempt.")
+    return from_votes(signals)
+
+
+def _stopped(stop: Interrupted, saved: str) -> Interrupted:
+    return Interrupted(saved, signals=stop.signals, requeue=stop.requeue)
 
 
 def _validate(task: TrainingTask, engine: TrainingEngine) -> dict[str, float]:

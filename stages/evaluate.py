@@ -29,6 +29,7 @@ from ..pipeline.generation import (
     make_generation_config,
     reference_losses,
 )
+from ..pipeline.interrupts import stop_if_asked, stopping_together
 from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, score_rouge
 from ..pipeline.row_log import RowLog, read_complete_rows
 from ..pipeline.run_folder import atomic_write, write_json
@@ -51,6 +52,7 @@ SECTIONS = ("evaluate", "model", "variants", "engine.precision", "seed")
 IGNORED = frozenset({"evaluate.batch_size", "model.chunk_size", "model.attention_backend"})
 
 _SAMPLE_MAX_CHARACTERS = 700
+_SAVED = "the rows made so far are kept"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def run(ctx: StageContext) -> StageResult:
     Raises:
         DataError: there are no test rows.
         ModelError, CheckpointError: a variant cannot be loaded, or gives NaN.
+        Interrupted: a signal came; the rows of every finished batch are kept.
     """
     test = _open_test_split(ctx)
     for number, variant in enumerate(ctx.variants.values()):
@@ -123,6 +126,7 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
     with (
         RowLog(_predictions_file(ctx, variant.name), ctx.world) as predictions,
         RowLog(_losses_file(ctx, variant.name), ctx.world) as losses,
+        stopping_together(ctx.world),  # no rank waits for another before the end of its own batches
     ):
         to_generate = _unfinished(test.prompt_batches, predictions.done)
         to_measure = _unfinished(test.reference_batches, losses.done) if ctx.config.evaluate.perplexity else []
@@ -136,6 +140,7 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         progress = _Progress(ctx, first=number * batches_per_variant, total=len(ctx.variants) * batches_per_variant)
 
         for position in _share(to_generate, ctx):
+            stop_if_asked(_SAVED)
             batch = test.prompt_batches[position]
             rows = _generate_rows(model, test, batch)
             predictions.append([row for row in rows if row["index"] not in predictions.done])
@@ -143,6 +148,7 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
             progress.step(position, num_new, {"new_tokens_per_summary": num_new / len(rows)})
 
         for position in _share(to_measure, ctx):
+            stop_if_asked(_SAVED)
             batch = test.reference_batches[position]
             measured = reference_losses(
                 model, [test.tokens[index] for index in batch], test.generation_config.pad_token_id

@@ -29,6 +29,7 @@ from ..pipeline.export_folder import (
     write_configs,
     write_weights,
 )
+from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.manifest import Manifest, StageInput, read_manifest
 from ..pipeline.merging import merged_tensors
 from ..pipeline.metrics import format_bytes
@@ -40,6 +41,8 @@ from ..pipeline.variants import load_variant_model
 CONSUMES = ("prepare", "distill", "finetune")
 SECTIONS = ("export", "model", "engine.precision", "finetune.enabled")
 IGNORED = frozenset({"export.push_to_hub"})
+
+_SAVED = "the unfinished folder was removed, and export begins anew"
 
 
 def still_to_do(config: RunConfig, run_folder: RunFolder, manifest: Manifest) -> str | None:
@@ -65,6 +68,7 @@ def run(ctx: StageContext) -> StageResult:
     Raises:
         ModelError: the folder does not load in a clean process, or differs by more than `export.max_logit_drift`.
         ResourceError: the disk is too small, or the hub refuses the upload.
+        Interrupted: a signal came, between two steps; the unfinished folder was removed.
     """
     if not ctx.world.is_main:
         return StageResult()
@@ -76,6 +80,7 @@ def run(ctx: StageContext) -> StageResult:
         summary["scored_by"] = _write_card(ctx, folder, summary)
     write_json(record, {"fingerprint": ctx.fingerprint, "summary": summary})
     if ctx.config.export.push_to_hub is not None:
+        stop_if_asked("the exported folder is complete, the upload not begun")
         ctx.reporter.info(f"uploads {folder} to {ctx.config.export.push_to_hub}")
         summary["pushed_to"] = push_folder(folder, ctx.config.export.push_to_hub)
         summary["pushed_repo"] = ctx.config.export.push_to_hub
@@ -104,9 +109,12 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
         prompts = [json.loads(line)["prompt"] for line in file]
     probe = make_probe(TokenizedSplit.open(prepare.artifact("tokens_test")), prompts, pad_id)
 
+    stop_if_asked(_SAVED)
     model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision)
+    stop_if_asked(_SAVED)
     ctx.reporter.info(f"the unmerged model answers {len(probe.prompts)} test prompts")
     reference = answer_probe(model, probe, eos_id=tokenizer.eos_token_id, pad_id=pad_id)
+    stop_if_asked(_SAVED)
     tensors = merged_tensors(model, dtype)
     num_bytes = check_disk_space(ctx.folder, tensors)
 
@@ -121,6 +129,7 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
         gc.collect()
         if ctx.world.device.type == "cuda":
             torch.cuda.empty_cache()
+        stop_if_asked(_SAVED)
         drift, adds_bos = _check_reload(ctx, unfinished, probe, reference)
         summary = {
             "drift": drift,

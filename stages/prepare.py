@@ -16,6 +16,7 @@ from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local
 from ..pipeline.data.sources import SPLITS, Split, resolve_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
 from ..pipeline.errors import ConfigError, DataError
+from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.run_folder import atomic_write, write_json
 from ..pipeline.runner import StageContext, StageResult
 
@@ -31,6 +32,8 @@ SECTIONS: tuple[str, ...] = (
 )
 IGNORED: frozenset[str] = frozenset()
 
+_SAVED = "what was made so far is kept or quickly made again"
+
 
 def external_inputs(config: RunConfig) -> dict[str, str]:
     """Fingerprints of the local files that this stage reads, so that a changed file is noticed."""
@@ -38,16 +41,15 @@ def external_inputs(config: RunConfig) -> dict[str, str]:
 
 
 def run(ctx: StageContext) -> StageResult:
-    """Prepare on the first process; the others wait.
+    """Prepare on the first process; the others wait in the runner.
 
     Raises:
+        Interrupted: a signal came. A tiny run's pretraining is saved; the rest is quick to do again.
         ConfigError: no base model and no tiny section.
         ModelError: the base is no usable Llama, or the tokenizer does not fit it.
         DataError: a dataset, file or row cannot be used, or nothing is left of a split.
     """
-    result = _prepare(ctx) if ctx.world.is_main else StageResult()
-    ctx.world.barrier()
-    return result
+    return _prepare(ctx) if ctx.world.is_main else StageResult()
 
 
 def _prepare(ctx: StageContext) -> StageResult:
@@ -62,6 +64,7 @@ def _prepare(ctx: StageContext) -> StageResult:
     elif base is None:
         raise ConfigError("model.base: set it to a local folder or hub id of a Llama (or add a tiny section)")
 
+    stop_if_asked(_SAVED)
     # Everything that can be refused cheaply is refused before the slow work.
     splits = resolve_splits(data, ctx.rng)
     base_config = check_base(base, revision=model.revision)
@@ -83,6 +86,7 @@ def _prepare(ctx: StageContext) -> StageResult:
 
     figures: dict[str, dict[str, int]] = {}
     for name in SPLITS:
+        stop_if_asked(_SAVED)
         tokenized = tokenize_examples(tokenizer, splits[name].examples, data)
         if not tokenized.examples:
             raise DataError(

@@ -191,8 +191,13 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return start
 
 
-def launch_processes(work: list[tuple[TrainingRun, str, int | None]], num_processes: int = 2) -> None:
-    """Run (run, stage, step to die at) in turn in `num_processes` processes joined by gloo, without a launcher."""
+def launch_processes(
+    work: list[tuple[TrainingRun, str, int | None]], num_processes: int = 2, code: str = _PROCESS
+) -> list[str]:
+    """Run (run, stage, step to die at) in turn in `num_processes` processes joined by gloo, without a launcher.
+
+    Returns what each printed. `code` may do something else at the step.
+    """
     from hedgehog.pipeline.distributed import free_port
 
     argument = json.dumps([(run.values, stage, last_step) for run, stage, last_step in work])
@@ -206,7 +211,7 @@ def launch_processes(work: list[tuple[TrainingRun, str, int | None]], num_proces
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(num_processes)]
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", _PROCESS, argument],
+                [sys.executable, "-c", code, argument],
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -230,6 +235,13 @@ def launch_processes(work: list[tuple[TrainingRun, str, int | None]], num_proces
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode in (0, -signal.SIGKILL), output
     assert not any(process.returncode for process in processes), outputs
+    return outputs
+
+
+@pytest.fixture
+def launch() -> Callable[..., list[str]]:
+    """`launch_processes`, for tests elsewhere."""
+    return launch_processes
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,9 @@
 
 Each child runs the whole pipeline of CONFIG into OUTPUT_DIR, going on where the last one stopped. The first NUM_KILLS
 children get SIGKILL after a random time; then one may finish. Prints one JSON line: the moments, the stages hit.
+
+With FORK_RUNS_SIGNALS, JSON such as [["distill", 0.3, ["SIGUSR2", "SIGTERM"]], …], the children get these signals
+instead, so many seconds after the stage has begun or gone on. Who is asked to stop must leave with 75, or be done.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import hedgehog.stages.finetune
 import hedgehog.stages.prepare  # noqa: F401
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import load_config
+from hedgehog.pipeline.errors import Interrupted
 from hedgehog.pipeline.runner import run_pipeline
 
 
@@ -40,6 +44,9 @@ def start_child(config: RunConfig) -> int:
     try:
         run_pipeline(config)
         status = 0
+    except Interrupted as stop:
+        print(stop)
+        status = stop.exit_code
     except BaseException:
         import traceback
 
@@ -56,12 +63,39 @@ def stage_at_work(root: Path) -> str:
     return ",".join(sorted(str(folder.relative_to(root)) for folder in running)) or "between stages"
 
 
+def send_signals(config: RunConfig, root: Path, signals: list[tuple[str, float, list[str]]]) -> list[list[object]]:
+    """Start a child for each entry and signal it; (stage, delay, exit status, seconds to leave) of each."""
+    outcomes: list[list[object]] = []
+    for stage, delay_s, names in signals:
+        lease = root / stage / "lease"
+        before = sorted(os.listdir(lease)) if lease.is_dir() else []
+        pid = start_child(config)
+        status, signalled_at = None, None
+        while status is None:
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                status = os.waitstatus_to_exitcode(code)
+            elif signalled_at is None and lease.is_dir() and sorted(os.listdir(lease)) != before:
+                time.sleep(delay_s)
+                signalled_at = time.monotonic()
+                for name in names:
+                    os.kill(pid, signal.Signals[name])  # the child is not waited for yet: the pid is still its own
+            time.sleep(0.002)
+        took_s = None if signalled_at is None else round(time.monotonic() - signalled_at, 3)
+        outcomes.append([stage, delay_s, status, took_s])
+        if status not in (0, Interrupted.exit_code):
+            break
+    return outcomes
+
+
 def main() -> None:
     config_file, output_dir, num_kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     random_generator = random.Random(seed)
     config = load_config(config_file, [f"output_dir={output_dir}", "engine.cpu_threads=1"])
     longest_s = float(os.environ.get("FORK_RUNS_LONGEST_S", "6"))
+    signals = json.loads(os.environ.get("FORK_RUNS_SIGNALS", "[]"))
+    outcomes = send_signals(config, Path(output_dir) / config.name, signals)
     kills = []
     for _ in range(num_kills):
         delay_s = random_generator.uniform(0.0, longest_s)
@@ -78,7 +112,7 @@ def main() -> None:
         kills.append((round(delay_s, 3), stage_at_work(Path(output_dir) / config.name)))
     started = time.monotonic()
     _, status = os.waitpid(start_child(config), 0)
-    print(json.dumps({"kills": kills, "last_run_s": round(time.monotonic() - started, 2)}))
+    print(json.dumps({"kills": kills, "signals": outcomes, "last_run_s": round(time.monotonic() - started, 2)}))
     sys.exit(0 if status == 0 else 1)
 
 

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of any stage, the same command again: the same losses and artifacts, bit for bit."""
+"""kill -9 or a signal at random moments of any stage, the same command again: the same losses and artifacts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ MICRO = {
 TIMES = {"step_s", "memory_bytes", "tokens_per_s", "elapsed_s"}
 
 
-def fork_runs(config: Path, output_dir: Path, num_kills: int, seed: int, longest_s: float) -> dict:
+def fork_runs(
+    config: Path, output_dir: Path, num_kills: int, seed: int, longest_s: float, signals: list | None = None
+) -> dict:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FORK_RUNS_LONGEST_S": str(longest_s)}
+    environment["FORK_RUNS_SIGNALS"] = json.dumps(signals or [])
     arguments = [str(config), str(output_dir), str(num_kills), str(seed)]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("fork_runs.py")), *arguments],
@@ -67,19 +70,28 @@ def weights_and_predictions(root: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.slow
-def test_random_kills_change_nothing(tmp_path: Path) -> None:
-    config = tmp_path / "micro.yaml"
-    config.write_text(yaml.safe_dump(MICRO))
+@pytest.fixture(scope="module")
+def seed() -> int:
     seed = int(os.environ.get("HEDGEHOG_KILL_SEED", random.SystemRandom().randrange(1 << 30)))
-    print(f"seed {seed}: HEDGEHOG_KILL_SEED={seed} repeats the moments of the kills")
-    undisturbed = fork_runs(config, tmp_path / "undisturbed", 0, seed, 0)
-    num_kills = int(os.environ.get("HEDGEHOG_KILLS", "10"))
-    killed = fork_runs(config, tmp_path / "killed", num_kills, seed, undisturbed["last_run_s"] / 4)
-    print(killed)
-    assert killed["kills"], "the run ended before the first kill: make the delays shorter"
+    print(f"seed {seed}: HEDGEHOG_KILL_SEED={seed} repeats the moments of the kills and signals")
+    return seed
 
-    expected, actual = tmp_path / "undisturbed" / "micro", tmp_path / "killed" / "micro"
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "micro.yaml"
+    file.write_text(yaml.safe_dump(MICRO))
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file: Path, seed: int, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The run that nothing happened to, and how long it took."""
+    output_dir = tmp_path_factory.mktemp("undisturbed")
+    return output_dir / "micro", fork_runs(config_file, output_dir, 0, seed, 0)["last_run_s"]
+
+
+def assert_equal_runs(actual: Path, expected: Path) -> None:
     assert manifests(actual).keys() == manifests(expected).keys()
     for stage in manifests(expected):
         assert losses(actual / stage) == losses(expected / stage), stage
@@ -90,3 +102,36 @@ def test_random_kills_change_nothing(tmp_path: Path) -> None:
     assert any(name.startswith("export") and name.endswith(".safetensors") for name in expected_files)
     leftovers = [str(path.relative_to(actual)) for path in actual.rglob("*.partial*")]
     assert leftovers == []
+
+
+@pytest.mark.slow
+def test_random_kills_change_nothing(
+    config_file: Path, undisturbed: tuple[Path, float], seed: int, tmp_path: Path
+) -> None:
+    expected, duration_s = undisturbed
+    num_kills = int(os.environ.get("HEDGEHOG_KILLS", "10"))
+    killed = fork_runs(config_file, tmp_path, num_kills, seed, duration_s / 4)
+    print(killed)
+    assert killed["kills"], "the run ended before the first kill: make the delays shorter"
+    assert_equal_runs(tmp_path / "micro", expected)
+
+
+@pytest.mark.slow
+def test_signals_in_every_stage_change_nothing(
+    config_file: Path, undisturbed: tuple[Path, float], seed: int, tmp_path: Path
+) -> None:
+    """Two moments of every stage: its beginning, and some time within. Some come twice, or with TERM after them."""
+    expected, _ = undisturbed
+    moments = random.Random(seed)
+    signals = []
+    for stage, manifest in sorted(manifests(expected).items(), key=lambda entry: entry[1].started_at):
+        if manifest.skipped is None:
+            names = moments.choice([["SIGUSR2"], ["SIGTERM"], ["SIGUSR2", "SIGUSR2"], ["SIGUSR2", "SIGTERM"]])
+            within_s = moments.uniform(0, 0.8 * manifest.duration_s)
+            signals += [[stage, 0.0, names], [stage, round(within_s, 3), names]]
+    stopped = fork_runs(config_file, tmp_path, 0, seed, 0, signals)
+    print(stopped)
+    ended = [status for _, _, status, _ in stopped["signals"]]
+    assert len(ended) == len(signals) and set(ended) <= {0, 75}
+    assert ended.count(75) >= len(signals) // 2, "most of them came in time"
+    assert_equal_runs(tmp_path / "micro", expected)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..config import ScheduleConfig, TinyConfig
+from ..interrupts import asked_to_stop, stop_if_asked
 from ..run_folder import atomic_write
 from .batches import BatchPlan
 from .tokens import TokenizedSplit
@@ -70,6 +71,9 @@ def pretrain(
 
     Every SAVE_EVERY_STEPS steps the weights and AdamW's moments go to `checkpoint`; a later call with the same
     `fingerprint` goes on from there and ends with the same weights as a call that was never interrupted.
+
+    Raises:
+        Interrupted: a signal came; the step that was being done is saved.
     """
     steps = tiny.pretrain_steps
     schedule = ScheduleConfig(
@@ -101,8 +105,11 @@ def pretrain(
         reporter.step(
             step + 1, steps, tokens=batch["real_tokens_in_global_batch"], metrics={"pretrain_loss_nats": loss_value}
         )
-        if (step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == steps:
+        stopping = asked_to_stop()  # asked once: a signal after this line waits for the next step
+        if (step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == steps or stopping:
             _save(model, optimizer, checkpoint, fingerprint, step + 1, loss_value)
+        if stopping:
+            stop_if_asked(f"pretraining is saved after step {step + 1} of {steps}")
     model.eval()
     return loss_value
 

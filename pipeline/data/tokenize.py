@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import ModelError
+from ..interrupts import stop_if_asked
 from .sources import Example
 from .tokens import TokenizedSplit
 
@@ -120,12 +121,16 @@ def tokenize_examples(tokenizer: Any, examples: Sequence[Example], data: DataCon
 
     A truncated row loses the end of its dialogue, never the template's tail and never a token of the summary. A row
     whose summary and template alone are too long is dropped, whatever `overlong` says.
+
+    Raises:
+        Interrupted: a signal came; nothing is saved.
     """
     encoder = TextEncoder(tokenizer)
     result = TokenizedExamples(TokenizedSplit.from_rows([]), [], [], dropped_overlong=0, truncated=0)
 
     def rows() -> Iterator[tuple[list[int], list[int]]]:
         for start in range(0, len(examples), _ROWS_AT_ONCE):
+            stop_if_asked("tokenizing begins anew")
             batch = examples[start : start + _ROWS_AT_ONCE]
             prompts = [render_prompt(data.prompt_template, example.dialogue) for example in batch]
             prompt_ids = encoder.prompts(prompts)

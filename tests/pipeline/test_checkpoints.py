@@ -117,6 +117,23 @@ def test_what_a_kill_left_behind_goes_away(saver: Saver) -> None:
     assert saver.names() == ["step-000002", "step-000006"]
 
 
+def test_what_a_kill_between_two_renames_left_goes_away(saver: Saver) -> None:
+    saver.add(2)
+    shutil.copytree(saver.folder / "step-000002", saver.folder / "step-000004.replaced")
+    saver.add(6)
+    assert saver.names() == ["step-000002", "step-000006"]
+
+
+def test_an_interrupted_step_is_remembered(saver: Saver) -> None:
+    unfinished = {"tokens": 7, "metrics": {"loss_nats": 0.1 + 0.2}}
+    saver.save(2, {"weights.safetensors": {"w": torch.ones(2)}}, layout=LAYOUT, unfinished_step=unfinished)
+    newest = saver.newest()
+    assert newest is not None and newest.unfinished_step == unfinished
+    saver.add(4)
+    newest = saver.newest()
+    assert newest is not None and newest.unfinished_step is None
+
+
 def test_nothing_but_safetensors_and_json_is_written(saver: Saver) -> None:
     folder = saver.add(2)
     assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.json", "weights.safetensors"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hedgehog.pipeline import cli, runner
-from hedgehog.pipeline.errors import ConfigError, DataError
+from hedgehog.pipeline.errors import ConfigError, DataError, Interrupted, LeaseError
 from hedgehog.pipeline.run_folder import STAGES
 
 VALID = """\
@@ -185,6 +188,59 @@ def test_ctrl_c_gives_the_command_that_goes_on(config_file, monkeypatch):
     assert result.exit_code == 130
     assert f"hedgehog distill {config_file} 'data.prompt_template=a {{dialogue}}'\n" in result.stderr
     assert "--force" not in result.stderr
+
+
+@pytest.mark.parametrize(("signals", "exit_code"), [(("SIGTERM",), 75), (("SIGINT",), 130)])
+def test_an_interruption_says_what_is_saved_and_how_to_go_on(config_file, monkeypatch, signals, exit_code):
+    fail_with(monkeypatch, Interrupted("distill: saved after step 3 of 4", signals=signals))
+    monkeypatch.setattr(sys, "argv", ["hedgehog", "distill", str(config_file)])
+    result = invoke("distill", config_file)
+    assert result.exit_code == exit_code
+    assert result.stderr == f"distill: saved after step 3 of 4. To go on: hedgehog distill {config_file}\n"
+
+
+def test_after_a_requeue_there_is_nothing_to_repeat(config_file, monkeypatch):
+    stop = Interrupted("distill: saved; job 7 is queued again and goes on there", signals=("SIGUSR2",))
+    stop.goes_on_by_itself = True
+    fail_with(monkeypatch, stop)
+    assert invoke("distill", config_file).stderr == f"{stop}\n"
+
+
+def test_what_stops_all_ranks_is_told_once(config_file, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    for error in (Interrupted("saved", signals=("SIGTERM",)), LeaseError("in use")):
+        fail_with(monkeypatch, error)
+        result = invoke("distill", config_file)
+        assert (result.exit_code, result.stderr) == (error.exit_code, "")
+
+
+def test_a_signal_during_the_imports_is_heard_and_queues_the_job_again(config_file, tmp_path):
+    calls = tmp_path / "calls"
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hedgehog.pipeline.cli", "prepare", str(config_file), f"output_dir={tmp_path}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    bit = 1 << (signal.SIGUSR2 - 1)
+    while process.poll() is None:  # until there is a handler; torch and the rest are imported after that
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+        if int(caught.split()[1], 16) & bit:
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR2)
+    _, stderr = process.communicate()
+    assert process.returncode == 75, stderr
+    assert "prepare stopped by SIGUSR2: this attempt had not begun; job 7 is queued again and goes on there\n" in stderr
+    assert "To go on" not in stderr
+    assert calls.read_text().splitlines() == ["show job 7", "requeue 7"]
+    assert not (tmp_path / "trial" / "prepare").exists()
 
 
 def test_a_fault_of_ours_crashes_loudly(config_file, monkeypatch):

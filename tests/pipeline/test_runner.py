@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +15,10 @@ import pytest
 
 from hedgehog.pipeline import runner
 from hedgehog.pipeline.config import FinetuneConfig, RunConfig, VariantConfig
-from hedgehog.pipeline.errors import CheckpointError, ConfigError, ResourceError
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, LeaseError, ResourceError
+from hedgehog.pipeline.interrupts import stop_if_asked
 from hedgehog.pipeline.manifest import read_manifest
-from hedgehog.pipeline.run_folder import RunFolder
+from hedgehog.pipeline.run_folder import RunFolder, atomic_write
 from hedgehog.pipeline.runner import StageContext, StageResult, run_pipeline, run_stage
 
 CONSUMES = {
@@ -256,3 +260,99 @@ def test_named_generators_differ_by_name_and_repeat_by_seed(stages: FakeStages, 
     run_stage(config, "prepare")
     (first, again, other) = drawn[0]
     assert first == again != other
+
+
+def test_a_signal_between_two_stages_stops_the_next(stages: FakeStages, config: RunConfig) -> None:
+    def run(ctx: StageContext) -> StageResult:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return StageResult(artifacts={}, summary={"finished": "all the same"})
+
+    sys.modules["fake_prepare"].run = run  # type: ignore[attr-defined]
+    with pytest.raises(Interrupted, match="distill stopped by SIGTERM: this attempt had not begun") as raised:
+        run_pipeline(config)
+    assert (raised.value.exit_code, raised.value.requeue) == (75, False)
+    root = Path(config.output_dir) / "r"
+    manifest = read_manifest(root / "prepare")
+    assert manifest is not None and manifest.status == "done"
+    assert not (root / "distill").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_is_done_is_done_in_spite_of_a_signal(stages: FakeStages, config: RunConfig) -> None:
+    run_stage(config, "prepare")
+
+    def run(ctx: StageContext) -> StageResult:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop_if_asked("half of it")
+        return StageResult()
+
+    sys.modules["fake_distill"].run = run  # type: ignore[attr-defined]
+    with pytest.raises(Interrupted, match="distill stopped by SIGTERM: half of it"):
+        run_stage(config, "distill")
+    manifest = read_manifest(Path(config.output_dir) / "r" / "distill")
+    assert manifest is not None and manifest.interrupted is not None
+    assert manifest.interrupted.endswith("SIGTERM, half of it")
+
+
+@pytest.fixture
+def older(stages: FakeStages, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Path]]:
+    """Another process in the middle of prepare, which goes on when `go` appears: (its pid, the run's folder).
+
+    It exits with 3 if it may not write any more, with 4 if it could.
+    """
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    root = Path(config.output_dir) / "r"
+
+    def wait(ctx: StageContext) -> StageResult:
+        atomic_write(ctx.folder / "begun", "")
+        while not (root / "go").exists():
+            time.sleep(0.01)
+        atomic_write(ctx.folder / "out.txt", "older")
+        return StageResult(artifacts={"file": "out.txt"})
+
+    module = sys.modules["fake_prepare"]
+    quick = module.run
+    module.run = wait  # type: ignore[attr-defined]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_stage(config, "prepare")
+            os._exit(4)
+        except LeaseError as error:
+            (root / "said").write_text(str(error))
+            os._exit(3)
+        finally:
+            os._exit(5)
+    module.run = quick  # type: ignore[attr-defined]
+    while not (root / "prepare" / "begun").exists():
+        time.sleep(0.01)
+    yield pid, root
+    (root / "go").touch()
+
+
+def test_a_second_process_is_refused_while_the_first_works(older: tuple[int, Path], config: RunConfig) -> None:
+    pid, root = older
+    with pytest.raises(LeaseError, match=rf"prepare is in use \(job 12, restart 0, process {pid} on .*`scancel 12`"):
+        run_stage(config, "prepare")
+    (root / "go").touch()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4
+    assert (root / "prepare" / "out.txt").read_text() == "older"
+    run_stage(config, "prepare")
+
+
+def test_the_requeued_copy_takes_over_and_the_older_one_writes_nothing_more(
+    older: tuple[int, Path], config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, root = older
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    manifest = run_stage(config, "prepare")
+    assert (manifest.status, manifest.num_resumes) == ("done", 1)
+    content = (root / "prepare" / "manifest.json").read_text()
+    (root / "go").touch()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert "taken over (job 12, restart 1" in (root / "said").read_text()
+    assert (root / "prepare" / "out.txt").read_text().startswith("prepare 1")
+    assert (root / "prepare" / "manifest.json").read_text() == content
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    with pytest.raises(LeaseError, match="later start of this job"):
+        run_stage(config, "prepare", force=True)

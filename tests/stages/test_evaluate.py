@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import LlamaForCausalLM
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.distributed import World
-from hedgehog.pipeline.errors import CheckpointError, ModelError
+from hedgehog.pipeline.errors import CheckpointError, Interrupted, ModelError
 from hedgehog.pipeline.rouge import score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
 from hedgehog.pipeline.runner import StageContext, run_stage
@@ -168,12 +169,16 @@ class ThreadWorld(World):
         self.barrier()
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        self.board[f"of {self.rank}"] = value
+        self.barrier()
+        values = [self.board[f"of {rank}"] for rank in range(self.world_size)]
+        self.barrier()
+        return values
 
-def test_two_ranks_finish_what_one_began(
-    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
-):
-    computed: dict[int, int] = {}
-    run, generate = evaluate.run, evaluate.generate_summaries
+
+def in_two_threads(run: Callable[[StageContext], Any]) -> Callable[[StageContext], Any]:
+    """A stage's `run` as two ranks would run it."""
 
     def run_in_two_threads(ctx: StageContext) -> Any:
         first = ThreadWorld(0, 2, 0, torch.device("cpu"), meeting=threading.Barrier(2))
@@ -199,6 +204,15 @@ def test_two_ranks_finish_what_one_began(
             raise errors[0]
         return outcomes[0]
 
+    return run_in_two_threads
+
+
+def test_two_ranks_finish_what_one_began(
+    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    computed: dict[int, int] = {}
+    generate = evaluate.generate_summaries
+
     def count_by_thread(*arguments: Any) -> Any:
         computed[threading.get_ident()] = computed.get(threading.get_ident(), 0) + 1
         return generate(*arguments)
@@ -208,11 +222,33 @@ def test_two_ranks_finish_what_one_began(
     lines = uninterrupted["predictions/main.jsonl"].splitlines(keepends=True)
     (predictions / "main.jsonl").write_text(lines[4])
     (predictions / "main.rank3.jsonl").write_text(lines[6] + lines[3] + "{")
-    monkeypatch.setattr(evaluate, "run", run_in_two_threads)
+    monkeypatch.setattr(evaluate, "run", in_two_threads(evaluate.run))
     monkeypatch.setattr(evaluate, "generate_summaries", count_by_thread)
     run_stage(copied_run, "evaluate")
     assert results(copied_run) == uninterrupted
     assert len(computed) == 2 and min(computed.values()) >= 3
+
+
+def test_a_rank_that_is_stopped_alone_takes_the_other_along(
+    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    asked: dict[int, int] = {}
+
+    def stop_the_second(saved: str) -> None:
+        mine = threading.get_ident()
+        asked[mine] = asked.get(mine, 0) + 1
+        if mine != next(iter(asked)) and asked[mine] == 2:
+            raise Interrupted(saved, signals=("SIGUSR2",), requeue=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "run", in_two_threads(evaluate.run))
+        patch.setattr(evaluate, "stop_if_asked", stop_the_second)
+        with pytest.raises(Interrupted, match="evaluate stopped by SIGUSR2: the rows made so far are kept") as raised:
+            run_stage(copied_run, "evaluate")
+    assert raised.value.requeue
+    assert len(asked) == 2 and sum(asked.values()) > 4, "the other one finished its share"
+    run_stage(copied_run, "evaluate")
+    assert results(copied_run) == uninterrupted
 
 
 def test_without_perplexity_and_with_beams(copied_run: RunConfig, uninterrupted: dict[str, str]):

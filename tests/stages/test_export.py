@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +17,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hedgehog.pipeline import export_folder
+from hedgehog.pipeline import drift, export_folder
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.drift import Probe, answer_probe
-from hedgehog.pipeline.errors import CheckpointError, ConfigError, ModelError, ResourceError
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError, ResourceError
 from hedgehog.pipeline.manifest import describe_artifact
 from hedgehog.pipeline.runner import run_stage
 from hedgehog.stages import export
@@ -159,7 +162,7 @@ def test_too_much_drift_fails_and_leaves_no_model(copied_run: RunConfig, reload_
     with pytest.raises(ModelError, match=r"more than export.max_logit_drift=0.0001"):
         run_stage(config, "export")
     assert json.loads((folder(config) / "drift.json").read_text())["logits_max_abs"] > 1e-4
-    assert sorted(file.name for file in folder(config).iterdir()) == ["drift.json", "manifest.json"]
+    assert sorted(file.name for file in folder(config).iterdir()) == ["drift.json", "lease", "manifest.json"]
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(copied_run: RunConfig, monkeypatch: pytest.MonkeyPatch):
@@ -167,7 +170,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(copied_run: RunConfig
     monkeypatch.setattr(export_folder.shutil, "disk_usage", lambda _: usage(1 << 30, 1 << 30, 1 << 20))
     with pytest.raises(ResourceError, match=r"the disk has only 1.0 MiB free.*Nothing was written"):
         run_stage(copied_run, "export")
-    assert sorted(file.name for file in folder(copied_run).iterdir()) == ["manifest.json"]
+    assert sorted(file.name for file in folder(copied_run).iterdir()) == ["lease", "manifest.json"]
 
 
 class Killed(BaseException):
@@ -180,7 +183,8 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(
 
     def dies(*_: Any, **__: Any) -> None:
         # a real kill runs no clean-up: keep what atomic_directory would remove
-        shutil.copytree(folder(copied_run) / "model.partial", folder(copied_run) / "kept")
+        (unfinished,) = folder(copied_run).glob("model.*.partial")
+        shutil.copytree(unfinished, folder(copied_run) / "kept")
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -188,11 +192,30 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(
         with pytest.raises(Killed):
             run_stage(copied_run, "export")
     assert not (folder(copied_run) / "model").exists()
-    (folder(copied_run) / "kept").rename(folder(copied_run) / "model.partial")
-    (folder(copied_run) / "model.partial" / "stale.txt").write_text("from the killed attempt")
+    (folder(copied_run) / "kept").rename(folder(copied_run) / "model.1.partial")
+    (folder(copied_run) / "model.1.partial" / "stale.txt").write_text("from the killed attempt")
     run_stage(copied_run, "export")
     assert not (folder(copied_run) / "model" / "stale.txt").exists()
+    assert not list(folder(copied_run).glob("*.partial"))
     assert _padding_side(folder(copied_run) / "model") == "left"
+
+
+@pytest.mark.parametrize("sent_to", ["the run", "both"])
+def test_a_signal_ends_the_reload_too(copied_run: RunConfig, monkeypatch: pytest.MonkeyPatch, sent_to: str):
+    popen = drift.subprocess.Popen
+
+    def signalled(command: list[str], **options: Any) -> Any:
+        process = popen([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+        if sent_to == "both":
+            process.send_signal(signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return process
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drift.subprocess, "Popen", signalled)
+        with pytest.raises(Interrupted, match="export stopped by SIGUSR2: the export was not compared yet"):
+            run_stage(copied_run, "export")
+    assert sorted(file.name for file in folder(copied_run).iterdir()) == ["lease", "manifest.json"]
 
 
 def _padding_side(model: Path) -> str:

@@ -1,0 +1,85 @@
+"""A program called scontrol that writes down what it is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hedgehog.pipeline.requeue import requeue, slurm_job
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`scontrol()` puts one on the PATH; returns the file with its command lines."""
+
+    def make(state: str = "RUNNING", reason: str = "None", restarts: int = 0, refuses: str = "") -> Path:
+        calls = tmp_path / "calls"
+        program = tmp_path / "scontrol"
+        facts = f"JobId=7\\n JobState={state} Reason={reason}\\n Restarts={restarts}\\n"
+        answer = f"echo '{refuses}' >&2; exit 1\n" if refuses else ""
+        program.write_text(
+            f"#!/bin/sh\necho \"$@\" >> {calls}\nif [ $1 = show ]; then printf '{facts}'; exit 0; fi\n{answer}"
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return calls
+
+    return make
+
+
+def test_a_running_job_is_queued_again(scontrol: Callable[..., Path]) -> None:
+    calls = scontrol()
+    assert requeue("7") == (True, "job 7 is queued again and goes on there")
+    assert calls.read_text().splitlines() == ["show job 7", "requeue 7"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "comes_back", "asks"),
+    [
+        ({"state": "COMPLETING"}, False, False),  # cancelled, as Slurm 22.05 shows it
+        ({"state": "CANCELLED"}, False, False),
+        ({"state": "COMPLETING", "restarts": 2}, True, False),  # preempted: it is in the queue
+        ({"state": "PENDING", "restarts": 2}, True, False),
+        ({"state": "COMPLETING", "reason": "TimeLimit", "restarts": 1}, True, True),
+        ({"state": "RUNNING", "restarts": 1}, True, True),
+    ],
+)
+def test_what_slurm_has_decided_stays(
+    scontrol: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, Any],
+    comes_back: bool,
+    asks: bool,
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    calls = scontrol(**facts)
+    assert requeue("7")[0] is comes_back
+    assert ("requeue 7" in calls.read_text()) is asks
+
+
+def test_a_refusal_is_told_in_slurms_words(scontrol: Callable[..., Path]) -> None:
+    scontrol(refuses="Requested operation is presently disabled for job 7")
+    done, message = requeue("7")
+    assert not done
+    assert message == (
+        "job 7 could not be queued again (Requested operation is presently disabled for job 7): submit it again"
+    )
+
+
+def test_no_scontrol_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert requeue("7") == (
+        False,
+        "job 7 could not be queued again (scontrol is not on the PATH): submit it again",
+    )
+
+
+def test_an_array_element_is_named_as_one() -> None:
+    assert slurm_job({}) is None
+    assert slurm_job({"SLURM_JOB_ID": "123"}) == "123"
+    element = {"SLURM_JOB_ID": "123", "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "3"}
+    assert slurm_job(element) == "120_3"
