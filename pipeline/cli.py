@@ -51,6 +51,7 @@ Overrides = Annotated[
         metavar="section.key=value", help="Replace values of the config: finetune.epochs=3.", show_default=False
     ),
 ]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name under runs/, or its YAML.")]
 Force = Annotated[bool, typer.Option("--force", help="Begin anew what is finished or has another config.")]
 Variant = Annotated[
     str | None,
@@ -202,19 +203,64 @@ def validate(
 
 
 @app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option("--sweep", metavar="SWEEP.yaml", help="Several sets of overrides, a run folder each."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the graph, the costs and the scripts; submit nothing.")
+    ] = False,
+) -> None:
+    """Submit the whole run to Slurm: what is missing of it, each job after those it needs.
+
+    Submitting again submits only what failed or never ran. The config's section `slurm` says what jobs ask for.
+
+    \b
+    Example: hedgehog submit configs/llama2-7b-samsum.yaml --dry-run
+             hedgehog submit configs/llama2-7b-samsum.yaml slurm.partition=gpu slurm.layer_groups=8
+    """
+    with _errors_shown():
+        from .slurm.submission import submit as submit_run
+
+        submit_run(str(config), overrides or [], sweep=None if sweep is None else str(sweep), dry_run=dry_run)
+
+
+@app.command()
 def status(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name under runs/, or its YAML.")],
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until the run has ended.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks with --watch.")] = 10.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show how far a run is, and the command that goes on.
+    """Show how far a run is, what Slurm says of its jobs, and the command that goes on.
 
     \b
     Example: hedgehog status runs/tiny
+             hedgehog status runs/llama2-7b-samsum --watch
     """
     with _errors_shown():
-        from .status import print_status
+        from .status_report import print_status, watch_status
 
-        print_status(run, as_json=json_output)
+        if watch:
+            watch_status(run, every_s=every, as_json=json_output)
+        else:
+            print_status(run, as_json=json_output)
+
+
+@app.command()
+def cancel(run: Run) -> None:
+    """Take a run's jobs out of Slurm. What they saved stays; `submit` goes on from it.
+
+    \b
+    Example: hedgehog cancel runs/llama2-7b-samsum
+    """
+    with _errors_shown():
+        from .slurm.cancelling import cancel as cancel_run
+
+        cancel_run(run)
 
 
 @app.command()
@@ -262,6 +308,11 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     from .feature_map_checks import check_feature_maps
 
     check_feature_maps(config)
+    submitted = os.environ.get("HEDGEHOG_SUBMITTED_CONFIG")
+    if submitted:
+        from .slurm.frozen_config import check_unchanged
+
+        check_unchanged(config, Path(submitted))
     return config
 
 

@@ -25,6 +25,7 @@ VARIANT_STAGES = ("distill", "finetune")
 
 _TEMPORARY_SUFFIX = ".partial"
 _SUBSET_PREFIX = "layers-"
+_SHARD_PREFIX = "shard-"
 PREVIOUS_SUFFIX = ".previous"
 """Ends the name of a folder that --force set aside."""
 
@@ -47,6 +48,26 @@ class RunFolder:
         """Folders of distill's subsets of layers, sorted by name; those that --force set aside are not among them."""
         folder = self.stage("distill", variant)
         return sorted(path for path in folder.glob(f"{_SUBSET_PREFIX}*") if path.suffix != PREVIOUS_SUFFIX)
+
+    def shard(self, shard: str) -> Path:
+        """Folder of a part of evaluate's test rows, which `0/4` names."""
+        index, _, num_shards = shard.partition("/")
+        return self.root / "evaluate" / f"{_SHARD_PREFIX}{index}-of-{num_shards}"
+
+    def shards(self) -> list[Path]:
+        """Folders of evaluate's shards, sorted by name."""
+        folder = self.root / "evaluate"
+        return sorted(path for path in folder.glob(f"{_SHARD_PREFIX}*") if path.suffix != PREVIOUS_SUFFIX)
+
+    @property
+    def logs(self) -> Path:
+        """What jobs print."""
+        return self.root / "logs"
+
+    @property
+    def slurm(self) -> Path:
+        """Scripts, the config as it was submitted, and the jobs."""
+        return self.root / "slurm"
 
     @property
     def config_file(self) -> Path:
