@@ -136,15 +136,24 @@ def finetune(config: Config, overrides: Overrides = None, variant: Variant = Non
 
 
 @app.command()
-def evaluate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str | None,
+        typer.Option("--shard", metavar="0/4", help="Do this part of the test rows only; `evaluate` joins the parts."),
+    ] = None,
+    force: Force = False,
+) -> None:
     """Summarize the test rows; one table of ROUGE for all variants.
 
-    Also measures the perplexity of the reference summaries. Goes on at the example where it stopped.
+    Also measures the perplexity of the reference summaries. Goes on at the example where it stopped. Takes over the
+    rows that `--shard` did, and scores all of them.
 
     \b
     Example: hedgehog evaluate configs/tiny.yaml evaluate.num_beams=4
     """
-    _run_stage("evaluate", config, overrides, force=force)
+    _run_stage("evaluate", config, overrides, force=force, shard=shard)
 
 
 @app.command()
@@ -289,13 +298,14 @@ def _run_stage(
     *,
     variant: str | None = None,
     force: bool = False,
+    **part: str | None,
 ) -> None:
     with _errors_shown():
         given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
         loaded = _load(config, [*(overrides or []), *given])
         from .runner import run_stage
 
-        run_stage(loaded, stage, variant=variant, force=force)
+        run_stage(loaded, stage, variant=variant, force=force, **part)
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
@@ -305,14 +315,14 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
 
     config = load_config(path, overrides or [])
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
-    from .feature_map_checks import check_feature_maps
-
-    check_feature_maps(config)
     submitted = os.environ.get("HEDGEHOG_SUBMITTED_CONFIG")
-    if submitted:
+    if submitted:  # a job of `hedgehog submit`
         from .slurm.frozen_config import check_unchanged
 
         check_unchanged(config, Path(submitted))
+    from .feature_map_checks import check_feature_maps
+
+    check_feature_maps(config)
     return config
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import ResourceError
+from .errors import ConfigError, ResourceError
 
 STAGES = ("prepare", "distill", "finetune", "evaluate", "export")
 VARIANT_STAGES = ("distill", "finetune")
@@ -73,6 +73,26 @@ class RunFolder:
     def config_file(self) -> Path:
         """The resolved config of the newest command on this run."""
         return self.root / "config.resolved.yaml"
+
+
+def check_shard(shard: str) -> tuple[int, int]:
+    """(index, number of shards) that `0/4` names.
+
+    Raises:
+        ConfigError: not of this form, or the index is out of range.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if found is None:
+        raise ConfigError(f"--shard {shard}: expected index/number, such as 0/4 for the first of four.")
+    index, num_shards = int(found[1]), int(found[2])
+    if index >= num_shards:
+        raise ConfigError(
+            f"--shard {shard}: out of range; the shards of {num_shards} are 0/{num_shards} to "
+            f"{num_shards - 1}/{num_shards}."
+            if num_shards
+            else f"--shard {shard}: there are no shards."
+        )
+    return index, num_shards
 
 
 def set_aside(folder: Path) -> Path:

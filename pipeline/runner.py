@@ -37,6 +37,7 @@ from .run_folder import (
     VARIANT_STAGES,
     RunFolder,
     atomic_write,
+    check_shard,
     clear_unfinished,
     set_aside,
     storage_errors,
@@ -111,6 +112,8 @@ class StageContext:
     variants: dict[str, VariantInputs]
     """`main` and every variant; filled for `evaluate` only."""
     reporter: Reporter
+    shard: str | None = None
+    """Part of the test rows that `evaluate` is to do, such as `0/4`. None: all."""
 
     def rng(self, name: str) -> torch.Generator:
         """A CPU generator seeded from the run's seed and a name, so that no two uses share a stream."""
@@ -158,23 +161,28 @@ def _say_where_things_are(config: RunConfig) -> None:
     reporter.info(f'use it   AutoModelForCausalLM.from_pretrained("{exported}"{remote_code})')
 
 
-def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, force: bool = False) -> Manifest:
+def run_stage(
+    config: RunConfig, stage: str, *, variant: str | None = None, shard: str | None = None, force: bool = False
+) -> Manifest:
     """Run or resume one stage.
 
     Args:
         config: the run's config, without a variant's overrides.
         variant: run the stage for this variant instead of the main conversion.
+        shard: do only this part of evaluate's test rows, in a folder of its own.
         force: where the stage is done or its config or input changed, begin it anew. The earlier folder is kept as
             `<stage>.previous`, unless a finished one is there already and this one is not. A stage that `force` began
             and that was killed goes on.
 
     Raises:
-        ConfigError: unknown variant, or a variant asked of a stage that has none.
+        ConfigError: unknown variant, a variant asked of a stage that has none, or no such shard.
         CheckpointError: an input is missing or changed, or the stage's own config changed and `force` is off.
         ResourceError: the disk is full, refuses, or memory ran out.
     """
     if variant is not None and stage in ("prepare", "evaluate"):
         raise ConfigError(f"{stage} is done once for all variants; leave --variant away.")
+    if shard is not None:
+        check_shard(shard)
     effective = config if variant is None else apply_variant(config, variant)
     with storage_errors(stage):
         return _run_stage(
@@ -185,6 +193,7 @@ def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, forc
             _layers_folder(effective, stage),
             _stage_module(stage).run,
             force,
+            shard=shard,
         )
 
 
@@ -213,11 +222,13 @@ def _run_stage(
     layers: str | None,
     function: Callable[[StageContext], StageResult],
     force: bool,
+    *,
+    shard: str | None = None,
 ) -> Manifest:
     module = _stage_module(stage)
     run_folder = RunFolder(Path(effective.output_dir) / effective.name)
-    folder = run_folder.stage(stage, variant, layers)
-    title = "/".join(part for part in (variant, stage, layers) if part)
+    folder = run_folder.stage(stage, variant, layers) if shard is None else run_folder.shard(shard)
+    title = "/".join(part for part in (variant, stage, layers or shard) if part)
     world = discover_world(effective.engine)
     reporter_options = {"is_main": world.is_main, "tensorboard": effective.logging.tensorboard}
     log_every_steps = getattr(getattr(effective, stage, None), "log_every_steps", 1)
@@ -283,6 +294,7 @@ def _run_stage(
         inputs=inputs,
         variants=variants,
         reporter=reporter,
+        shard=shard,
     )
     _quiet_libraries()
     reset_peak_memory()
