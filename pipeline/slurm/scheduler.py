@@ -22,8 +22,8 @@ FAILED_STATES = frozenset(
 )
 _TIMEOUT_S = 60
 _KEYS = (
+    (r"account", ("account", "partition")),  # "Invalid account or account/partition combination"
     (r"partition", ("partition",)),
-    (r"account", ("account", "partition")),
     (r"qos", ("qos",)),
     (r"feature|constraint", ("constraint",)),
     (r"time limit|time specification", ("time",)),
