@@ -75,6 +75,8 @@ class SlurmConfig(SlurmResources):
     """Nodes of a job, or of each element of an array."""
     layer_groups: int = Field(default=4, ge=1)
     """Elements of distill's array, at most: their layers are balanced so that all end together. 1: no array."""
+    trained_layer_cost: float | None = Field(default=None, gt=0)
+    """Time to train a layer over the time to run it, for sizing the groups. Null: reckoned from FLOPs."""
     evaluate_shards: int = Field(default=1, ge=1)
     """Elements of evaluate's array, each with a part of the test rows. 1: no array."""
     array_throttle: int | None = Field(default=None, ge=1)

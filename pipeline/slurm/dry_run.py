@@ -10,6 +10,9 @@ from .job_graph import GroupCosts, Job, JobGraph
 from .layer_groups import LOSS_SLOWNESS, REFERENCE_FLOPS_PER_S, layers_text
 from .scripts import Launch, render_script, script_file, stage_settings
 
+_LITTLE_GAIN = 1.3
+"""An array that is less than so many times as fast as one job is pointed out."""
+
 
 def describe_graph(config: RunConfig, folder: RunFolder, graph: JobGraph) -> str:
     """The jobs with their parents and sizes, then the cost of every group of layers."""
@@ -61,12 +64,15 @@ def _cost_lines(config: RunConfig, costs: GroupCosts) -> Iterator[str]:
         f"{costs.job}: cost of a group = teacher layers it runs + {costs.cost.own / unit:.2f} x layers it trains, in "
         f"forward passes of a layer"
     )
-    yield (
-        f"  ({costs.row_tokens:.0f} tokens a row{assumed}; a FLOP of the float32 loss takes {LOSS_SLOWNESS:g} times as "
-        f"long as one of the bfloat16 teacher)"
-        if config.engine.precision == "bfloat16"
-        else f"  ({costs.row_tokens:.0f} tokens a row{assumed})"
-    )
+    if config.slurm.trained_layer_cost is not None:
+        yield f"  (slurm.trained_layer_cost; {costs.row_tokens:.0f} tokens a row{assumed})"
+    else:
+        slower = f", a FLOP of the float32 loss taken for {LOSS_SLOWNESS:g} of the bfloat16 teacher's"
+        slower = slower if config.engine.precision == "bfloat16" else ""
+        yield (
+            f"  (reckoned from FLOPs at {costs.row_tokens:.0f} tokens a row{assumed}{slower}; short rows leave a GPU "
+            "idle: measured it can be more, see slurm.trained_layer_cost)"
+        )
     hours = " GPU-hours" if costs.num_tokens else ""
     yield f"  {'element':<8} {'layers':<14} {'runs':>5} {'trains':>7} {'cost':>8} {'share':>7}{hours}"
     total_hours = 0.0
@@ -86,6 +92,8 @@ def _cost_lines(config: RunConfig, costs: GroupCosts) -> Iterator[str]:
         f"  one job would take {alone / dearest:.1f} times as long as this array; the array does {work / alone:.1f} "
         "times its work"
     )
+    if 1 < len(costs.groups) and alone < _LITTLE_GAIN * dearest:
+        yield "  the teacher's pass decides here, so the array gains little: slurm.layer_groups=1 saves its extra work"
     if costs.num_tokens:
         yield f"  {total_hours:.2f} GPU-hours in all, for A100s at 40 % of their 312 TFLOP/s in bfloat16"
     if len(costs.groups) < config.slurm.layer_groups:

@@ -55,6 +55,8 @@ def distill_cost(config: RunConfig, shape: ModelShape, row_tokens: float) -> Dis
     keys = (row_tokens + 1) / 2
     forward = 2 * shape.num_layer_weights + 4 * head_dim * heads * keys
     own = (2 * head_dim + 6 * num_features) * heads * keys + 8 * head_dim * feature_dim * heads
+    if config.slurm.trained_layer_cost is not None:
+        return DistillCost(forward=forward, own=config.slurm.trained_layer_cost * forward)
     slowness = LOSS_SLOWNESS if config.engine.precision == "bfloat16" else 1.0
     return DistillCost(forward=forward, own=slowness * own)
 

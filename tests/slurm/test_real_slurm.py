@@ -40,7 +40,7 @@ def test_the_whole_graph_ends_in_an_exported_model(whole_graph: Cluster):
     states = whole_graph.slurm_states()
     parts = ["distill 0-1", "distill 2", "evaluate 0/2", "evaluate 1/2"]
     assert set(states) == {"prepare", "distill", "finetune", "evaluate", "export", *parts}
-    assert set(states.values()) == {"COMPLETED"}
+    assert set(states.values()) <= {"COMPLETED", "COMPLETING"}
     assert (whole_graph.cwd / "runs/micro/export/model/config.json").is_file()
     shown = whole_graph.hedgehog("status", "micro").stdout
     assert "finished." in shown and "to go on" not in shown

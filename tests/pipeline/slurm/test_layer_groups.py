@@ -65,6 +65,12 @@ def test_costs_at_llamas_sizes(size):
     assert long.own > 5 * short.own, "the loss is quadratic in the length"
 
 
+def test_a_measured_cost_takes_the_reckoned_ones_place():
+    config = load_config(CONFIGS / "llama2-7b-samsum.yaml", ["slurm.trained_layer_cost=2.5"])
+    cost = distill_cost(config, HUB_SHAPES["meta-llama/Llama-2-7b-hf"], 200)
+    assert cost.own == 2.5 * cost.forward
+
+
 def test_layers_as_text_and_back():
     for text in ("0-7", "0-3,8,10-11", "5"):
         assert layers_text(layers_of(text)) == text
