@@ -92,7 +92,7 @@ def _cost_lines(config: RunConfig, costs: GroupCosts) -> Iterator[str]:
         f"  one job would take {alone / dearest:.1f} times as long as this array; the array does {work / alone:.1f} "
         "times its work"
     )
-    if 1 < len(costs.groups) and alone < _LITTLE_GAIN * dearest:
+    if len(costs.groups) > 1 and alone < _LITTLE_GAIN * dearest:
         yield "  the teacher's pass decides here, so the array gains little: slurm.layer_groups=1 saves its extra work"
     if costs.num_tokens:
         yield f"  {total_hours:.2f} GPU-hours in all, for A100s at 40 % of their 312 TFLOP/s in bfloat16"

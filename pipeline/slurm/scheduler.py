@@ -182,9 +182,8 @@ def observe(job_ids: Iterable[str]) -> Observation:
         seen.num_sources += 1
         for key, state in states.items():
             recorded = seen.states.get(key)
-            if recorded is not None and state.reason == "" and recorded.state == state.state:
-                continue  # sacct's has the exit code
-            seen.states[key] = state
+            if recorded is None or recorded.state != state.state or state.state in LIVE_STATES:
+                seen.states[key] = state  # of an end that both know, sacct has the exit code
     return seen
 
 

@@ -37,10 +37,12 @@ def submitted(output: str) -> dict[str, str]:
 
 
 def test_the_whole_graph_ends_in_an_exported_model(whole_graph: Cluster):
-    states = whole_graph.slurm_states()
+    deadline = time.monotonic() + 60
+    while set((states := whole_graph.slurm_states()).values()) != {"COMPLETED"}:  # Slurm lags behind the manifests
+        assert time.monotonic() < deadline, states
+        time.sleep(0.5)
     parts = ["distill 0-1", "distill 2", "evaluate 0/2", "evaluate 1/2"]
     assert set(states) == {"prepare", "distill", "finetune", "evaluate", "export", *parts}
-    assert set(states.values()) <= {"COMPLETED", "COMPLETING"}
     assert (whole_graph.cwd / "runs/micro/export/model/config.json").is_file()
     shown = whole_graph.hedgehog("status", "micro").stdout
     assert "finished." in shown and "to go on" not in shown
@@ -70,10 +72,11 @@ def test_an_element_fails_and_only_it_runs_again(prepared: Cluster):
     states = prepared.wait(lambda states: states["distill 2"] == "failed" and states["export"] == "cancelled")
     prepared.wait(lambda states: states["distill 0-1"] == "done")
     assert {states[name] for name in ("distill", "finetune", "evaluate 0/2", "evaluate")} == {"cancelled"}
+    stages = {stage["stage"]: stage for stage in prepared.status()["stages"] if stage["layers"] in (None, "2")}
+    assert stages["export"]["detail"] == "needs distill, which failed"
     shown = prepared.hedgehog("status", "micro").stdout
-    assert "failed: FAILED (exit code 2)" in shown
+    assert "exit code 2" in " ".join(shown.split())
     assert "distill/2: error: distill: a file stands where a folder should be" in " ".join(shown.split())
-    assert "needs distill, which failed" in shown
     assert "to go on: hedgehog submit micro.yaml" in shown
 
     obstacle.unlink()
@@ -91,7 +94,8 @@ def test_an_element_fails_and_only_it_runs_again(prepared: Cluster):
 def test_four_ranks_on_two_nodes_are_cancelled_and_one_goes_on(prepared: Cluster):
     prepared.write_config(distill={"max_steps": 30, "save_every_steps": 2}, slurm={"layer_groups": 1})
     wide = ["slurm.distill.nodes=2", "slurm.distill.tasks_per_node=2"]
-    prepared.hedgehog("submit", "micro.yaml", *wide)
+    # these nodes' names are in no DNS, and both are this machine
+    prepared.under(MASTER_ADDR="127.0.0.1").hedgehog("submit", "micro.yaml", *wide)
     job = prepared.job("distill")
     checkpoints = prepared.cwd / "runs/micro/distill/checkpoints"
     deadline = time.monotonic() + 120
