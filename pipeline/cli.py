@@ -9,13 +9,14 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .distributed import slurm_variables
 from .errors import ConfigError, HedgehogError
 
 if TYPE_CHECKING:
@@ -333,6 +334,9 @@ def _errors_shown() -> Iterator[None]:
     What is wrong with a config is the same on every rank and told once, by rank 0. Other errors may concern one
     rank's machine only, so every rank tells its own.
     """
+    if "WORLD_SIZE" not in os.environ:
+        with suppress(ConfigError):  # told by the stage that needs them
+            os.environ.update(slurm_variables(os.environ))
     rank = int(os.environ.get("RANK", 0))
     try:
         yield

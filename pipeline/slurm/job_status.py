@@ -19,8 +19,8 @@ _START_LINE = "=== "
 _ERROR_KINDS = (
     re.compile(r"^error( \(rank \d+\))?: "),
     re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b.*"),
-    re.compile(r"^slurmstepd: error: .*(CANCELLED|oom|OOM|out.of.memory|exceeded|Unable)", re.IGNORECASE),
-    re.compile(r"^(srun|slurmstepd): error: "),
+    re.compile(r"^slurmstepd[^\s:]*: error: .*(CANCELLED|oom|out.of.memory|exceeded|unable)", re.IGNORECASE),
+    re.compile(r"^(srun|slurmstepd[^\s:]*): error: "),
     re.compile(r"\b(command not found|No such file or directory|Permission denied)\b"),
 )
 """Lines that say what went wrong, the most telling kind first."""

@@ -6,7 +6,7 @@ What is done is read from the manifests, what waits or runs from `slurm/jobs.jso
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +22,9 @@ from .job_graph import Job, JobGraph, Queued, build_graph
 from .job_records import JobRecord, JobRecords, read_records, write_records
 from .scheduler import (
     ENDING_STATE,
+    FAILED_STATES,
     LIVE_STATES,
+    WAITING_STATES,
     JobState,
     SchedulerError,
     queue_states,
@@ -111,12 +113,19 @@ def look_at_run(path: str, overrides: Sequence[str], *, dry_run: bool = False) -
         if not dry_run:
             raise
         states = {}
+    doomed: set[str] = set()
     for record, index in records.newest():
         state = states.get((record.job_id, index))
-        if state is not None and state.state in LIVE_STATES and state.reason != "DependencyNeverSatisfied":
-            live.append(Live(record, index, state))
-        elif state is not None and state.state in (*LIVE_STATES, ENDING_STATE):
-            ending.append(Live(record, index, state))
+        if state is None:
+            continue
+        entry = Live(record, index, state)
+        if state.state in WAITING_STATES and _waits_in_vain(record, states, doomed):
+            doomed.add(record.job_id)
+            ending.append(entry)
+        elif state.state in LIVE_STATES:
+            live.append(entry)
+        elif state.state == ENDING_STATE:
+            ending.append(entry)
     if live:
         _check_frozen(config, folder, live)
     elements: dict[str, list[str]] = {}
@@ -126,6 +135,21 @@ def look_at_run(path: str, overrides: Sequence[str], *, dry_run: bool = False) -
     whole = frozenset(entry.record.name for entry in live if entry.index is None)
     graph = build_graph(config, folder, Queued(elements, whole))
     return Plan(config, folder, launch, records, graph, live, ending)
+
+
+def _waits_in_vain(
+    record: JobRecord, states: Mapping[tuple[str, int | None], JobState], doomed: Collection[str]
+) -> bool:
+    """Whether a job waits for one that failed: Slurm will take it out, but may not have done so yet."""
+    needed = next((part for part in record.dependency.split(",") if part.startswith("afterok:")), "").split(":")[1:]
+    for name in needed:
+        job_id, _, index = name.partition("_")
+        if job_id in doomed:
+            return True
+        for (other_id, other_index), state in states.items():
+            if other_id == job_id and index in ("", str(other_index)) and state.state in FAILED_STATES:
+                return True
+    return False
 
 
 def submit_plan(plan: Plan, command: list[str]) -> None:
@@ -198,7 +222,8 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
         _say(job, f"submitted{parts} as {job_id}{after}")
     if num_submitted == 0:
         print("nothing to submit.")
-    print(f"to watch: hedgehog status {shlex.quote(str(folder.root))} --watch")
+    if submitted:
+        print(f"to watch: hedgehog status {shlex.quote(str(folder.root))} --watch")
 
 
 def _say(job: Job, what: str) -> None:

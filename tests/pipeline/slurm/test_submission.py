@@ -145,6 +145,22 @@ def test_a_job_that_is_just_ending_is_waited_for(slurm, write_config, finish):
     }
 
 
+def test_what_slurm_is_about_to_take_out_is_submitted_again(slurm, write_config, finish):
+    finish("prepare")
+    submit("trial.yaml", ["variants.soft="])
+    parts = groups()
+    finish(f"distill/layers-{parts[0]}")
+    finish(f"distill/layers-{parts[2]}")
+    slurm.set(_101_0="COMPLETED", _101_1="FAILED", _101_2="COMPLETED")  # 102 to 105 still are in the queue
+    slurm.forget_calls()
+    submit("trial.yaml", ["variants.soft="])
+    again = slurm.submissions()
+    assert list(again) == ["distill", "merge", "finetune", "evaluate", "export"]
+    assert again["distill"]["array"] == "1"
+    assert again["merge"]["dependency"] == "afterok:106,afterany:102"
+    assert again["export"]["dependency"] == "afterok:109,afterany:105"
+
+
 def test_subsets_that_were_begun_keep_their_layers(slurm, write_config, finish):
     finish("prepare")
     finish("distill/layers-0-2")
