@@ -1,9 +1,10 @@
 # Every target builds the environment it needs: .venv, from pyproject.toml and constraints.txt.
 #
-#   make run     convert the built-in tiny Llama: prepare, distill, finetune, evaluate, export
-#   make test    the whole test-suite (no GPU, no network)
-#   make lint    ruff and pyright
-#   make bench   speed and memory of the kernels on this machine
+#   make run         convert the built-in tiny Llama: prepare, distill, finetune, evaluate, export
+#   make test        the whole test-suite (no GPU, no network)
+#   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
+#   make lint        ruff and pyright
+#   make bench       speed and memory of the kernels on this machine
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: install run test lint format bench clean
+.PHONY: install run test test-slurm lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -28,7 +29,10 @@ run: install
 	$(BIN)/hedgehog run configs/tiny.yaml
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-slurm: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,13 +9,14 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .distributed import slurm_variables
 from .errors import ConfigError, HedgehogError, Interrupted, LeaseError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ Overrides = Annotated[
         metavar="section.key=value", help="Replace values of the config: finetune.epochs=3.", show_default=False
     ),
 ]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name under runs/, or its YAML.")]
 Force = Annotated[bool, typer.Option("--force", help="Begin anew what is finished or has another config.")]
 Variant = Annotated[
     str | None,
@@ -137,15 +139,24 @@ def finetune(config: Config, overrides: Overrides = None, variant: Variant = Non
 
 
 @app.command()
-def evaluate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str | None,
+        typer.Option("--shard", metavar="0/4", help="Do this part of the test rows only; `evaluate` joins the parts."),
+    ] = None,
+    force: Force = False,
+) -> None:
     """Summarize the test rows; one table of ROUGE for all variants.
 
-    Also measures the perplexity of the reference summaries. Goes on at the example where it stopped.
+    Also measures the perplexity of the reference summaries. Goes on at the example where it stopped. Takes over the
+    rows that `--shard` did, and scores all of them.
 
     \b
     Example: hedgehog evaluate configs/tiny.yaml evaluate.num_beams=4
     """
-    _run_stage("evaluate", config, overrides, force=force)
+    _run_stage("evaluate", config, overrides, force=force, shard=shard)
 
 
 @app.command()
@@ -204,19 +215,64 @@ def validate(
 
 
 @app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option("--sweep", metavar="SWEEP.yaml", help="Several sets of overrides, a run folder each."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the graph, the costs and the scripts; submit nothing.")
+    ] = False,
+) -> None:
+    """Submit the whole run to Slurm: what is missing of it, each job after those it needs.
+
+    Submitting again submits only what failed or never ran. The config's section `slurm` says what jobs ask for.
+
+    \b
+    Example: hedgehog submit configs/llama2-7b-samsum.yaml --dry-run
+             hedgehog submit configs/llama2-7b-samsum.yaml slurm.partition=gpu slurm.layer_groups=8
+    """
+    with _errors_shown():
+        from .slurm.submission import submit as submit_run
+
+        submit_run(str(config), overrides or [], sweep=None if sweep is None else str(sweep), dry_run=dry_run)
+
+
+@app.command()
 def status(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name under runs/, or its YAML.")],
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until the run has ended.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks with --watch.")] = 10.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show how far a run is, and the command that goes on.
+    """Show how far a run is, what Slurm says of its jobs, and the command that goes on.
 
     \b
     Example: hedgehog status runs/tiny
+             hedgehog status runs/llama2-7b-samsum --watch
     """
     with _errors_shown():
-        from .status import print_status
+        from .status_report import print_status, watch_status
 
-        print_status(run, as_json=json_output)
+        if watch:
+            watch_status(run, every_s=every, as_json=json_output)
+        else:
+            print_status(run, as_json=json_output)
+
+
+@app.command()
+def cancel(run: Run) -> None:
+    """Take a run's jobs out of Slurm. What they saved stays; `submit` goes on from it.
+
+    \b
+    Example: hedgehog cancel runs/llama2-7b-samsum
+    """
+    with _errors_shown():
+        from .slurm.cancelling import cancel as cancel_run
+
+        cancel_run(run)
 
 
 @app.command()
@@ -245,13 +301,14 @@ def _run_stage(
     *,
     variant: str | None = None,
     force: bool = False,
+    **part: str | None,
 ) -> None:
     with _errors_shown(), _signals_noted():
         given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
         loaded = _load(config, [*(overrides or []), *given])
         from .runner import run_stage
 
-        run_stage(loaded, stage, variant=variant, force=force)
+        run_stage(loaded, stage, variant=variant, force=force, **part)
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
@@ -261,6 +318,11 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
 
     config = load_config(path, overrides or [])
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
+    submitted = os.environ.get("HEDGEHOG_SUBMITTED_CONFIG")
+    if submitted:  # a job of `hedgehog submit`
+        from .slurm.frozen_config import check_unchanged
+
+        check_unchanged(config, Path(submitted))
     from .feature_map_checks import check_feature_maps
 
     check_feature_maps(config)
@@ -276,6 +338,9 @@ def _errors_shown() -> Iterator[None]:
     What is wrong with a config is the same on every rank and told once, by rank 0. Other errors may concern one
     rank's machine only, so every rank tells its own.
     """
+    if "WORLD_SIZE" not in os.environ:
+        with suppress(ConfigError):  # told by the stage that needs them
+            os.environ.update(slurm_variables(os.environ))
     try:
         yield
     except Interrupted as error:

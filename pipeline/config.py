@@ -7,32 +7,14 @@ Lengths are counted in tokens, sizes of batches in sequences, unless a name says
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
+
+from .config_section import Section
+from .slurm_config import SlurmConfig
 
 LAYERS_PATTERN = r"\d+(-\d+)?(,\d+(-\d+)?)*"
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_silent_conversion(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is not the number 1 and "3" is not 3: pydantic would take both without a word."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        kinds = get_args(annotation) or (annotation,)
-        if (int in kinds or float in kinds) and isinstance(value, (bool, str)):
-            raise PydanticCustomError("wrong_type", "not a number")
-        if bool in kinds and not isinstance(value, bool):
-            raise PydanticCustomError("wrong_type", "neither true nor false")
-        return value
 
 
 class ModelConfig(Section):
@@ -336,5 +318,7 @@ class RunConfig(Section):
     """DeepSpeed, precision, device."""
     logging: LoggingConfig = LoggingConfig()
     """TensorBoard."""
+    slurm: SlurmConfig = SlurmConfig()
+    """What `hedgehog submit` asks of Slurm. Without effect on any result."""
     variants: dict[str, VariantConfig] = Field(default_factory=dict)
     """Baselines for the table, by name."""

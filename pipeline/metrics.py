@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .formatting import format_bytes, format_duration
 from .run_folder import atomic_write, write_fault
 
 _PLAIN_INTERVAL_S = 5.0
@@ -47,22 +48,6 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def format_duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, second = divmod(int(max(0.0, seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def format_bytes(num_bytes: float) -> str:
-    """`1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 def rewind_metrics(file: Path, step: int) -> None:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import HedgehogError, ResourceError
+from .errors import ConfigError, HedgehogError, ResourceError
 
 STAGES = ("prepare", "distill", "finetune", "evaluate", "export")
 VARIANT_STAGES = ("distill", "finetune")
@@ -26,6 +26,9 @@ VARIANT_STAGES = ("distill", "finetune")
 
 _TEMPORARY_SUFFIX = ".partial"
 _SUBSET_PREFIX = "layers-"
+_SHARD_PREFIX = "shard-"
+_OWN_STAGES = (_SUBSET_PREFIX, _SHARD_PREFIX)
+"""Begin the names of folders inside a stage's that are stages of their own, with processes of their own."""
 PREVIOUS_SUFFIX = ".previous"
 """Ends the name of a folder that --force set aside."""
 LEASE = "lease"
@@ -51,10 +54,50 @@ class RunFolder:
         folder = self.stage("distill", variant)
         return sorted(path for path in folder.glob(f"{_SUBSET_PREFIX}*") if path.suffix != PREVIOUS_SUFFIX)
 
+    def shard(self, shard: str) -> Path:
+        """Folder of a part of evaluate's test rows, which `0/4` names."""
+        index, _, num_shards = shard.partition("/")
+        return self.root / "evaluate" / f"{_SHARD_PREFIX}{index}-of-{num_shards}"
+
+    def shards(self) -> list[Path]:
+        """Folders of evaluate's shards, sorted by name."""
+        folder = self.root / "evaluate"
+        return sorted(path for path in folder.glob(f"{_SHARD_PREFIX}*") if path.suffix != PREVIOUS_SUFFIX)
+
+    @property
+    def logs(self) -> Path:
+        """What jobs print."""
+        return self.root / "logs"
+
+    @property
+    def slurm(self) -> Path:
+        """Scripts, the config as it was submitted, and the jobs."""
+        return self.root / "slurm"
+
     @property
     def config_file(self) -> Path:
         """The resolved config of the newest command on this run."""
         return self.root / "config.resolved.yaml"
+
+
+def check_shard(shard: str) -> tuple[int, int]:
+    """(index, number of shards) that `0/4` names.
+
+    Raises:
+        ConfigError: not of this form, or the index is out of range.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if found is None:
+        raise ConfigError(f"--shard {shard}: expected index/number, such as 0/4 for the first of four.")
+    index, num_shards = int(found[1]), int(found[2])
+    if index >= num_shards:
+        raise ConfigError(
+            f"--shard {shard}: out of range; the shards of {num_shards} are 0/{num_shards} to "
+            f"{num_shards - 1}/{num_shards}."
+            if num_shards
+            else f"--shard {shard}: there are no shards."
+        )
+    return index, num_shards
 
 
 class Fence(Protocol):
@@ -121,11 +164,11 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed attempts were writing in a stage's folder; not in the subsets of layers, whose it is not."""
+    """Remove what killed attempts were writing in a stage's folder; not in subsets and shards, whose it is not."""
     for entry in folder.iterdir():
         if entry.name.endswith(_TEMPORARY_SUFFIX):
             _remove(entry)
-        elif entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(_SUBSET_PREFIX):
+        elif entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(_OWN_STAGES):
             remove_temporaries(entry)
 
 

@@ -44,6 +44,7 @@ from .run_folder import (
     VARIANT_STAGES,
     RunFolder,
     atomic_write,
+    check_shard,
     clear_unfinished,
     set_aside,
     storage_errors,
@@ -119,6 +120,8 @@ class StageContext:
     variants: dict[str, VariantInputs]
     """`main` and every variant; filled for `evaluate` only."""
     reporter: Reporter
+    shard: str | None = None
+    """Part of the test rows that `evaluate` is to do, such as `0/4`. None: all."""
 
     def rng(self, name: str) -> torch.Generator:
         """A CPU generator seeded from the run's seed and a name, so that no two uses share a stream."""
@@ -167,18 +170,21 @@ def _say_where_things_are(config: RunConfig) -> None:
     reporter.info(f'use it   AutoModelForCausalLM.from_pretrained("{exported}"{remote_code})')
 
 
-def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, force: bool = False) -> Manifest:
+def run_stage(
+    config: RunConfig, stage: str, *, variant: str | None = None, shard: str | None = None, force: bool = False
+) -> Manifest:
     """Run or resume one stage.
 
     Args:
         config: the run's config, without a variant's overrides.
         variant: run the stage for this variant instead of the main conversion.
+        shard: do only this part of evaluate's test rows, in a folder of its own.
         force: where the stage is done or its config or input changed, begin it anew. The earlier folder is kept as
             `<stage>.previous`, unless a finished one is there already and this one is not. A stage that `force` began
             and that was killed goes on.
 
     Raises:
-        ConfigError: unknown variant, or a variant asked of a stage that has none.
+        ConfigError: unknown variant, a variant asked of a stage that has none, or no such shard.
         CheckpointError: an input is missing or changed, or the stage's own config changed and `force` is off.
         Interrupted: a signal came; what was done is saved.
         LeaseError: another process works in the stage's folder, or has taken it over.
@@ -186,9 +192,11 @@ def run_stage(config: RunConfig, stage: str, *, variant: str | None = None, forc
     """
     if variant is not None and stage in ("prepare", "evaluate"):
         raise ConfigError(f"{stage} is done once for all variants; leave --variant away.")
+    if shard is not None:
+        check_shard(shard)
     effective = config if variant is None else apply_variant(config, variant)
     layers = _layers_folder(effective, stage)
-    return _run_stage(config, effective, stage, variant, layers, lambda: _stage_module(stage).run, force)
+    return _run_stage(config, effective, stage, variant, layers, lambda: _stage_module(stage).run, force, shard=shard)
 
 
 def merge_layers(config: RunConfig, *, variant: str | None = None, force: bool = False) -> Manifest:
@@ -214,13 +222,15 @@ def _run_stage(
     layers: str | None,
     load: Callable[[], Callable[[StageContext], StageResult]],
     force: bool,
+    *,
+    shard: str | None = None,
 ) -> Manifest:
     """Run what `load` returns; an interruption is complete, requeue included, when it leaves here."""
-    title = "/".join(part for part in (variant, stage, layers) if part)
+    title = "/".join(part for part in (variant, stage, layers or shard) if part)
     with listening(), storage_errors(title):
         function = load()
         world = discover_world(effective.engine)
-        attempt = _describe(config, effective, stage, variant, layers, world, force, title)
+        attempt = _describe(config, effective, stage, variant, layers, shard, world, force, title)
         try:
             return _skip_or_run(attempt, function)
         except Interrupted as stop:
@@ -239,6 +249,7 @@ class _Attempt:
     variant: str | None
     run_folder: RunFolder
     folder: Path
+    shard: str | None
     world: World
     inputs: dict[str, StageInput]
     variants: dict[str, VariantInputs]
@@ -257,6 +268,7 @@ def _describe(
     stage: str,
     variant: str | None,
     layers: str | None,
+    shard: str | None,
     world: World,
     force: bool,
     title: str,
@@ -280,7 +292,8 @@ def _describe(
         stage=stage,
         variant=variant,
         run_folder=run_folder,
-        folder=run_folder.stage(stage, variant, layers),
+        folder=run_folder.stage(stage, variant, layers) if shard is None else run_folder.shard(shard),
+        shard=shard,
         world=world,
         inputs=inputs,
         variants=variants,
@@ -385,6 +398,7 @@ def _run_held(
         inputs=attempt.inputs,
         variants=attempt.variants,
         reporter=reporter,
+        shard=attempt.shard,
     )
     _quiet_libraries()
     reset_peak_memory()

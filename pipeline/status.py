@@ -1,15 +1,14 @@
-"""`hedgehog status`: how far a run is, from its manifests and metrics.jsonl. Imports no torch and changes nothing."""
+"""How far a run is: from its manifests and metrics.jsonl, and from Slurm where it was submitted. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import re
 import shlex
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +18,21 @@ from .config_loading import apply_variant, load_config
 from .errors import CheckpointError, ConfigError
 from .manifest import Manifest, read_manifest
 from .run_folder import STAGES, VARIANT_STAGES, RunFolder
+from .slurm.job_status import JobView, view_jobs
 
-_PLAIN_WIDTH = 120
 _LIVELY_S = 120
 """A stage that wrote metrics this recently is taken to be running."""
 
-State = Literal["not started", "unfinished", "done", "skipped"]
+_ETA_STEPS = 50
+"""Newest steps whose mean time says how long the rest will take."""
+
+State = Literal["not started", "unfinished", "done", "skipped", "queued", "running", "failed", "cancelled"]
+"""The first four are the manifest's word; the others are Slurm's about a stage that is not done."""
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage of the main conversion, of a variant, or of a subset of layers."""
+    """One stage of the main conversion or of a variant, or a part of it: a subset of layers, a shard of test rows."""
 
     stage: str
     variant: str | None
@@ -44,11 +47,23 @@ class StageStatus:
     minutes: float | None = None
     artifacts: dict[str, str] = field(default_factory=dict)
     """Name to path."""
+    shard: str | None = None
+    """`0/4`, a part of evaluate's test rows."""
+    eta_s: float | None = None
+    """Seconds that the remaining steps will take."""
+    job: str | None = None
+    """Slurm's id of the newest job: `12`, or `12_3` in an array."""
+    job_state: str | None = None
+    """Slurm's word for it."""
+    error: str | None = None
+    """Last line of the job's log that says what went wrong."""
+    log: str | None = None
 
     @property
     def title(self) -> str:
-        """`t2r/finetune` for a variant's stage, `distill/0-15` for a subset."""
-        return "/".join(part for part in (self.variant, self.stage, self.layers) if part)
+        """`t2r/finetune` for a variant's stage, `distill/0-15` for a subset, `evaluate 0/4` for a shard."""
+        title = "/".join(part for part in (self.variant, self.stage, self.layers) if part)
+        return f"{title} {self.shard}" if self.shard else title
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,18 @@ class RunStatus:
     folder: str
     stages: tuple[StageStatus, ...]
     commands: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Why Slurm's states are missing."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every whole stage is done."""
+        return all(stage.state in ("done", "skipped") for stage in self.stages if not stage.layers and not stage.shard)
+
+    @property
+    def live(self) -> bool:
+        """Whether Slurm still has jobs of this run."""
+        return any(stage.state in ("queued", "running") for stage in self.stages)
 
 
 def read_status(run: str) -> RunStatus:
@@ -72,8 +99,16 @@ def read_status(run: str) -> RunStatus:
     """
     folder = RunFolder(find_run_folder(run))
     config = _resolved_config(folder)
-    stages = tuple(_stages(folder, config))
-    return RunStatus(str(folder.root), stages, tuple(_commands(folder, config, stages)))
+    jobs, notes, records = view_jobs(folder)
+    stages = tuple(_stages(folder, config, jobs))
+    if not jobs:
+        return RunStatus(str(folder.root), stages, tuple(_commands(folder, config, stages)))
+    stages = _with_jobs(stages, jobs)
+    status = RunStatus(str(folder.root), stages, (), tuple(notes))
+    waits_for_a_failure = any(stage.state in ("failed", "cancelled") for stage in stages)
+    if not status.finished and (waits_for_a_failure or not status.live):
+        status = replace(status, commands=(shlex.join(records.command),))
+    return status
 
 
 def find_run_folder(run: str) -> Path:
@@ -95,46 +130,6 @@ def find_run_folder(run: str) -> Path:
     raise ConfigError(f"{path}: no run folder (it has neither config.resolved.yaml nor a stage's folder).{known}")
 
 
-def print_status(run: str, *, as_json: bool) -> None:
-    """Print a run's status, one line a stage.
-
-    Raises:
-        ConfigError, CheckpointError: see `read_status`.
-    """
-    status = read_status(run)
-    if as_json:
-        print(json.dumps(asdict(status), indent=2, ensure_ascii=False))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=status.folder, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("stage", "state", "step", "last loss", "minutes", "results"):
-        justify = "right" if column in ("step", "last loss", "minutes") else "left"
-        table.add_column(column, justify=justify, overflow="fold")
-    for stage in status.stages:
-        step = "" if stage.step is None else f"{stage.step}/{stage.total_steps or '?'}"
-        loss = "" if stage.loss is None else f"{stage.loss_name} {stage.loss:.4g}"
-        minutes = "" if stage.minutes is None else f"{stage.minutes:.1f}"
-        state = f"{stage.state}: {stage.detail}" if stage.detail else stage.state
-        table.add_row(stage.title, state, step, loss, minutes, _results(stage))
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-    console.print(table)
-    for command in status.commands:
-        print(f"  to go on: {command}")
-    if not status.commands:
-        print("  finished.")
-
-
-def _results(stage: StageStatus) -> str:
-    """The path of a single artifact, else the folder that holds them all."""
-    paths = [Path(path) for path in stage.artifacts.values()]
-    if len(paths) > 1:
-        return f"{os.path.commonpath(paths)} ({len(paths)} artifacts)"
-    return "".join(str(path) for path in paths)
-
-
 def _resolved_config(folder: RunFolder) -> RunConfig | None:
     if not folder.config_file.is_file():
         return None
@@ -144,7 +139,34 @@ def _resolved_config(folder: RunFolder) -> RunConfig | None:
         raise CheckpointError(f"{error}\nThe file belongs to another version, or was edited; correct it.") from error
 
 
-def _stages(folder: RunFolder, config: RunConfig | None) -> Iterator[StageStatus]:
+def _with_jobs(stages: tuple[StageStatus, ...], jobs: list[JobView]) -> tuple[StageStatus, ...]:
+    """The stages with what Slurm says of their newest jobs; where a manifest says done, that is the last word."""
+    newest = {(job.stage, job.variant, job.part): job for job in jobs}
+    failed = {job.name for job in jobs if job.activity == "failed"}
+    found = []
+    for stage in stages:
+        job = newest.get((stage.stage, stage.variant, stage.layers or stage.shard))
+        if job is None:
+            found.append(stage)
+            continue
+        stage = replace(stage, job=job.job_id, job_state=job.state or None, log=job.log)
+        if stage.state in ("not started", "unfinished"):
+            word = " ".join(part for part in (job.state, f"({job.reason})" if job.reason else "") if part)
+            if job.activity in ("queued", "running", "failed", "cancelled"):
+                if job.activity == "cancelled" and failed and job.name not in failed:
+                    word = f"needs {', '.join(sorted(failed))}, which failed"
+                detail = stage.detail if job.activity == "running" else word
+                stage = replace(stage, state=job.activity, detail=detail)
+            elif job.activity == "unknown":
+                stage = replace(
+                    stage, detail=f"{stage.detail or 'nothing written'}; job {job.job_id} is not in the queue"
+                )
+            stage = replace(stage, error=job.error, eta_s=stage.eta_s if job.activity == "running" else None)
+        found.append(stage)
+    return tuple(found)
+
+
+def _stages(folder: RunFolder, config: RunConfig | None, jobs: list[JobView]) -> Iterator[StageStatus]:
     variants: list[str] = list(config.variants) if config is not None else []
     on_disk = sorted(path.name for path in (folder.root / "variants").glob("*") if path.is_dir())
     variants += [name for name in on_disk if name not in variants]
@@ -152,22 +174,39 @@ def _stages(folder: RunFolder, config: RunConfig | None) -> Iterator[StageStatus
     for variant in (None, *variants):
         for stage in VARIANT_STAGES:
             if stage == "distill":
-                for subset in folder.subsets(variant):
-                    yield _stage(folder, config, stage, variant, subset.name.removeprefix("layers-"))
+                begun = [subset.name.removeprefix("layers-") for subset in folder.subsets(variant)]
+                submitted = [job.part for job in jobs if job.part and (job.stage, job.variant) == (stage, variant)]
+                for layers in sorted({*begun, *submitted}, key=_first_number):
+                    yield _stage(folder, config, stage, variant, layers)
             yield _stage(folder, config, stage, variant)
+    begun = [shard.name.removeprefix("shard-").replace("-of-", "/") for shard in folder.shards()]
+    submitted = [job.part for job in jobs if job.part and job.stage == "evaluate"]
+    for shard in sorted({*begun, *submitted}, key=_first_number):
+        yield _stage(folder, config, "evaluate", None, shard=shard)
     yield _stage(folder, config, "evaluate", None)
     for variant in (None, *variants):
         if variant is None or folder.stage("export", variant).is_dir():
             yield _stage(folder, config, "export", variant)
 
 
+def _first_number(part: str) -> tuple[int, str]:
+    """Orders `8-15` after `0-7`."""
+    digits = re.match(r"\d+", part)
+    return (int(digits[0]) if digits else 0, part)
+
+
 def _stage(
-    folder: RunFolder, config: RunConfig | None, stage: str, variant: str | None, layers: str | None = None
+    folder: RunFolder,
+    config: RunConfig | None,
+    stage: str,
+    variant: str | None,
+    layers: str | None = None,
+    shard: str | None = None,
 ) -> StageStatus:
-    path = folder.stage(stage, variant, layers)
+    path = folder.stage(stage, variant, layers) if shard is None else folder.shard(shard)
     manifest = read_manifest(path)
     if manifest is None:
-        return StageStatus(stage, variant, layers, "not started")
+        return StageStatus(stage, variant, layers, "not started", shard=shard)
     records = _read_metrics(path / "metrics.jsonl")
     step = max((int(record.get("step", 0)) for record in records), default=None)
     loss_name, loss = _last_loss(records)
@@ -190,7 +229,18 @@ def _stage(
         loss=loss,
         minutes=round(minutes, 2),
         artifacts={name: str(path / artifact.path) for name, artifact in manifest.artifacts.items()},
+        shard=shard,
+        eta_s=_remaining_s(records, step, total) if state == "unfinished" else None,
     )
+
+
+def _remaining_s(records: list[dict[str, Any]], step: int | None, total: int | None) -> float | None:
+    """Mean time of the newest steps x steps that are left."""
+    times = [float(record["step_s"]) for record in records if isinstance(record.get("step_s"), (int, float))]
+    times = times[-_ETA_STEPS:]
+    if not times or step is None or total is None:
+        return None
+    return max(0, total - step) * sum(times) / len(times)
 
 
 def _read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@
 
 Rows are written as they are made, so a killed evaluation goes on at the example where it stopped. A batch is always
 computed whole, and batches depend on the prompts' lengths only: the rows that a resumed run adds are those that an
-uninterrupted run writes.
+uninterrupted run writes. A shard (`0/4`: every fourth batch) makes its rows in a folder of its own and reports nothing;
+the stage itself takes the shards' rows over, makes what is missing, and reports.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from ..pipeline.data.tokenize import choose_pad_id, load_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
-from ..pipeline.errors import DataError, ModelError
+from ..pipeline.errors import CheckpointError, DataError, ModelError
 from ..pipeline.generation import (
     generate_summaries,
     length_sorted_batches,
@@ -30,9 +31,10 @@ from ..pipeline.generation import (
     reference_losses,
 )
 from ..pipeline.interrupts import stop_if_asked, stopping_together
+from ..pipeline.manifest import read_manifest
 from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, score_rouge
 from ..pipeline.row_log import RowLog, read_complete_rows
-from ..pipeline.run_folder import atomic_write, write_json
+from ..pipeline.run_folder import atomic_write, check_shard, write_json
 from ..pipeline.runner import StageContext, StageResult, VariantInputs
 from ..pipeline.score_report import (
     TABLE_COLUMNS,
@@ -72,19 +74,58 @@ class _TestSplit:
 
 
 def run(ctx: StageContext) -> StageResult:
-    """Score `main` and every variant.
+    """Score `main` and every variant, or only make the rows of a shard.
 
     Raises:
         DataError: there are no test rows.
-        ModelError, CheckpointError: a variant cannot be loaded, or gives NaN.
+        ModelError, CheckpointError: a variant cannot be loaded, or gives NaN; a shard is of another config or input.
         Interrupted: a signal came; the rows of every finished batch are kept.
     """
     test = _open_test_split(ctx)
+    if ctx.shard is None and ctx.world.is_main:
+        _take_over_shards(ctx)
     for number, variant in enumerate(ctx.variants.values()):
         _run_variant(ctx, variant, test, number)
     if not ctx.world.is_main:
         return StageResult()
+    if ctx.shard is not None:
+        return _shard_result(ctx)
     return _report(ctx, test)
+
+
+def _take_over_shards(ctx: StageContext) -> None:
+    """Put the rows that shards made among this stage's own; a batch is the same rows in a shard as in one job."""
+    folders = ctx.run_folder.shards()
+    for folder in folders:
+        manifest = read_manifest(folder)
+        if manifest is None:
+            continue
+        if manifest.fingerprint != ctx.fingerprint:
+            raise CheckpointError(
+                f"{folder}: this shard was evaluated with another config or other inputs; remove it, or do it again "
+                f"with --shard {folder.name.removeprefix('shard-').replace('-of-', '/')} --force."
+            )
+        if manifest.status != "done":
+            ctx.reporter.warning(f"{folder} is not finished: the rows that it lacks are made here")
+    for variant in ctx.variants:
+        for file in (_predictions_file(ctx, variant), _losses_file(ctx, variant)):
+            relative = file.relative_to(ctx.folder)
+            parts = [read_complete_rows(folder / relative) for folder in folders]
+            if any(parts):
+                rows = {row["index"]: row for part in (read_complete_rows(file), *parts) for row in part}
+                file.parent.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps(rows[index], ensure_ascii=False) + "\n" for index in sorted(rows)]
+                atomic_write(file, "".join(lines))
+
+
+def _shard_result(ctx: StageContext) -> StageResult:
+    """The rows are the artifact; scores need those of all shards."""
+    num_rows = {name: len(read_complete_rows(_predictions_file(ctx, name))) for name in ctx.variants}
+    ctx.reporter.info(f"shard {ctx.shard}: {', '.join(f'{n} summaries of {name}' for name, n in num_rows.items())}")
+    artifacts = {"predictions": "predictions"}
+    if ctx.config.evaluate.perplexity:
+        artifacts["reference_losses"] = "reference_losses"
+    return StageResult(artifacts=artifacts, summary={"shard": ctx.shard, "num_rows": num_rows})
 
 
 def _open_test_split(ctx: StageContext) -> _TestSplit:
@@ -128,13 +169,15 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         RowLog(_losses_file(ctx, variant.name), ctx.world) as losses,
         stopping_together(ctx.world),  # no rank waits for another before the end of its own batches
     ):
-        to_generate = _unfinished(test.prompt_batches, predictions.done)
-        to_measure = _unfinished(test.reference_batches, losses.done) if ctx.config.evaluate.perplexity else []
+        to_generate = _unfinished(ctx, test.prompt_batches, predictions.done)
+        to_measure = _unfinished(ctx, test.reference_batches, losses.done) if ctx.config.evaluate.perplexity else []
         if not to_generate and not to_measure:
-            ctx.reporter.info(f"{variant.label}: all {len(test.examples)} summaries are there already")
+            all_rows = f"all {len(test.examples)}" if ctx.shard is None else "this shard's"
+            ctx.reporter.info(f"{variant.label}: {all_rows} summaries are there already")
             return
         done = f", {len(predictions.done)} done already" if predictions.done else ""
-        ctx.reporter.info(f"{variant.label}: summarizes {len(test.examples)} dialogues{done}")
+        of_shard = f"shard {ctx.shard} of " if ctx.shard else ""
+        ctx.reporter.info(f"{variant.label}: summarizes {of_shard}{len(test.examples)} dialogues{done}")
         model = load_variant_model(variant.config, variant.inputs, ctx.world.device, ctx.config.engine.precision)
         batches_per_variant = len(test.prompt_batches) + len(test.reference_batches)
         progress = _Progress(ctx, first=number * batches_per_variant, total=len(ctx.variants) * batches_per_variant)
@@ -169,9 +212,14 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         torch.cuda.empty_cache()
 
 
-def _unfinished(batches: list[list[int]], done: frozenset[int]) -> list[int]:
-    """Positions of the batches with a row that is not done."""
-    return [position for position, batch in enumerate(batches) if not done.issuperset(batch)]
+def _unfinished(ctx: StageContext, batches: list[list[int]], done: frozenset[int]) -> list[int]:
+    """Positions of the batches with a row that is not done; of a shard's batches only, where this is one."""
+    index, num_shards = check_shard(ctx.shard) if ctx.shard is not None else (0, 1)
+    return [
+        position
+        for position, batch in enumerate(batches)
+        if position % num_shards == index and not done.issuperset(batch)
+    ]
 
 
 def _share(positions: list[int], ctx: StageContext) -> Iterator[int]:

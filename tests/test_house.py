@@ -59,11 +59,11 @@ def test_a_package_called_kernels_is_found_from_the_repository_root(tmp_path: Pa
     assert done.stdout.split("\n")[:2] == ["the real one", "9"], done.stderr
 
 
-@pytest.mark.parametrize("page", sorted(p.name for p in ROOT.glob("*.md")))
-def test_links_resolve(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]), ids=lambda page: str(page))
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), f"{page} links to {target}"
+            assert (page.parent / target).exists(), f"{page} links to {target}"
 
 
 def readme_commands() -> list[list[str]]:

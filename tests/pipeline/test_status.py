@@ -15,7 +15,8 @@ from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import dump_resolved
 from hedgehog.pipeline.errors import CheckpointError, ConfigError
 from hedgehog.pipeline.manifest import Artifact, Manifest
-from hedgehog.pipeline.status import find_run_folder, print_status, read_status
+from hedgehog.pipeline.status import find_run_folder, read_status
+from hedgehog.pipeline.status_report import print_status
 
 
 @pytest.fixture

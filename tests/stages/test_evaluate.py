@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.distributed import World
-from hedgehog.pipeline.errors import CheckpointError, Interrupted, ModelError
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from hedgehog.pipeline.rouge import score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
 from hedgehog.pipeline.runner import StageContext, run_stage
@@ -91,6 +91,46 @@ def test_loss_of_the_untrained_softmax_model_is_llamas_own(finished_run: RunConf
     assert figures["loss_nats_per_token"]["value"] == pytest.approx(nats / tokens, rel=1e-5)
     assert figures["perplexity"]["value"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert figures["num_reference_tokens"] == tokens
+
+
+def test_shards_joined_give_the_same_files(
+    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    shards = [run_stage(copied_run, "evaluate", shard=f"{index}/2") for index in range(2)]
+    assert [sum(manifest.summary["num_rows"].values()) for manifest in shards] == [12, 9]  # batches of 3, 3 and 1 rows
+    assert not (folder(copied_run) / "rouge.json").exists()
+    monkeypatch.setattr(evaluate, "load_variant_model", lambda *_: pytest.fail("the merge needs no model"))
+    run_stage(copied_run, "evaluate")
+    assert results(copied_run) == uninterrupted
+
+
+def test_a_killed_shard_and_a_missing_one(
+    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "reference_losses", dies)
+        with pytest.raises(Killed):
+            run_stage(copied_run, "evaluate", shard="0/3")
+    run_stage(copied_run, "evaluate", shard="0/3")
+    run_stage(copied_run, "evaluate", shard="1/3")
+    run_stage(copied_run, "evaluate")
+    assert results(copied_run) == uninterrupted
+
+
+def test_a_shard_of_another_config_is_refused(copied_run: RunConfig):
+    other = copied_run.evaluate.model_copy(update={"max_new_tokens": 3})
+    run_stage(copied_run.model_copy(update={"evaluate": other}), "evaluate", shard="0/2")
+    with pytest.raises(CheckpointError, match=r"shard-0-of-2: .* another config .* --shard 0/2 --force"):
+        run_stage(copied_run, "evaluate")
+
+
+@pytest.mark.parametrize("shard", ["2/2", "0/0", "1", "a/b"])
+def test_a_shard_that_is_none(shard: str, copied_run: RunConfig):
+    with pytest.raises(ConfigError, match=f"--shard {shard}: "):
+        run_stage(copied_run, "evaluate", shard=shard)
 
 
 class Killed(BaseException):

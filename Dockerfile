@@ -1,0 +1,26 @@
+# Image of this project. From the repository's root:
+#
+#     docker build -t hedgehog-llama .
+#     docker run --rm --gpus all -v "$PWD/runs:/work/runs" hedgehog-llama run /opt/hedgehog/configs/tiny.yaml
+#
+# On clusters: slurm/README.md, "Containers" (the same as an Apptainer image: slurm/hedgehog.def).
+FROM python:3.12-slim
+
+# a compiler for what DeepSpeed and Triton build at a start
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/hedgehog
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+# torch first and pinned: with it there, no other package pulls a second build; a layer of its own, for it seldom changes
+RUN pip install --no-cache-dir --constraint constraints.txt torch
+COPY kernels kernels
+COPY pipeline pipeline
+COPY stages stages
+COPY slurm slurm
+COPY configs configs
+RUN pip install --no-cache-dir --constraint constraints.txt '.[eval]'
+
+ENV PYTHONUNBUFFERED=1
+WORKDIR /work
+ENTRYPOINT ["hedgehog"]
+CMD ["--help"]

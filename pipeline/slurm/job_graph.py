@@ -1,0 +1,274 @@
+"""The jobs of a run and what each waits for: the stages in order, distill and evaluate as arrays where asked for.
+
+    prepare → (distill[groups of layers] → merge → finetune) for main and every variant
+            → evaluate[shards of the test rows] → evaluate → export
+
+What is done already is read from the manifests; what is waiting or running is told by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import RunConfig
+from ..config_loading import apply_variant, config_differences, flatten
+from ..errors import ConfigError
+from ..manifest import read_manifest
+from ..model_shape import ModelShape, known_shape
+from ..run_folder import RunFolder
+from ..validation import HUB_TRAIN_ROWS
+from .layer_groups import (
+    UNTRAINED_MAPS,
+    DistillCost,
+    balanced_groups,
+    distill_cost,
+    layers_of,
+    layers_text,
+    num_distill_tokens,
+)
+
+_ASSUMED_FILL = 0.25
+"""Typical row over `data.max_length_tokens` before `prepare` has counted tokens (SAMSum at 1024: 0.2)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job or one array of a run. `name` is unique in the run: `merge`, `soft.finetune`."""
+
+    name: str
+    stage: str
+    """Key under `slurm` whose settings it gets."""
+    variant: str | None
+    arguments: tuple[str, ...]
+    """Subcommand and options of `hedgehog`, the config left out."""
+    parents: tuple[str, ...]
+    """Names of the jobs that must succeed first."""
+    element_option: str = ""
+    """Option that gives an element of an array its part."""
+    elements: tuple[str, ...] = ()
+    """Parts by array index; empty for a single job."""
+    done: bool = False
+    done_elements: frozenset[int] = frozenset()
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Array indices that are not done."""
+        if self.done:
+            return ()
+        return tuple(index for index in range(len(self.elements)) if index not in self.done_elements)
+
+
+@dataclass(frozen=True)
+class GroupCosts:
+    """The array of one conversion's distill: what its elements cost."""
+
+    job: str
+    cost: DistillCost
+    groups: tuple[tuple[int, ...], ...]
+    row_tokens: float
+    num_tokens: float | None
+    assumed_length: bool
+
+
+@dataclass(frozen=True)
+class JobGraph:
+    """All jobs of a run, parents before children."""
+
+    jobs: tuple[Job, ...]
+    costs: tuple[GroupCosts, ...] = ()
+
+    def __getitem__(self, name: str) -> Job:
+        return next(job for job in self.jobs if job.name == name)
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What waits or runs of a run's distill arrays, so that a new graph keeps to it."""
+
+    elements: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Job name to the layers of its elements."""
+    whole: frozenset[str] = frozenset()
+    """Names of jobs without an array."""
+
+
+def build_graph(config: RunConfig, folder: RunFolder, queued: Queued | None = None) -> JobGraph:
+    """The graph of a run as it stands.
+
+    Raises:
+        ConfigError: layers cannot be grouped; a finished or begun stage has another config.
+        ModelError: the base model's folder cannot be read.
+        CheckpointError: a manifest cannot be read.
+    """
+    queued = queued or Queued()
+    if config.distill.layers is not None:
+        raise ConfigError(
+            "distill.layers: `submit` chooses the layers of each element; remove the key, and set slurm.layer_groups."
+        )
+    jobs = [Job("prepare", "prepare", None, ("prepare",), (), done=_done(folder.stage("prepare")))]
+    costs: list[GroupCosts] = []
+    last: list[str] = []
+    for variant in (None, *config.variants):
+        conversion = config if variant is None else apply_variant(config, variant)
+        prefix = f"{variant}." if variant else ""
+        options = ("--variant", variant) if variant else ()
+        stage_folder = folder.stage("distill", variant)
+        done = _done(stage_folder)
+        grouped = None if done else _groups(conversion, folder, variant, f"{prefix}distill", queued)
+        if grouped is None:
+            jobs.append(Job(f"{prefix}distill", "distill", variant, ("distill", *options), ("prepare",), done=done))
+            parent = f"{prefix}distill"
+        else:
+            costs.append(grouped)
+            elements = tuple(layers_text(group) for group in grouped.groups)
+            finished = frozenset(
+                index for index, text in enumerate(elements) if _done(folder.stage("distill", variant, text))
+            )
+            jobs.append(
+                Job(
+                    f"{prefix}distill",
+                    "distill",
+                    variant,
+                    ("distill", *options),
+                    ("prepare",),
+                    element_option="--layers",
+                    elements=elements,
+                    done_elements=finished,
+                )
+            )
+            parent = f"{prefix}merge"
+            jobs.append(Job(parent, "merge", variant, ("merge", *options), (f"{prefix}distill",)))
+        last.append(f"{prefix}finetune")
+        finished_tuning = _done(folder.stage("finetune", variant))
+        jobs.append(
+            Job(last[-1], "finetune", variant, ("finetune", *options), (parent,), done=finished_tuning),
+        )
+    jobs += _evaluation(config, folder, tuple(last))
+    jobs.append(Job("export", "export", None, ("export",), ("evaluate",), done=_done(folder.stage("export"))))
+    _check_manifests(config, folder, jobs)
+    return JobGraph(tuple(jobs), tuple(costs))
+
+
+def _evaluation(config: RunConfig, folder: RunFolder, parents: tuple[str, ...]) -> list[Job]:
+    done = _done(folder.stage("evaluate"))
+    if config.slurm.evaluate_shards == 1 or done:
+        return [Job("evaluate", "evaluate", None, ("evaluate",), parents, done=done)]
+    num_shards = config.slurm.evaluate_shards
+    shards = tuple(f"{index}/{num_shards}" for index in range(num_shards))
+    finished = frozenset(index for index, shard in enumerate(shards) if _done(folder.shard(shard)))
+    return [
+        Job(
+            "evaluate-shards",
+            "evaluate",
+            None,
+            ("evaluate",),
+            parents,
+            element_option="--shard",
+            elements=shards,
+            done_elements=finished,
+        ),
+        Job("evaluate", "merge", None, ("evaluate",), ("evaluate-shards",)),
+    ]
+
+
+def _done(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.status == "done"
+
+
+def _groups(
+    conversion: RunConfig, folder: RunFolder, variant: str | None, name: str, queued: Queued
+) -> GroupCosts | None:
+    """Groups of layers for the array, or None for one job. Subsets that were begun stay as they are."""
+    begun = [path.name.removeprefix("layers-") for path in folder.subsets(variant) if read_manifest(path) is not None]
+    kept = list(dict.fromkeys([*begun, *queued.elements.get(name, ())]))
+    whole_begun = (folder.stage("distill", variant) / "checkpoints").is_dir() or name in queued.whole
+    trains = conversion.model.attention == "linear" and conversion.distill.enabled
+    trains = trains and conversion.model.feature_map not in UNTRAINED_MAPS
+    if not kept and (conversion.slurm.layer_groups == 1 or whole_begun or not trains):
+        return None
+    shape = _shape(conversion, folder)
+    groups = [layers_of(text) for text in kept]
+    taken = [layer for group in groups for layer in group]
+    twice = sorted({layer for layer in taken if taken.count(layer) > 1})
+    beyond = [layer for layer in taken if layer >= shape.num_layers]
+    if twice or beyond:
+        fault = f"layer {twice[0]} is in two of them" if twice else f"the model has {shape.num_layers} layers"
+        raise ConfigError(
+            f"{folder.stage('distill', variant)}: its subsets ({', '.join(f'layers-{text}' for text in kept)}) do not "
+            f"fit together: {fault}. Remove the folders that you do not want, then submit again."
+        )
+    rows, row_tokens = _train_rows(conversion, folder)
+    length = row_tokens or _ASSUMED_FILL * conversion.data.max_length_tokens
+    cost = distill_cost(conversion, shape, length)
+    rest = [layer for layer in range(shape.num_layers) if layer not in taken]
+    if rest:
+        groups += balanced_groups(rest, max(1, conversion.slurm.layer_groups - len(groups)), cost)
+    groups.sort()
+    return GroupCosts(
+        job=name,
+        cost=cost,
+        groups=tuple(tuple(group) for group in groups),
+        row_tokens=length,
+        num_tokens=num_distill_tokens(conversion, rows, length),
+        assumed_length=row_tokens is None,
+    )
+
+
+def _shape(config: RunConfig, folder: RunFolder) -> ModelShape:
+    """The base model's sizes, which grouping its layers needs."""
+    shape = known_shape(config)
+    if shape is None:
+        raise ConfigError(
+            f"model.base: {config.model.base} is on the hub, and its number of layers is not known here; give a local "
+            "folder, or set slurm.layer_groups=1 (distill in one job)."
+        )
+    return shape
+
+
+def _train_rows(config: RunConfig, folder: RunFolder) -> tuple[int | None, float | None]:
+    """Number of training rows and their mean length in tokens, as `prepare` counted them."""
+    manifest = read_manifest(folder.stage("prepare"))
+    train = manifest.summary.get("splits", {}).get("train", {}) if manifest is not None else {}
+    if train.get("used") and train.get("tokens"):
+        return int(train["used"]), train["tokens"] / train["used"]
+    rows = HUB_TRAIN_ROWS.get(str(config.data.dataset))
+    if config.tiny is not None:
+        rows = config.tiny.num_train_dialogues
+    return (rows if rows is None else min(rows, config.data.max_train_examples or rows)), None
+
+
+def _check_manifests(config: RunConfig, folder: RunFolder, jobs: Sequence[Job]) -> None:
+    """Refuse what the stages themselves would refuse after hours in a queue: a stage of another config.
+
+    Raises:
+        ConfigError: with the differences.
+    """
+    main = flatten(config)
+    faults: list[str] = []
+    for job in jobs:
+        values = main if job.variant is None else flatten(apply_variant(config, job.variant))
+        stage = "distill" if job.stage == "merge" and job.name != "evaluate" else job.arguments[0]
+        folders = [folder.stage(stage, job.variant)]
+        if job.element_option == "--layers":
+            folders += [folder.stage(stage, job.variant, text) for text in job.elements]
+        for path in folders:
+            manifest = read_manifest(path)
+            if manifest is None or not any(
+                file.name not in ("manifest.json", "metrics.jsonl") for file in path.iterdir()
+            ):
+                continue
+            known = {key: values[key] for key in manifest.config if key in values}
+            if stage == "evaluate":  # a variant that came later is in no manifest
+                known |= {key: value for key, value in values.items() if key.startswith("variants.")}
+            for line in config_differences(manifest.config, known):
+                state = "finished" if manifest.status == "done" else "begun"
+                faults.append(f"  {path} was {state} with another config: {line}")
+    if faults:
+        raise ConfigError(
+            "the run folder holds stages of another config:\n"
+            + "\n".join(dict.fromkeys(faults))
+            + "\nUndo the change, choose another name=…, or begin those stages anew with `hedgehog <stage> CONFIG "
+            "--force`."
+        )

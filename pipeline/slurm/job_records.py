@@ -1,0 +1,96 @@
+"""`slurm/jobs.json` in the run folder: every job that was submitted for the run, and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import CheckpointError
+from ..run_folder import RunFolder, write_json
+
+FORMAT = 1
+
+
+class JobRecord(BaseModel):
+    """One call of sbatch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    """Name in the graph: `soft.merge`."""
+    stage: str
+    variant: str | None = None
+    job_id: str
+    elements: dict[int, str] = Field(default_factory=dict)
+    """Array index to its part (`0-15`); empty for a single job."""
+    dependency: str = ""
+    script: str
+    submitted_at: str
+
+    def log_file(self, folder: RunFolder, index: int | None) -> Path:
+        """Where the job, or one element of it, prints."""
+        return folder.logs / (
+            log_name(self.name, is_array=bool(self.elements))
+            .replace("%A", self.job_id)
+            .replace("%j", self.job_id)
+            .replace("%a", str(index))
+        )
+
+
+class JobRecords(BaseModel):
+    """All calls of sbatch for a run, oldest first, and the command that made them."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int = FORMAT
+    command: list[str] = Field(default_factory=list)
+    """The newest `hedgehog submit …`: the same again submits what is missing."""
+    jobs: list[JobRecord] = Field(default_factory=list)
+
+    def newest(self) -> Iterator[tuple[JobRecord, int | None]]:
+        """The latest attempt at every job and every part of an array, in order of submission."""
+        found: dict[tuple[str, str | None], tuple[JobRecord, int | None]] = {}
+        for job in self.jobs:
+            if job.elements:
+                found.pop((job.name, None), None)
+                for index, part in job.elements.items():
+                    found[job.name, part] = (job, index)
+            else:
+                for key in [key for key in found if key[0] == job.name]:
+                    del found[key]
+                found[job.name, None] = (job, None)
+        yield from found.values()
+
+    @property
+    def job_ids(self) -> list[str]:
+        """Ids of the jobs of `newest`."""
+        return list(dict.fromkeys(job.job_id for job, _ in self.newest()))
+
+
+def log_name(name: str, *, is_array: bool) -> str:
+    """File name of a job's log with Slurm's placeholders."""
+    return f"{name}-%A_%a.log" if is_array else f"{name}-%j.log"
+
+
+def read_records(folder: RunFolder) -> JobRecords:
+    """The run's records; empty where nothing was submitted.
+
+    Raises:
+        CheckpointError: the file is not of this format.
+    """
+    file = folder.slurm / "jobs.json"
+    if not file.is_file():
+        return JobRecords()
+    try:
+        return JobRecords.model_validate(json.loads(file.read_text()))
+    except (ValueError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file}: not a list of jobs of format {FORMAT} ({str(error).splitlines()[0]}). Remove it, after "
+            "cancelling the run's jobs by hand."
+        ) from error
+
+
+def write_records(folder: RunFolder, records: JobRecords) -> None:
+    """Write the records atomically."""
+    write_json(folder.slurm / "jobs.json", records.model_dump())

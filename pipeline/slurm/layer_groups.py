@@ -1,0 +1,129 @@
+"""Groups of layers for distill's array, sized so that all elements end together, and what each of them costs.
+
+An element that trains layers a to b runs the teacher's layers 0 to b for every token, and the loss of its own:
+
+    cost(a, b) = (b + 1) · forward + (b - a + 1) · own
+
+so that the elements of the upper layers get fewer of them. With H heads, D head dim, F features, P feature_dim, N
+weights of a decoder layer and T tokens in a row, a token takes on average (T+1)/2 keys, and in FLOPs (2 per product):
+
+    forward = 2N + 4·D·H·(T+1)/2            linear layers; q·k and the weighted sum of values
+    own     = (2D + 6F)·H·(T+1)/2           q·k again; φ(q)·φ(k), dφ(q), dφ(k)
+              + 8·D·P·H                     W x and dW, for q and for k
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import RunConfig
+from ..model_shape import ModelShape
+
+UNTRAINED_MAPS = frozenset({"elu", "exp_t", "cosformer", "taylor", "performer"})
+"""Feature maps without weights: there is nothing to train, so nothing to spread over an array."""
+LOSS_SLOWNESS = 4.0
+"""Time of a FLOP of the loss, which is in float32, over one of the teacher's forward pass in bfloat16."""
+REFERENCE_FLOPS_PER_S = 0.4 * 312e12
+"""For the estimate of GPU-hours: 40 % of an A100's bfloat16 peak."""
+
+
+@dataclass(frozen=True)
+class DistillCost:
+    """What a token costs in one layer, in units of FLOPs at the teacher's speed."""
+
+    forward: float
+    """Teacher forward of one layer."""
+    own: float
+    """Loss and maps of one trained layer."""
+
+    def of(self, layers: Sequence[int]) -> float:
+        """A group's cost per token: all layers up to its last, and its own."""
+        return (max(layers) + 1) * self.forward + len(layers) * self.own
+
+
+def distill_cost(config: RunConfig, shape: ModelShape, row_tokens: float) -> DistillCost:
+    """Cost per token of a layer that is run, and of one that is trained as well.
+
+    Args:
+        row_tokens: tokens in a typical row.
+    """
+    heads, head_dim = shape.num_heads, shape.head_dim
+    feature_dim = config.model.feature_dim or head_dim
+    num_features = 2 * feature_dim if config.model.feature_map.startswith("hedgehog") else feature_dim
+    keys = (row_tokens + 1) / 2
+    forward = 2 * shape.num_layer_weights + 4 * head_dim * heads * keys
+    own = (2 * head_dim + 6 * num_features) * heads * keys + 8 * head_dim * feature_dim * heads
+    if config.slurm.trained_layer_cost is not None:
+        return DistillCost(forward=forward, own=config.slurm.trained_layer_cost * forward)
+    slowness = LOSS_SLOWNESS if config.engine.precision == "bfloat16" else 1.0
+    return DistillCost(forward=forward, own=slowness * own)
+
+
+def balanced_groups(layers: Sequence[int], num_groups: int, cost: DistillCost) -> list[list[int]]:
+    """Split ascending layers into at most `num_groups` consecutive groups; the dearest is as cheap as can be.
+
+    Fewer groups come back where more would not end earlier: every array must run the last layer's teacher somewhere.
+    """
+    assert layers and num_groups >= 1
+    # A group's cost decides where it ends, so the best limit is the cost of one of the possible groups.
+    limits = sorted(
+        {cost.of(layers[first : last + 1]) for first in range(len(layers)) for last in range(first, len(layers))}
+    )
+    low, high = 0, len(limits) - 1
+    while low < high:
+        middle = (low + high) // 2
+        groups = _greedy(layers, limits[middle], cost)
+        if groups is not None and len(groups) <= num_groups:
+            high = middle
+        else:
+            low = middle + 1
+    groups = _greedy(layers, limits[low], cost)
+    assert groups is not None and len(groups) <= num_groups
+    return groups
+
+
+def _greedy(layers: Sequence[int], limit: float, cost: DistillCost) -> list[list[int]] | None:
+    """Groups that are as long as the limit allows, from the first layer on; None where one layer exceeds it."""
+    groups: list[list[int]] = []
+    for layer in layers:
+        if groups and cost.of([*groups[-1], layer]) <= limit * (1 + 1e-12):
+            groups[-1].append(layer)
+        elif cost.of([layer]) <= limit * (1 + 1e-12):
+            groups.append([layer])
+        else:
+            return None
+    return groups
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Ascending layers as `distill.layers` writes them: `0-7` or `0-3,8,10-11`."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def layers_of(text: str) -> list[int]:
+    """The layers that `0-3,8` names, ascending."""
+    layers: set[int] = set()
+    for span in text.split(","):
+        first, _, last = span.partition("-")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
+def num_distill_tokens(config: RunConfig, num_rows: int | None, row_tokens: float) -> float | None:
+    """Tokens that every element of the array trains on; None where the number of rows is not known."""
+    distill = config.distill
+    rows_per_step = distill.global_batch_size
+    if distill.max_steps is not None:
+        return distill.max_steps * rows_per_step * row_tokens
+    if num_rows is None:
+        return None
+    # packed sequences hold several rows: the tokens are those of the rows either way
+    return math.ceil(distill.epochs * num_rows) * row_tokens

@@ -1,0 +1,284 @@
+"""`hedgehog submit`: the jobs of a run that are missing, each waiting for its parents.
+
+What is done is read from the manifests, what waits or runs from `slurm/jobs.json` and squeue; the rest is submitted.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ..config import RunConfig
+from ..config_checks import world_errors
+from ..config_loading import apply_variant, dump_resolved, load_config
+from ..errors import ConfigError
+from ..run_folder import RunFolder, atomic_write, storage_errors
+from .dry_run import describe_graph, describe_scripts
+from .frozen_config import differences, freeze
+from .job_graph import Job, JobGraph, Queued, build_graph
+from .job_records import JobRecord, JobRecords, read_records, write_records
+from .scheduler import (
+    ENDING_STATE,
+    FAILED_STATES,
+    LIVE_STATES,
+    WAITING_STATES,
+    JobState,
+    SchedulerError,
+    queue_states,
+    require_slurm,
+    sbatch,
+)
+from .scripts import Launch, array_spec, render_script, script_file, stage_settings, submitted_config, world_size
+from .sweep import SweepRun, read_sweep
+
+
+@dataclass(frozen=True)
+class Live:
+    """A job or element that Slurm still has."""
+
+    record: JobRecord
+    index: int | None
+    state: JobState
+
+    @property
+    def slurm_name(self) -> str:
+        """`12` or `12_3`."""
+        return self.record.job_id if self.index is None else f"{self.record.job_id}_{self.index}"
+
+
+@dataclass
+class Plan:
+    """One run, looked at but not submitted yet."""
+
+    config: RunConfig
+    folder: RunFolder
+    launch: Launch
+    records: JobRecords
+    graph: JobGraph
+    live: list[Live] = field(default_factory=list)
+    ending: list[Live] = field(default_factory=list)
+
+    def live_of(self, job: Job) -> list[Live]:
+        """What of this job waits or runs."""
+        return [entry for entry in self.live if entry.record.name == job.name]
+
+    def indices_to_submit(self, job: Job) -> tuple[int, ...]:
+        """Elements of an array that are neither done nor in the queue."""
+        queued = {entry.record.elements[entry.index] for entry in self.live_of(job) if entry.index is not None}
+        return tuple(index for index in job.missing if job.elements[index] not in queued)
+
+
+def submit(path: str, overrides: Sequence[str] = (), *, sweep: str | None = None, dry_run: bool = False) -> None:
+    """Submit what is missing of a run, or of every run of a sweep. All runs are checked before the first is submitted.
+
+    Raises:
+        ConfigError: the config, the sweep or the run folder is wrong, there is no Slurm, or Slurm refuses a job.
+        SchedulerError: Slurm does not answer.
+        CheckpointError, ModelError, ResourceError: the run folder or the base model cannot be read or written.
+    """
+    if not dry_run:
+        require_slurm()
+    runs = [SweepRun((), "")] if sweep is None else read_sweep(Path(sweep), path, overrides)
+    plans = [look_at_run(path, (*overrides, *run.overrides), dry_run=dry_run) for run in runs]
+    for number, plan in enumerate(plans):
+        if number:
+            print()
+        if dry_run:
+            print(describe_graph(plan.config, plan.folder, plan.graph))
+            print(describe_scripts(plan.config, plan.folder, plan.graph, plan.launch))
+        else:
+            with storage_errors("submit"):
+                submit_plan(plan, _command(path, overrides, sweep))
+
+
+def look_at_run(path: str, overrides: Sequence[str], *, dry_run: bool = False) -> Plan:
+    """Load and check a run's config, and find out what of it is done, waits or runs.
+
+    Raises:
+        ConfigError, SchedulerError, CheckpointError, ModelError: see `submit`.
+    """
+    config = load_config(path, overrides)
+    _check_worlds(config)
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    launch = Launch(path, tuple(overrides), Path.cwd())
+    records = read_records(folder)
+    live: list[Live] = []
+    ending: list[Live] = []
+    try:
+        states = queue_states(records.job_ids)
+    except SchedulerError:
+        if not dry_run:
+            raise
+        states = {}
+    doomed: set[str] = set()
+    for record, index in records.newest():
+        state = states.get((record.job_id, index))
+        if state is None:
+            continue
+        entry = Live(record, index, state)
+        if state.state in WAITING_STATES and _waits_in_vain(record, states, doomed):
+            doomed.add(record.job_id)
+            ending.append(entry)
+        elif state.state in LIVE_STATES:
+            live.append(entry)
+        elif state.state == ENDING_STATE:
+            ending.append(entry)
+    if live:
+        _check_frozen(config, folder, live)
+    elements: dict[str, list[str]] = {}
+    for entry in live:
+        if entry.index is not None:
+            elements.setdefault(entry.record.name, []).append(entry.record.elements[entry.index])
+    whole = frozenset(entry.record.name for entry in live if entry.index is None)
+    graph = build_graph(config, folder, Queued(elements, whole))
+    return Plan(config, folder, launch, records, graph, live, ending)
+
+
+def _waits_in_vain(
+    record: JobRecord, states: Mapping[tuple[str, int | None], JobState], doomed: Collection[str]
+) -> bool:
+    """Whether a job waits for one that failed: Slurm will take it out, but may not have done so yet."""
+    needed = next((part for part in record.dependency.split(",") if part.startswith("afterok:")), "").split(":")[1:]
+    for name in needed:
+        job_id, _, index = name.partition("_")
+        if job_id in doomed:
+            return True
+        for (other_id, other_index), state in states.items():
+            if other_id == job_id and index in ("", str(other_index)) and state.state in FAILED_STATES:
+                return True
+    return False
+
+
+def submit_plan(plan: Plan, command: list[str]) -> None:
+    """Submit the missing jobs of one run, parents first, and say what was done.
+
+    Every job is on record as soon as Slurm has it: where a later one is refused, submitting again goes on from there.
+
+    Raises:
+        ConfigError: Slurm refuses a job.
+        SchedulerError: Slurm does not answer.
+    """
+    folder, config = plan.folder, plan.config
+    for path in (folder.logs, folder.slurm):
+        path.mkdir(parents=True, exist_ok=True)
+    if not folder.config_file.is_file():
+        atomic_write(folder.config_file, dump_resolved(config))
+    freeze(config, submitted_config(folder))
+    plan.records.command = command
+    print(f"{config.name}: {folder.root}")
+    submitted: dict[str, list[str]] = {}
+    num_submitted = 0
+    for job in plan.graph.jobs:
+        queued = plan.live_of(job)
+        for entry in queued:
+            submitted.setdefault(job.name, []).append(entry.slurm_name)
+        # an export that is done takes up the scores of an evaluation that follows
+        done = job.done and not (job.name == "export" and "evaluate" in submitted)
+        indices = plan.indices_to_submit(job)
+        if done or (job.elements and not job.missing):
+            _say(job, "done")
+            continue
+        if not indices and queued:
+            _say(job, f"in the queue as {', '.join(entry.slurm_name for entry in queued)}")
+            continue
+        atomic_write(script_file(job, folder), render_script(job, config, folder, plan.launch))
+        dependency = _dependency(plan, job, submitted)
+        options = ["--kill-on-invalid-dep=yes"]
+        if dependency:
+            options.append(f"--dependency={dependency}")
+        if job.elements:
+            options.append(f"--array={array_spec(indices, config.slurm)}")
+        try:
+            job_id = sbatch(
+                script_file(job, folder), options, stage=job.stage, settings=_known_settings(config, job.stage)
+            )
+        except ConfigError as error:
+            if not submitted:
+                raise
+            raise ConfigError(
+                f"{error}\nWhat was submitted before it stays in the queue; correct this and submit again: only what "
+                "is missing will be submitted. `hedgehog cancel` takes it all back."
+            ) from None
+        plan.records.jobs.append(
+            JobRecord(
+                name=job.name,
+                stage=job.stage,
+                variant=job.variant,
+                job_id=job_id,
+                elements={index: job.elements[index] for index in indices},
+                dependency=dependency,
+                script=str(script_file(job, folder)),
+                submitted_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+        )
+        write_records(folder, plan.records)
+        submitted.setdefault(job.name, []).append(job_id)
+        num_submitted += 1
+        after = f", after {dependency.replace('afterok:', '')}" if dependency else ""
+        parts = f" {', '.join(job.elements[index] for index in indices)}" if job.elements else ""
+        _say(job, f"submitted{parts} as {job_id}{after}")
+    if num_submitted == 0:
+        print("nothing to submit.")
+    if submitted:
+        print(f"to watch: hedgehog status {shlex.quote(str(folder.root))} --watch")
+
+
+def _say(job: Job, what: str) -> None:
+    print(f"  {job.name:<20} {what}")
+
+
+def _dependency(plan: Plan, job: Job, submitted: dict[str, list[str]]) -> str:
+    """`afterok` on the parents in the queue; `afterany` on an earlier attempt at this job that is just ending."""
+    parents = [slurm_name for parent in job.parents for slurm_name in submitted.get(parent, ())]
+    ending = [entry.slurm_name for entry in plan.ending if entry.record.name == job.name]
+    parts = [f"afterok:{':'.join(parents)}"] if parents else []
+    if ending:
+        parts.append(f"afterany:{':'.join(ending)}")
+    return ",".join(parts)
+
+
+def _check_worlds(config: RunConfig) -> None:
+    """Refuse numbers of processes that the batches cannot be split over."""
+    problems = []
+    for conversion in (config, *(apply_variant(config, name) for name in config.variants)):
+        for stage in ("distill", "finetune"):
+            size = world_size(config, stage)
+            found = [problem for problem in world_errors(conversion, size) if problem.keys[0].startswith(stage)]
+            problems += [
+                f"{problem} (slurm: {stage_settings(config, stage)['nodes']} nodes x "
+                f"{stage_settings(config, stage)['tasks_per_node']} tasks)"
+                for problem in found
+            ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_frozen(config: RunConfig, folder: RunFolder, live: Sequence[Live]) -> None:
+    """Refuse another config while jobs of an earlier one wait or run."""
+    file = submitted_config(folder)
+    if not file.is_file():
+        return
+    changed = differences(load_config(file), config)
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        names = ", ".join(entry.slurm_name for entry in live)
+        raise ConfigError(
+            f"{folder.root}: jobs of another config are still in the queue ({names}):\n{lines}\n"
+            f"Undo the change, choose another name=…, or cancel them first: hedgehog cancel {folder.root}"
+        )
+
+
+def _known_settings(config: RunConfig, stage: str) -> dict[str, object]:
+    slurm = config.slurm
+    return {
+        **stage_settings(config, stage),
+        "layer_groups": slurm.layer_groups,
+        "evaluate_shards": slurm.evaluate_shards,
+    }
+
+
+def _command(path: str, overrides: Sequence[str], sweep: str | None) -> list[str]:
+    return ["hedgehog", "submit", path, *overrides, *(["--sweep", sweep] if sweep else [])]

@@ -1,0 +1,80 @@
+"""Layers are grouped so that elements end together: compared with every possible split."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from hedgehog.kernels.feature_maps import FEATURE_MAPS, LearnedFeatureMap
+from hedgehog.pipeline.config_loading import load_config
+from hedgehog.pipeline.model_shape import HUB_SHAPES
+from hedgehog.pipeline.slurm.layer_groups import (
+    UNTRAINED_MAPS,
+    DistillCost,
+    balanced_groups,
+    distill_cost,
+    layers_of,
+    layers_text,
+)
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def best_of_all(layers: list[int], num_groups: int, cost: DistillCost) -> float:
+    """The cheapest dearest group over every way to cut the layers."""
+    makespans = []
+    for num_cuts in range(num_groups):
+        for cuts in itertools.combinations(range(1, len(layers)), num_cuts):
+            edges = [0, *cuts, len(layers)]
+            makespans.append(max(cost.of(layers[a:b]) for a, b in itertools.pairwise(edges)))
+    return min(makespans)
+
+
+@pytest.mark.parametrize("own", [0.05, 0.5, 1.0, 3.0, 40.0])
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 20])
+@pytest.mark.parametrize("layers", [list(range(9)), [2, 3, 7, 8, 9, 11], [5]], ids=str)
+def test_no_other_split_ends_earlier(own, num_groups, layers):
+    cost = DistillCost(forward=1.0, own=own)
+    groups = balanced_groups(layers, num_groups, cost)
+    assert [layer for group in groups for layer in group] == layers
+    assert len(groups) <= num_groups
+    assert max(map(cost.of, groups)) == pytest.approx(best_of_all(layers, min(num_groups, len(layers)), cost))
+
+
+def test_the_upper_layers_come_in_smaller_groups():
+    groups = balanced_groups(list(range(32)), 4, DistillCost(forward=1.0, own=3.0))
+    sizes = [len(group) for group in groups]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    costs = [DistillCost(1.0, 3.0).of(group) for group in groups]
+    assert max(costs) < 1.2 * min(costs)
+
+
+def test_more_elements_than_help_are_not_used():
+    """Where a layer's own loss is cheap, the last layer's teacher decides, and two elements are as fast as ten."""
+    assert len(balanced_groups(list(range(8)), 8, DistillCost(forward=1.0, own=0.01))) < 8
+
+
+@pytest.mark.parametrize("size", ["7b", "70b"])
+def test_costs_at_llamas_sizes(size):
+    config = load_config(CONFIGS / f"llama2-{size}-samsum.yaml")
+    shape = HUB_SHAPES[f"meta-llama/Llama-2-{size}-hf"]
+    short, long = distill_cost(config, shape, 200), distill_cost(config, shape, 4096)
+    assert short.forward == pytest.approx(2 * shape.num_layer_weights, rel=0.05)
+    assert long.own > 5 * short.own, "the loss is quadratic in the length"
+
+
+def test_a_measured_cost_takes_the_reckoned_ones_place():
+    config = load_config(CONFIGS / "llama2-7b-samsum.yaml", ["slurm.trained_layer_cost=2.5"])
+    cost = distill_cost(config, HUB_SHAPES["meta-llama/Llama-2-7b-hf"], 200)
+    assert cost.own == 2.5 * cost.forward
+
+
+def test_layers_as_text_and_back():
+    for text in ("0-7", "0-3,8,10-11", "5"):
+        assert layers_text(layers_of(text)) == text
+
+
+def test_maps_without_weights_are_known_by_name():
+    assert {name for name, cls in FEATURE_MAPS.items() if not issubclass(cls, LearnedFeatureMap)} == UNTRAINED_MAPS

@@ -1,0 +1,316 @@
+"""What `submit` hands to sbatch, with a pretended Slurm: the graph, the scripts, and only what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hedgehog.pipeline.errors import ConfigError
+from hedgehog.pipeline.slurm.cancelling import cancel
+from hedgehog.pipeline.slurm.scheduler import SchedulerError, refusal, submission_environment
+from hedgehog.pipeline.slurm.submission import submit
+
+NAMES = [
+    *("prepare", "distill", "merge", "finetune", "soft.distill", "soft.finetune"),
+    *("evaluate", "export"),
+]
+
+
+def script(name: str) -> str:
+    return Path(f"runs/trial/slurm/{name}.sbatch").read_text()
+
+
+def directives(name: str) -> list[str]:
+    return re.findall(r"^#SBATCH (.*)$", script(name), flags=re.MULTILINE)
+
+
+def groups() -> list[str]:
+    found = re.search(r"^ELEMENTS=\((.*)\)$", script("distill"), flags=re.MULTILINE)
+    assert found
+    return found[1].split()
+
+
+def test_the_whole_graph(slurm, write_config):
+    submit("trial.yaml")
+    jobs = slurm.submissions()
+    assert list(jobs) == NAMES
+    ids = {name: str(101 + number) for number, name in enumerate(NAMES)}
+    after = {name: options.get("dependency") for name, options in jobs.items()}
+    assert after == {
+        "prepare": None,
+        "distill": f"afterok:{ids['prepare']}",
+        "merge": f"afterok:{ids['distill']}",
+        "finetune": f"afterok:{ids['merge']}",
+        "soft.distill": f"afterok:{ids['prepare']}",
+        "soft.finetune": f"afterok:{ids['soft.distill']}",
+        "evaluate": f"afterok:{ids['finetune']}:{ids['soft.finetune']}",
+        "export": f"afterok:{ids['evaluate']}",
+    }
+    assert all(options["kill-on-invalid-dep"] == "yes" for options in jobs.values())
+    assert jobs["distill"]["array"] == "0-2" and "array" not in jobs["soft.distill"]
+    assert Path("runs/trial/slurm/config.submitted.yaml").is_file()
+    recorded = json.loads(Path("runs/trial/slurm/jobs.json").read_text())
+    assert [job["job_id"] for job in recorded["jobs"]] == list(ids.values())
+
+
+def test_what_a_script_asks_for_and_runs(slurm, write_config):
+    overrides = {"setup": "module load cuda\nsource venv", "array_throttle": 2, "grace_period_s": 60}
+    finetune = {"nodes": 2, "time": "2-00:00:00", "partition": "big", "sbatch_lines": ["--mail-type=FAIL"]}
+    write_config(slurm={**overrides, "finetune": finetune, "prepare": {"memory": "8G"}}, finetune={})
+    submit("trial.yaml", ["seed=3", "label=a b"])
+    asked = directives("finetune")
+    wanted = ["nodes=2", "ntasks-per-node=2", "gres=gpu:2", "time=2-00:00:00", "account=proj", "partition=big"]
+    wanted += ["mail-type=FAIL", "signal=USR2@60", "requeue", "open-mode=append", "job-name=trial.finetune"]
+    assert {f"--{option}" for option in wanted} <= set(asked)
+    here = Path.cwd()
+    assert f"--output={here}/runs/trial/logs/finetune-%j.log" in asked and f"--chdir={here}" in asked
+    assert "--array=0-2%2" in directives("distill") and f"--output={here}/runs/trial/logs/distill-%A_%a.log" in (
+        directives("distill")
+    )
+    assert slurm.submissions()["distill"]["array"] == "0-2%2"
+    alone = directives("prepare")
+    assert "--mem=8G" in alone and "--ntasks-per-node=1" in alone and not any("gres" in line for line in alone)
+    assert "module load cuda\nsource venv\n# --- end" in script("finetune")
+    assert "HEDGEHOG=(hedgehog)\nARGUMENTS=(finetune trial.yaml seed=3 'label=a b')\n" in script("finetune")
+    assert "ARGUMENTS=(finetune trial.yaml seed=3 'label=a b' --variant soft)" in script("soft.finetune")
+    for name in NAMES:
+        subprocess.run(["bash", "-n", f"runs/trial/slurm/{name}.sbatch"], check=True)
+        text = script(name)
+        # sbatch stops reading at the first line that is no comment
+        assert text.rindex("#SBATCH") < text.index("set -eo pipefail")
+
+
+def test_a_script_runs_its_element_and_refuses_an_index_out_of_range(slurm, write_config, tmp_path):
+    write_config(slurm={"command": "echo"})
+    submit("trial.yaml")
+    srun = slurm.bin / "srun"
+    srun.write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    srun.chmod(0o755)
+
+    def start(index: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": index}
+        command = ["bash", "runs/trial/slurm/distill.sbatch"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert start("1").stdout.splitlines()[-1] == f"distill trial.yaml --layers {groups()[1]}"
+    beyond = start("3")
+    assert beyond.returncode == 2
+    assert beyond.stderr.startswith("error: array index 3 is out of range: this script has the elements 0 to 2 (")
+    Path("runs/trial/slurm/config.submitted.yaml").unlink()
+    unshared = start("0")
+    assert unshared.returncode == 2
+    assert "the run folder must be on a file system that all nodes share" in unshared.stderr
+
+
+def test_submitting_again_submits_what_failed_and_what_waits_for_it(slurm, write_config, finish):
+    submit("trial.yaml")
+    parts = groups()
+    finish("prepare")
+    finish(f"distill/layers-{parts[0]}")
+    for name in ("distill", "finetune"):
+        finish(f"variants/soft/{name}")
+    slurm.set(_101="COMPLETED", _102_0="COMPLETED", _102_1="FAILED", _102_2="RUNNING", _105="COMPLETED")
+    slurm.set(_106="COMPLETED", **dict.fromkeys(("_103", "_104", "_107", "_108"), "CANCELLED"))
+    slurm.forget_calls()
+    submit("trial.yaml")
+    again = slurm.submissions()
+    assert list(again) == ["distill", "merge", "finetune", "evaluate", "export"]
+    assert again["distill"]["array"] == "1" and "dependency" not in again["distill"]
+    # the old array as a whole would never succeed: the element that still runs is waited for by itself
+    assert again["merge"]["dependency"] == "afterok:102_2:109"
+    assert groups() == parts
+
+    slurm.forget_calls()
+    submit("trial.yaml")
+    assert slurm.submissions() == {}
+
+
+def test_a_job_that_is_just_ending_is_waited_for(slurm, write_config, finish):
+    finish("prepare")
+    submit("trial.yaml")
+    cancel("trial")
+    slurm.set(_101_0="COMPLETING")
+    slurm.forget_calls()
+    submit("trial.yaml")
+    assert slurm.submissions()["distill"] == {
+        "kill-on-invalid-dep": "yes",
+        "dependency": "afterany:101_0",
+        "array": "0-2",
+    }
+
+
+def test_what_slurm_is_about_to_take_out_is_submitted_again(slurm, write_config, finish):
+    finish("prepare")
+    submit("trial.yaml", ["variants.soft="])
+    parts = groups()
+    finish(f"distill/layers-{parts[0]}")
+    finish(f"distill/layers-{parts[2]}")
+    slurm.set(_101_0="COMPLETED", _101_1="FAILED", _101_2="COMPLETED")  # 102 to 105 still are in the queue
+    slurm.forget_calls()
+    submit("trial.yaml", ["variants.soft="])
+    again = slurm.submissions()
+    assert list(again) == ["distill", "merge", "finetune", "evaluate", "export"]
+    assert again["distill"]["array"] == "1"
+    assert again["merge"]["dependency"] == "afterok:106,afterany:102"
+    assert again["export"]["dependency"] == "afterok:109,afterany:105"
+
+
+def test_subsets_that_were_begun_keep_their_layers(slurm, write_config, finish):
+    finish("prepare")
+    finish("distill/layers-0-2")
+    finish("distill/layers-5", status="running")
+    submit("trial.yaml")
+    assert groups()[0] == "0-2" and "5" in groups()
+    layers = sorted(
+        layer
+        for text in groups()
+        for span in text.split(",")
+        for layer in range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)
+    )
+    assert layers == list(range(8))
+    assert slurm.submissions()["distill"]["array"] == "1-2"
+
+
+def test_subsets_that_overlap_are_refused(slurm, write_config, finish):
+    finish("distill/layers-0-2")
+    finish("distill/layers-2-7")
+    with pytest.raises(ConfigError, match=r"distill: its subsets \(layers-0-2, layers-2-7\) .* layer 2 is in two"):
+        submit("trial.yaml")
+
+
+def test_a_distillation_begun_whole_goes_on_as_one_job(slurm, write_config, finish):
+    finish("prepare")
+    finish("distill", status="running")
+    Path("runs/trial/distill/checkpoints").mkdir()
+    submit("trial.yaml")
+    assert "merge" not in slurm.submissions() and "array" not in slurm.submissions()["distill"]
+
+
+def test_evaluate_over_shards(slurm, write_config, finish):
+    write_config(slurm={"evaluate_shards": 4}, variants={"soft": None})
+    finish("prepare")
+    finish("distill")
+    finish("finetune")
+    finish("evaluate/shard-2-of-4")
+    submit("trial.yaml", ["variants.soft="])
+    jobs = slurm.submissions()
+    assert list(jobs) == ["evaluate-shards", "evaluate", "export"]
+    assert jobs["evaluate-shards"]["array"] == "0-1,3"
+    assert "OPTION=--shard\nELEMENTS=(0/4 1/4 2/4 3/4)\n" in script("evaluate-shards")
+    assert jobs["evaluate"]["dependency"] == "afterok:101"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("sbatch: error: invalid partition specified: foo", "slurm.partition or slurm.distill.partition"),
+        ("Invalid account or account/partition combination specified", "slurm.account or slurm.distill.account"),
+        ("Batch job submission failed: Invalid qos specification", "slurm.qos"),
+        ("Invalid feature specification", "slurm.constraint"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "slurm.time"),
+        ("Memory specification can not be satisfied", "slurm.memory"),
+        ("Invalid generic resource (gres) specification", "slurm.gpus"),
+        ("Requested node configuration is not available", "slurm.gpu_type"),
+        ("More processors requested than permitted", "slurm.cpus_per_task"),
+        ("Invalid job array specification", "slurm.layer_groups"),
+        ("sbatch: unrecognized option '--foo'", "slurm.sbatch_lines"),
+    ],
+)
+def test_slurms_words_and_the_key_to_change(words, key):
+    message = refusal("distill", words, {"partition": "foo"})
+    assert words in message and key in message
+
+
+def test_a_refused_job_in_the_middle_loses_nothing(slurm, write_config):
+    slurm.fail("sbatch", "sbatch: error: Batch job submission failed: Invalid account", where="soft.distill")
+    with pytest.raises(ConfigError, match=r"(?s)Invalid account.*slurm\.account .*\(now proj\).*submit again: only"):
+        submit("trial.yaml")
+    slurm.works_again()
+    slurm.forget_calls()
+    submit("trial.yaml")
+    again = slurm.submissions()
+    assert list(again) == NAMES[4:]
+    assert again["soft.distill"]["dependency"] == "afterok:101"
+
+
+def test_no_slurm_on_the_path(write_config, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"sbatch: not found on the path.*--dry-run"):
+        submit("trial.yaml")
+    submit("trial.yaml", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "#SBATCH --array=0-2" in shown and not Path("runs").exists()
+
+
+def test_a_controller_that_does_not_answer_submits_nothing_twice(slurm, write_config):
+    submit("trial.yaml")
+    slurm.forget_calls()
+    slurm.fail("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    with pytest.raises(SchedulerError, match="Unable to contact slurm controller"):
+        submit("trial.yaml")
+    assert slurm.calls("sbatch") == []
+
+
+def test_the_dry_run_tells_what_each_group_costs(write_config, capsys):
+    submit("trial.yaml", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "distill                3 elements x 2 tasks with 2 GPUs" in shown
+    rows = re.findall(r"^  (\d) +([\d,-]+) +(\d+) +(\d+) +([\d.]+) +(\d+)%", shown, flags=re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [0, 1, 2]
+    assert sum(int(row[3]) for row in rows) == 8 and rows[-1][2] == "8"
+    assert max(int(row[5]) for row in rows) == 100
+
+
+def test_another_config_while_jobs_wait_is_refused(slurm, write_config):
+    submit("trial.yaml")
+    write_config(slurm={"time": "02:00:00"})
+    submit("trial.yaml")  # what jobs ask for may change
+    write_config(finetune={"epochs": 3})
+    with pytest.raises(ConfigError, match=r"(?s)still in the queue \(101, .*finetune\.epochs: 1\.0 → 3\.0.*cancel"):
+        submit("trial.yaml")
+
+
+def test_a_finished_stage_of_another_config_is_refused_before_the_queue(slurm, write_config, finish):
+    finish("prepare", config={"seed": 4, "model.base": None})
+    with pytest.raises(ConfigError, match=r"(?s)runs/trial/prepare was finished .*: seed: 4 → 0.*--force"):
+        submit("trial.yaml")
+    assert slurm.calls("sbatch") == []
+
+
+def test_batches_that_do_not_fit_the_tasks(slurm, write_config):
+    write_config(slurm={"nodes": 3})
+    with pytest.raises(
+        ConfigError, match=r"distill\.global_batch_size: 4 is not a multiple .* 6 processes .*3 nodes x 2"
+    ):
+        submit("trial.yaml")
+
+
+def test_distill_layers_are_chosen_by_submit(slurm, write_config):
+    with pytest.raises(ConfigError, match=r"distill\.layers: `submit` chooses"):
+        submit("trial.yaml", ["distill.layers=0-1"])
+
+
+def test_a_model_on_the_hub_of_unknown_depth(slurm, write_config):
+    write_config(tiny=None, model={"base": "who/knows"}, data={"dataset": "c/d"})
+    with pytest.raises(ConfigError, match=r"model\.base: who/knows .* slurm\.layer_groups=1"):
+        submit("trial.yaml")
+    submit("trial.yaml", ["slurm.layer_groups=1"])
+
+
+def test_submitting_from_inside_a_job_passes_nothing_of_it_on():
+    inside = {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "4", "SLURM_CONF": "c", "RANK": "0", "PATH": "p"}
+    assert submission_environment(inside) == {"SLURM_CONF": "c", "PATH": "p"}
+    assert submission_environment({"SLURM_CPUS_PER_TASK": "4"}) == {"SLURM_CPUS_PER_TASK": "4"}
+
+
+def test_submit_status_and_cancel_import_no_torch():
+    modules = ["slurm.submission", "slurm.cancelling", "status_report"]
+    code = "import sys, importlib\n" + "".join(f"importlib.import_module('hedgehog.pipeline.{m}')\n" for m in modules)
+    code += "print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -1,0 +1,53 @@
+"""The templates in `slurm/` and the page beside them: usable by hand, complete, shipped with the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hedgehog.pipeline.slurm.scripts import TEMPLATES
+from hedgehog.pipeline.slurm_config import SlurmConfig, SlurmResources
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("stage", "finetune configs/tiny.yaml"),
+        ("array", "distill configs/tiny.yaml --layers 2"),
+    ],
+)
+def test_a_template_runs_as_it_is(name: str, called: str, tmp_path: Path):
+    for program, body in (("srun", 'echo "options: $1"; shift; exec "$@"'), ("hedgehog", 'echo "$@"')):
+        (tmp_path / program).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / program).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1"}
+    environment = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("SLURM_CPUS_PER_TASK", None)
+    done = subprocess.run(
+        ["bash", str(TEMPLATES / f"{name}.sbatch")], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[1:] == ["options: --kill-on-bad-exit=1", called]
+
+
+def test_templates_and_all_packages_are_shipped():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-dir"]["hedgehog.slurm"] == "slurm"
+    assert settings["package-data"]["hedgehog.slurm"] == ["*.sbatch"]
+    folders = {file.parent for floor in ("kernels", "pipeline", "stages") for file in (ROOT / floor).rglob("*.py")}
+    packages = {".".join(["hedgehog", *folder.relative_to(ROOT).parts]) for folder in folders}
+    assert set(settings["packages"]) == packages | {"hedgehog.slurm"}
+
+
+def test_the_page_names_every_key():
+    page = (ROOT / "slurm" / "README.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    keys = {*SlurmConfig.model_fields, *SlurmResources.model_fields}
+    stages = {"prepare", "distill", "merge", "finetune", "evaluate", "export"}
+    assert keys - stages <= named

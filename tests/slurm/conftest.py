@@ -1,0 +1,171 @@
+"""A real Slurm for these tests, which `local-slurm` starts on the loopback interface.
+
+Where it cannot be had they are skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+SCRIPT = Path(__file__).with_name("local-slurm")
+START_TIMEOUT_S = 240
+"""Installing the packages included."""
+
+MICRO: dict[str, Any] = {
+    "name": "micro",
+    "tiny": {
+        "num_train_dialogues": 64, "num_validation_dialogues": 8, "num_test_dialogues": 8, "vocab_size": 400,
+        "hidden_size": 32, "num_layers": 3, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64,
+        "pretrain_steps": 12, "pretrain_batch_size": 4,
+    },
+    "data": {"max_length_tokens": 256},
+    "distill": {"max_steps": 6, "global_batch_size": 4, "save_every_steps": 2},
+    "finetune": {"max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "save_every_steps": 2},
+    "evaluate": {"batch_size": 3, "max_new_tokens": 6, "bootstrap_samples": 20},
+    "export": {"dtype": "float32"},
+    "engine": {"precision": "float32", "device": "cpu", "cpu_threads": 1},
+    "slurm": {"gpus": 0, "time": "10", "layer_groups": 2, "evaluate_shards": 2},
+}  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why no Slurm can be started here, or None."""
+    if os.environ.get("HEDGEHOG_SKIP_SLURM"):
+        return "HEDGEHOG_SKIP_SLURM is set"
+    if os.geteuid() != 0:
+        return "local-slurm starts Slurm's daemons as root, and this is another user"
+    if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
+        return "Slurm is not installed, and there is no apt-get to install it with"
+    return None
+
+
+@pytest.fixture(scope="session")
+def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Path of the slurm.conf of a fresh cluster: two nodes of four CPUs and two pretended GPUs, with accounting."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no Slurm: {reason}")
+    root = tmp_path_factory.mktemp("slurm")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    port = 26817 + 300 * (1 + int(worker)) + os.getpid() % 100
+    environment = os.environ | {"LOCAL_SLURM_ROOT": str(root), "LOCAL_SLURM_PORT": str(port)}
+    try:
+        done = subprocess.run(
+            [SCRIPT, "up"], env=environment, capture_output=True, text=True, timeout=START_TIMEOUT_S
+        )  # fmt: skip
+        if done.returncode != 0:
+            pytest.skip(f"no Slurm: {done.stderr.strip().splitlines()[-1]}")
+        yield root / "etc" / "slurm.conf"
+    finally:
+        subprocess.run([SCRIPT, "down"], env=environment, capture_output=True, timeout=60)
+
+
+@dataclass
+class Cluster:
+    """A working directory with micro.yaml, and the commands that a user would type there."""
+
+    cwd: Path
+    environment: dict[str, str]
+    values: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(MICRO)))
+
+    def write_config(self, **sections: dict[str, Any]) -> None:
+        """micro.yaml, with these keys of some sections changed."""
+        for name, changes in sections.items():
+            self.values[name] = {**self.values.get(name, {}), **changes}
+        (self.cwd / "micro.yaml").write_text(yaml.safe_dump(self.values))
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=120)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def hedgehog(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "hedgehog.pipeline.cli", *arguments, check=check)
+
+    def status(self, run: str = "micro") -> dict[str, Any]:
+        """`hedgehog status --json`, in the test's own process: it is asked often."""
+        from hedgehog.pipeline.status import read_status
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.cwd)
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            return asdict(read_status(run))
+
+    def states(self, run: str = "micro") -> dict[str, str]:
+        return {title(stage): stage["state"] for stage in self.status(run)["stages"]}
+
+    def slurm_states(self, run: str = "micro") -> dict[str, str]:
+        """Slurm's word for the newest job of every stage and part."""
+        return {title(stage): stage["job_state"] for stage in self.status(run)["stages"]}
+
+    def under(self, **variables: str) -> Cluster:
+        """The same working directory seen by a user with another environment."""
+        return replace(self, environment={**self.environment, **variables})
+
+    def wait(
+        self, until: Callable[[dict[str, str]], bool], timeout_s: float = 600, run: str = "micro"
+    ) -> dict[str, str]:
+        """Look until the states (by title) are as wanted."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            states = self.states(run)
+            if until(states):
+                return states
+            assert time.monotonic() < deadline, f"{states}\n{self.logs(run)}"
+            time.sleep(0.5)
+
+    def logs(self, run: str = "micro") -> str:
+        files = sorted((self.cwd / "runs" / run / "logs").glob("*"))
+        return "\n".join(f"--- {file.name}\n{file.read_text()[-1500:]}" for file in files)
+
+    def job(self, title_: str, run: str = "micro") -> str:
+        return next(stage["job"] for stage in self.status(run)["stages"] if title(stage) == title_)
+
+
+def title(stage: dict[str, Any]) -> str:
+    parts = [stage[key] for key in ("variant", "stage", "layers", "shard") if stage[key]]
+    return " ".join(parts)
+
+
+@pytest.fixture(scope="session")
+def new_cluster(slurm_conf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Cluster]:
+    """`new_cluster()`: an empty working directory on the same cluster."""
+
+    def make() -> Cluster:
+        environment = os.environ | {"SLURM_CONF": str(slurm_conf), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        cluster = Cluster(tmp_path_factory.mktemp("work"), dict(environment))
+        cluster.write_config()
+        return cluster
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole_graph(new_cluster: Callable[[], Cluster]) -> Cluster:
+    """A run that went through the whole graph, from `submit` to the exported model."""
+    cluster = new_cluster()
+    done = cluster.hedgehog("submit", "micro.yaml")
+    assert done.stdout.count("submitted") == 7
+    cluster.wait(lambda states: all(state == "done" for state in states.values()))
+    return cluster
+
+
+@pytest.fixture
+def prepared(new_cluster: Callable[[], Cluster], whole_graph: Cluster) -> Cluster:
+    """A working directory whose run has finished `prepare`, and nothing else."""
+    cluster = new_cluster()
+    shutil.copytree(whole_graph.cwd / "runs" / "micro" / "prepare", cluster.cwd / "runs" / "micro" / "prepare")
+    return cluster

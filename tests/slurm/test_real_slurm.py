@@ -1,0 +1,169 @@
+"""`hedgehog submit`, `status` and `cancel` on a real Slurm, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conftest import Cluster
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # one cluster, and its jobs beside one other test at most
+    pytest.mark.timeout(900),
+]
+
+
+def manifest(cluster: Cluster, stage: str) -> dict:
+    return json.loads((cluster.cwd / "runs" / "micro" / stage / "manifest.json").read_text())
+
+
+def losses(cluster: Cluster, stage: str) -> list[float]:
+    lines = (cluster.cwd / "runs" / "micro" / stage / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record["loss_nats"] for record in records if "loss_nats" in record]
+
+
+def submitted(output: str) -> dict[str, str]:
+    """Name of every job that was submitted, and what the line says of it."""
+    return dict(re.findall(r"^  (\S+) +submitted (.*)$", output, flags=re.MULTILINE))
+
+
+def test_the_whole_graph_ends_in_an_exported_model(whole_graph: Cluster):
+    deadline = time.monotonic() + 60
+    while set((states := whole_graph.slurm_states()).values()) != {"COMPLETED"}:  # Slurm lags behind the manifests
+        assert time.monotonic() < deadline, states
+        time.sleep(0.5)
+    parts = ["distill 0-1", "distill 2", "evaluate 0/2", "evaluate 1/2"]
+    assert set(states) == {"prepare", "distill", "finetune", "evaluate", "export", *parts}
+    assert (whole_graph.cwd / "runs/micro/export/model/config.json").is_file()
+    shown = whole_graph.hedgehog("status", "micro").stdout
+    assert "finished." in shown and "to go on" not in shown
+    again = whole_graph.hedgehog("submit", "micro.yaml")
+    assert submitted(again.stdout) == {} and "nothing to submit" in again.stdout
+    for log in sorted((whole_graph.cwd / "runs/micro/logs").iterdir()):
+        assert log.read_text().startswith("=== "), log
+
+
+def test_an_array_distils_the_model_that_one_job_distils(prepared: Cluster, whole_graph: Cluster):
+    prepared.hedgehog("distill", "micro.yaml")
+    maps = "runs/micro/distill/feature_maps.safetensors"
+    from safetensors.torch import load_file
+
+    one, array = load_file(prepared.cwd / maps), load_file(whole_graph.cwd / maps)
+    assert one.keys() == array.keys() and len(one) == 6
+    different = [name for name in one if one[name].numpy().tobytes() != array[name].numpy().tobytes()]
+    assert different == []
+
+
+def test_an_element_fails_and_only_it_runs_again(prepared: Cluster):
+    obstacle = prepared.cwd / "runs/micro/distill/layers-2"
+    obstacle.parent.mkdir()
+    obstacle.write_text("a file where the element's folder should be")
+    first = submitted(prepared.hedgehog("submit", "micro.yaml").stdout)
+    assert list(first) == ["distill", "merge", "finetune", "evaluate-shards", "evaluate", "export"]
+    states = prepared.wait(lambda states: states["distill 2"] == "failed" and states["export"] == "cancelled")
+    prepared.wait(lambda states: states["distill 0-1"] == "done")
+    assert {states[name] for name in ("distill", "finetune", "evaluate 0/2", "evaluate")} == {"cancelled"}
+    stages = {stage["stage"]: stage for stage in prepared.status()["stages"] if stage["layers"] in (None, "2")}
+    assert stages["export"]["detail"] == "needs distill, which failed"
+    shown = prepared.hedgehog("status", "micro").stdout
+    assert "exit code 2" in " ".join(shown.split())
+    assert "distill/2: error: distill: a file stands where a folder should be" in " ".join(shown.split())
+    assert "to go on: hedgehog submit micro.yaml" in shown
+
+    obstacle.unlink()
+    again = submitted(prepared.hedgehog("submit", "micro.yaml").stdout)
+    assert list(again) == list(first)
+    assert again["distill"].startswith("2 as ")
+    before = manifest(prepared, "distill/layers-0-1")
+    prepared.wait(lambda states: states["distill"] == "done")
+    assert manifest(prepared, "distill/layers-0-1") == before
+    shown = prepared.hedgehog("cancel", "micro").stdout
+    assert "export" in shown and "to go on: hedgehog submit micro.yaml" in " ".join(shown.lower().split())
+    prepared.wait(lambda states: states["export"] == "cancelled" and "queued" not in states.values())
+
+
+def test_four_ranks_on_two_nodes_are_cancelled_and_one_goes_on(prepared: Cluster):
+    prepared.write_config(distill={"max_steps": 30, "save_every_steps": 2}, slurm={"layer_groups": 1})
+    wide = ["slurm.distill.nodes=2", "slurm.distill.tasks_per_node=2"]
+    # these nodes' names are in no DNS, and both are this machine
+    prepared.under(MASTER_ADDR="127.0.0.1").hedgehog("submit", "micro.yaml", *wide)
+    job = prepared.job("distill")
+    checkpoints = prepared.cwd / "runs/micro/distill/checkpoints"
+    deadline = time.monotonic() + 120
+    while not any(checkpoints.glob("step-*")):
+        assert time.monotonic() < deadline, prepared.logs()
+        time.sleep(0.2)
+    assert manifest(prepared, "distill")["world_size"] == 4
+    assert "running" in prepared.states().values()
+    prepared.hedgehog("cancel", "micro")
+    prepared.wait(lambda states: states["distill"] == "cancelled")
+    done_steps = len(losses(prepared, "distill"))
+    assert done_steps < 30, "the job ended before it was cancelled"
+
+    prepared.hedgehog("submit", "micro.yaml")
+    assert prepared.job("distill") != job
+    prepared.wait(lambda states: states["distill"] == "done")
+    resumed = manifest(prepared, "distill")
+    assert (resumed["world_size"], resumed["num_resumes"]) == (1, 1)
+    prepared.hedgehog("cancel", "micro", check=False)
+    wide_and_narrow = losses(prepared, "distill")
+    (prepared.cwd / "runs/micro/distill").rename(prepared.cwd / "runs/micro/earlier")
+    prepared.hedgehog("distill", "micro.yaml")
+    assert wide_and_narrow == pytest.approx(losses(prepared, "distill"), rel=1e-4)
+
+
+def test_without_accounting_squeue_is_enough_and_without_both_the_manifests(
+    whole_graph: Cluster, slurm_conf: Path, tmp_path: Path
+):
+    plain = tmp_path / "slurm.conf"
+    lines = [line for line in slurm_conf.read_text().splitlines() if not line.startswith("AccountingStorage")]
+    plain.write_text("\n".join([*lines, "AccountingStorageType=accounting_storage/none"]) + "\n")
+    (tmp_path / "gres.conf").write_text((slurm_conf.parent / "gres.conf").read_text())
+    (tmp_path / "cgroup.conf").write_text((slurm_conf.parent / "cgroup.conf").read_text())
+    user = whole_graph.under(SLURM_CONF=str(plain))
+    assert user.run("sacct", check=False).returncode != 0
+    status = user.status()
+    assert len(status["notes"]) == 1 and "accounting storage is disabled" in status["notes"][0].lower()
+    assert {stage["state"] for stage in status["stages"]} == {"done"}
+    nothing = whole_graph.under(PATH="/nowhere")
+    assert [note.split(":")[0] for note in nothing.status()["notes"]] == ["sacct", "squeue"]
+    assert nothing.states() == user.states()
+
+
+def test_a_config_edited_while_the_job_waits(prepared: Cluster):
+    prepared.write_config(slurm={"distill": {"sbatch_lines": ["--hold"]}})
+    prepared.hedgehog("submit", "micro.yaml")
+    job = prepared.job("distill 0-1").partition("_")[0]
+    prepared.write_config(distill={"learning_rate": 0.5})
+    refused = prepared.hedgehog("submit", "micro.yaml", check=False)
+    assert refused.returncode == 2
+    assert "distill.learning_rate: 0.001 → 0.5" in refused.stderr and "hedgehog cancel runs/micro" in refused.stderr
+    prepared.run("scontrol", "release", job)
+    prepared.wait(lambda states: states["distill 0-1"] == states["distill 2"] == "failed")
+    log = (prepared.cwd / f"runs/micro/logs/distill-{job}_0.log").read_text()
+    assert "the config was edited after this job was submitted" in log
+    assert "distill.learning_rate: 0.001 → 0.5" in log
+    assert not (prepared.cwd / "runs/micro/distill").exists()
+
+
+def test_slurms_own_words_about_a_partition_and_an_index(prepared: Cluster):
+    refused = prepared.hedgehog("submit", "micro.yaml", "slurm.merge.partition=nowhere", check=False)
+    assert refused.returncode == 2
+    assert "invalid partition specified: nowhere" in refused.stderr
+    assert "slurm.partition or slurm.merge.partition (now nowhere)" in refused.stderr
+    assert "What was submitted before it stays in the queue" in refused.stderr
+    prepared.hedgehog("cancel", "micro")
+    script = prepared.cwd / "runs/micro/slurm/distill.sbatch"
+    beyond = prepared.run("sbatch", "--parsable", "--wait", "--array=7", str(script), check=False)
+    log = prepared.cwd / f"runs/micro/logs/distill-{beyond.stdout.strip()}_7.log"
+    assert beyond.returncode == 2
+    assert "error: array index 7 is out of range: this script has the elements 0 to 1 (0-1 2)" in log.read_text()
