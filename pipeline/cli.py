@@ -122,7 +122,7 @@ def merge(config: Config, overrides: Overrides = None, variant: Variant = None, 
     Example: hedgehog merge configs/tiny.yaml
     """
     with _errors_shown(), _signals_noted():
-        loaded = _load(config, overrides)
+        loaded = _load(config, overrides, "merge")
         from .runner import merge_layers
 
         merge_layers(loaded, variant=variant, force=force)
@@ -222,6 +222,8 @@ def submit(
         Path | None,
         typer.Option("--sweep", metavar="SWEEP.yaml", help="Several sets of overrides, a run folder each."),
     ] = None,
+    first: Annotated[Stage | None, typer.Option("--from", help="Stage to begin with.", show_default=False)] = None,
+    last: Annotated[Stage | None, typer.Option("--to", help="Stage to end with.", show_default=False)] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the graph, the costs and the scripts; submit nothing.")
     ] = False,
@@ -237,7 +239,14 @@ def submit(
     with _errors_shown():
         from .slurm.submission import submit as submit_run
 
-        submit_run(str(config), overrides or [], sweep=None if sweep is None else str(sweep), dry_run=dry_run)
+        submit_run(
+            str(config),
+            overrides or [],
+            sweep=None if sweep is None else str(sweep),
+            first=first.value if first else None,
+            last=last.value if last else None,
+            dry_run=dry_run,
+        )
 
 
 @app.command()
@@ -305,19 +314,19 @@ def _run_stage(
 ) -> None:
     with _errors_shown(), _signals_noted():
         given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
-        loaded = _load(config, [*(overrides or []), *given])
+        loaded = _load(config, [*(overrides or []), *given], stage)
         from .runner import run_stage
 
         run_stage(loaded, stage, variant=variant, force=force, **part)
 
 
-def _load(path: Path, overrides: list[str] | None) -> RunConfig:
-    """The config, after all that can be refused before a stage starts."""
+def _load(path: Path, overrides: list[str] | None, stage: str | None = None) -> RunConfig:
+    """The config, after all that can be refused before a stage (None: any of them) starts."""
     from .config_checks import check_world
     from .config_loading import load_config
 
     config = load_config(path, overrides or [])
-    check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_world(config, int(os.environ.get("WORLD_SIZE", 1)), stage)
     submitted = os.environ.get("HEDGEHOG_SUBMITTED_CONFIG")
     if submitted:  # a job of `hedgehog submit`
         from .slurm.frozen_config import check_unchanged

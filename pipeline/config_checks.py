@@ -52,13 +52,15 @@ def world_errors(config: RunConfig, world_size: int) -> list[Problem]:
     return problems
 
 
-def check_world(config: RunConfig, world_size: int) -> None:
-    """Refuse a world size that the batches cannot be split over.
+def check_world(config: RunConfig, world_size: int, stage: str | None = None) -> None:
+    """Refuse a world size that the batches cannot be split over: those of `stage`, or of all stages.
 
     Raises:
         ConfigError: names every stage that does not fit.
     """
     problems = world_errors(config, world_size)
+    if stage is not None:
+        problems = [problem for problem in problems if problem.keys[0].startswith(f"{stage}.")]
     if problems:
         raise ConfigError("\n".join(str(problem) for problem in problems))
 

@@ -16,8 +16,9 @@ _LITTLE_GAIN = 1.3
 
 def describe_graph(config: RunConfig, folder: RunFolder, graph: JobGraph) -> str:
     """The jobs with their parents and sizes, then the cost of every group of layers."""
-    lines = [f"{config.name}: {len(graph.jobs)} jobs for {folder.root}"]
-    for job in graph.jobs:
+    wanted = [job for job in graph.jobs if job.wanted]
+    lines = [f"{config.name}: {len(wanted)} jobs for {folder.root}"]
+    for job in wanted:
         after = f"after {', '.join(job.parents)}" if job.parents else ""
         lines.append(f"  {job.name:<22} {_size(config, job):<44} {_state(job):<14} {after}".rstrip())
     for costs in graph.costs:
@@ -29,7 +30,7 @@ def describe_scripts(config: RunConfig, folder: RunFolder, graph: JobGraph, laun
     """Every script that would be submitted, as it would be written."""
     parts = []
     for job in graph.jobs:
-        if job.done or (job.elements and not job.missing):
+        if not job.wanted or job.done or (job.elements and not job.missing):
             continue
         parts.append(f"\n##### {script_file(job, folder)}\n{render_script(job, config, folder, launch)}")
     return "\n".join(parts)

@@ -9,7 +9,7 @@ What is done already is read from the manifests; what is waiting or running is t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import RunConfig
@@ -17,7 +17,7 @@ from ..config_loading import apply_variant, config_differences, flatten
 from ..errors import ConfigError
 from ..manifest import read_manifest
 from ..model_shape import ModelShape, known_shape
-from ..run_folder import RunFolder
+from ..run_folder import STAGES, RunFolder
 from ..validation import HUB_TRAIN_ROWS
 from .layer_groups import (
     UNTRAINED_MAPS,
@@ -51,6 +51,13 @@ class Job:
     """Parts by array index; empty for a single job."""
     done: bool = False
     done_elements: frozenset[int] = frozenset()
+    wanted: bool = True
+    """False where --from and --to leave it out."""
+
+    @property
+    def run_stage(self) -> str:
+        """The stage of the run that this job belongs to: a merge is the end of its stage."""
+        return "distill" if self.arguments[0] == "merge" else self.arguments[0]
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -93,8 +100,10 @@ class Queued:
     """Names of jobs without an array."""
 
 
-def build_graph(config: RunConfig, folder: RunFolder, queued: Queued | None = None) -> JobGraph:
-    """The graph of a run as it stands.
+def build_graph(
+    config: RunConfig, folder: RunFolder, queued: Queued | None = None, stages: Sequence[str] = STAGES
+) -> JobGraph:
+    """The graph of a run as it stands; jobs of other than these stages are in it, but not wanted.
 
     Raises:
         ConfigError: layers cannot be grouped; a finished or begun stage has another config.
@@ -146,8 +155,9 @@ def build_graph(config: RunConfig, folder: RunFolder, queued: Queued | None = No
         )
     jobs += _evaluation(config, folder, tuple(last))
     jobs.append(Job("export", "export", None, ("export",), ("evaluate",), done=_done(folder.stage("export"))))
-    _check_manifests(config, folder, jobs)
-    return JobGraph(tuple(jobs), tuple(costs))
+    jobs = [replace(job, wanted=job.run_stage in stages) for job in jobs]
+    _check_manifests(config, folder, [job for job in jobs if job.wanted])
+    return JobGraph(tuple(jobs), tuple(costs) if "distill" in stages else ())
 
 
 def _evaluation(config: RunConfig, folder: RunFolder, parents: tuple[str, ...]) -> list[Job]:
@@ -249,7 +259,7 @@ def _check_manifests(config: RunConfig, folder: RunFolder, jobs: Sequence[Job]) 
     faults: list[str] = []
     for job in jobs:
         values = main if job.variant is None else flatten(apply_variant(config, job.variant))
-        stage = "distill" if job.stage == "merge" and job.name != "evaluate" else job.arguments[0]
+        stage = job.run_stage
         folders = [folder.stage(stage, job.variant)]
         if job.element_option == "--layers":
             folders += [folder.stage(stage, job.variant, text) for text in job.elements]

@@ -15,7 +15,7 @@ from ..config import RunConfig
 from ..config_checks import world_errors
 from ..config_loading import apply_variant, dump_resolved, load_config
 from ..errors import ConfigError
-from ..run_folder import RunFolder, atomic_write, storage_errors
+from ..run_folder import STAGES, RunFolder, atomic_write, storage_errors
 from .dry_run import describe_graph, describe_scripts
 from .frozen_config import differences, freeze
 from .job_graph import Job, JobGraph, Queued, build_graph
@@ -71,8 +71,20 @@ class Plan:
         return tuple(index for index in job.missing if job.elements[index] not in queued)
 
 
-def submit(path: str, overrides: Sequence[str] = (), *, sweep: str | None = None, dry_run: bool = False) -> None:
+def submit(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    sweep: str | None = None,
+    first: str | None = None,
+    last: str | None = None,
+    dry_run: bool = False,
+) -> None:
     """Submit what is missing of a run, or of every run of a sweep. All runs are checked before the first is submitted.
+
+    Args:
+        first: the stage to begin with; those before it must be done or in the queue.
+        last: the stage to end with.
 
     Raises:
         ConfigError: the config, the sweep or the run folder is wrong, there is no Slurm, or Slurm refuses a job.
@@ -82,7 +94,8 @@ def submit(path: str, overrides: Sequence[str] = (), *, sweep: str | None = None
     if not dry_run:
         require_slurm()
     runs = [SweepRun((), "")] if sweep is None else read_sweep(Path(sweep), path, overrides)
-    plans = [look_at_run(path, (*overrides, *run.overrides), dry_run=dry_run) for run in runs]
+    stages = _stages_between(first, last)
+    plans = [look_at_run(path, (*overrides, *run.overrides), stages, dry_run=dry_run) for run in runs]
     for number, plan in enumerate(plans):
         if number:
             print()
@@ -91,10 +104,10 @@ def submit(path: str, overrides: Sequence[str] = (), *, sweep: str | None = None
             print(describe_scripts(plan.config, plan.folder, plan.graph, plan.launch))
         else:
             with storage_errors("submit"):
-                submit_plan(plan, _command(path, overrides, sweep))
+                submit_plan(plan, _command(path, overrides, sweep, first, last))
 
 
-def look_at_run(path: str, overrides: Sequence[str], *, dry_run: bool = False) -> Plan:
+def look_at_run(path: str, overrides: Sequence[str], stages: Sequence[str] = STAGES, *, dry_run: bool = False) -> Plan:
     """Load and check a run's config, and find out what of it is done, waits or runs.
 
     Raises:
@@ -133,8 +146,31 @@ def look_at_run(path: str, overrides: Sequence[str], *, dry_run: bool = False) -
         if entry.index is not None:
             elements.setdefault(entry.record.name, []).append(entry.record.elements[entry.index])
     whole = frozenset(entry.record.name for entry in live if entry.index is None)
-    graph = build_graph(config, folder, Queued(elements, whole))
-    return Plan(config, folder, launch, records, graph, live, ending)
+    graph = build_graph(config, folder, Queued(elements, whole), stages)
+    plan = Plan(config, folder, launch, records, graph, live, ending)
+    _check_parents(plan)
+    return plan
+
+
+def _stages_between(first: str | None, last: str | None) -> tuple[str, ...]:
+    start, end = STAGES.index(first or STAGES[0]), STAGES.index(last or STAGES[-1])
+    if start > end:
+        raise ConfigError(f"--from {first} comes after --to {last}; the order is {', '.join(STAGES)}.")
+    return STAGES[start : end + 1]
+
+
+def _check_parents(plan: Plan) -> None:
+    """Refuse jobs that need what is neither done, nor in the queue, nor among the stages asked for."""
+    for job in plan.graph.jobs:
+        if not job.wanted or job.done:
+            continue
+        for parent in (plan.graph[name] for name in job.parents):
+            missing = bool(plan.indices_to_submit(parent)) if parent.elements else not plan.live_of(parent)
+            if not parent.wanted and not parent.done and missing:
+                raise ConfigError(
+                    f"{job.name} needs {parent.name}, which is neither done nor in the queue; begin with an earlier "
+                    "stage: --from, or no --from at all."
+                )
 
 
 def _waits_in_vain(
@@ -177,6 +213,8 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
             submitted.setdefault(job.name, []).append(entry.slurm_name)
         # an export that is done takes up the scores of an evaluation that follows
         done = job.done and not (job.name == "export" and "evaluate" in submitted)
+        if not job.wanted:
+            continue
         indices = plan.indices_to_submit(job)
         if done or (job.elements and not job.missing):
             _say(job, "done")
@@ -280,5 +318,7 @@ def _known_settings(config: RunConfig, stage: str) -> dict[str, object]:
     }
 
 
-def _command(path: str, overrides: Sequence[str], sweep: str | None) -> list[str]:
-    return ["hedgehog", "submit", path, *overrides, *(["--sweep", sweep] if sweep else [])]
+def _command(path: str, overrides: Sequence[str], sweep: str | None, first: str | None, last: str | None) -> list[str]:
+    options = [("--sweep", sweep), ("--from", first), ("--to", last)]
+    given = [word for name, value in options if value is not None for word in (name, value)]
+    return ["hedgehog", "submit", path, *overrides, *given]

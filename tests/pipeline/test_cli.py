@@ -265,3 +265,19 @@ def test_env_reports_versions_and_what_is_missing():
     assert result.exit_code == 0
     for name in ("python", "torch", "transformers", "deepspeed", "attention", "flash-attn", "bitsandbytes"):
         assert f"\n{name} " in "\n" + result.stdout
+
+
+def test_a_step_of_slurm_checks_its_own_stages_batches_and_tells_once(config_file, calls, monkeypatch):
+    """finetune may run on other numbers of processes than distill."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1"}
+    batches = ["distill.global_batch_size=4", "finetune.global_batch_size=2"]
+    for rank, told in (("0", "finetune.global_batch_size: 2 is not a multiple"), ("3", "")):
+        with monkeypatch.context() as patch:
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                patch.delenv(name, raising=False)  # and take back what the command sets
+            for name, value in {**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}.items():
+                patch.setenv(name, value)
+            patch.setattr("os.environ", dict(os.environ))
+            assert invoke("distill", config_file, *batches).exit_code == 0
+            refused = invoke("finetune", config_file, *batches)
+            assert refused.exit_code == 2 and told in refused.stderr and bool(refused.stderr) == bool(told)

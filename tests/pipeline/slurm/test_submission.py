@@ -161,6 +161,31 @@ def test_what_slurm_is_about_to_take_out_is_submitted_again(slurm, write_config,
     assert again["export"]["dependency"] == "afterok:109,afterany:105"
 
 
+def test_a_part_of_the_graph(slurm, write_config, finish):
+    submit("trial.yaml", ["variants.soft="], last="distill")
+    assert list(slurm.submissions()) == ["prepare", "distill", "merge"]
+    slurm.forget_calls()
+    submit("trial.yaml", ["variants.soft="], first="finetune", last="finetune")
+    assert {name: options["dependency"] for name, options in slurm.submissions().items()} == {"finetune": "afterok:103"}
+    command = json.loads(Path("runs/trial/slurm/jobs.json").read_text())["command"]
+    assert command[-4:] == ["--from", "finetune", "--to", "finetune"]
+    with pytest.raises(ConfigError, match="export needs evaluate, which is neither done nor in the queue"):
+        submit("trial.yaml", ["variants.soft="], first="export")
+    with pytest.raises(ConfigError, match="--from export comes after --to distill"):
+        submit("trial.yaml", first="export", last="distill")
+
+
+def test_later_stages_may_have_another_config(slurm, write_config, finish):
+    """70B is evaluated in NF4 after it was trained in bfloat16."""
+    for place in ("prepare", "distill", "finetune"):
+        finish(place, config={"model.quantization": None})
+    overrides = ["variants.soft=", "model.quantization=nf4"]
+    with pytest.raises(ConfigError, match=r"model\.quantization: null"):
+        submit("trial.yaml", overrides)
+    submit("trial.yaml", overrides, first="evaluate")
+    assert list(slurm.submissions()) == ["evaluate", "export"]
+
+
 def test_subsets_that_were_begun_keep_their_layers(slurm, write_config, finish):
     finish("prepare")
     finish("distill/layers-0-2")
