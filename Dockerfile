@@ -1,12 +1,12 @@
 # Image of this project. From the repository's root:
 #
 #     docker build -t hedgehog-llama .
-#     docker run --rm --gpus all -v "$PWD/runs:/work/runs" hedgehog-llama run /opt/hedgehog/configs/tiny.yaml
+#     docker run --rm --gpus all -v "$PWD/runs:/srv/runs" hedgehog-llama run /opt/hedgehog/configs/tiny.yaml
 #
 # On clusters: slurm/README.md, "Containers" (the same as an Apptainer image: slurm/hedgehog.def).
 FROM python:3.12-slim
 
-# a compiler for what DeepSpeed and Triton build at a start
+# a compiler for what Triton builds at its first use
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/hedgehog
@@ -21,6 +21,6 @@ COPY configs configs
 RUN pip install --no-cache-dir --constraint constraints.txt '.[eval]'
 
 ENV PYTHONUNBUFFERED=1
-WORKDIR /work
+WORKDIR /srv
 ENTRYPOINT ["hedgehog"]
 CMD ["--help"]
