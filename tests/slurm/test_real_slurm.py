@@ -76,7 +76,7 @@ def test_an_element_fails_and_only_it_runs_again(prepared: Cluster):
     assert stages["export"]["detail"] == "needs distill, which failed"
     shown = prepared.hedgehog("status", "micro").stdout
     assert "exit code 2" in " ".join(shown.split())
-    assert "distill/2: error: distill: a file stands where a folder should be" in " ".join(shown.split())
+    assert "distill/2: error: distill/2: a file stands where a folder should be" in " ".join(shown.split())
     assert "to go on: hedgehog submit micro.yaml" in shown
 
     obstacle.unlink()
