@@ -357,6 +357,21 @@ def test_the_program_is_told_which_signal_the_job_asked_for(slurm, write_config)
         submit("trial.yaml", ["slurm.signal=TERM"])
 
 
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_a_warning_before_the_program_listens_does_not_kill_it(slurm, write_config, tmp_path, name):
+    program = tmp_path / "warned.sh"
+    program.write_text("kill -USR2 $$; echo lives: $*")
+    write_config(slurm={"command": f"bash {program}"})
+    submit("trial.yaml")
+    srun = slurm.bin / "srun"
+    srun.write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    srun.chmod(0o755)
+    environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    command = ["bash", f"runs/trial/slurm/{name}.sbatch"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"lives: {name} trial.yaml" in done.stdout, done.stderr
+
+
 def test_distill_layers_are_chosen_by_submit(slurm, write_config):
     with pytest.raises(ConfigError, match=r"distill\.layers: `submit` chooses"):
         submit("trial.yaml", ["distill.layers=0-1"])
