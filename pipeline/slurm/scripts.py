@@ -71,6 +71,7 @@ def render_script(job: Job, config: RunConfig, folder: RunFolder, launch: Launch
     if job.elements:
         what += [f"OPTION={job.element_option}", f"ELEMENTS=({' '.join(map(shlex.quote, job.elements))})"]
     what.append(f"SUBMITTED_CONFIG={shlex.quote(str(submitted_config(folder).absolute()))}")
+    what.append(f"export HEDGEHOG_INTERRUPT_SIGNAL={config.slurm.signal}")
     header = f"# {config.name}: {job.name}, written by `hedgehog submit`. Submitting again writes it again."
     script = _replace_header(template, header)
     script = _fill(script, "options of sbatch", list(_directives(job, config, settings, folder, launch)))

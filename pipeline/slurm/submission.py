@@ -34,6 +34,13 @@ from .scheduler import (
 from .scripts import Launch, array_spec, render_script, script_file, stage_settings, submitted_config, world_size
 from .sweep import SweepRun, read_sweep
 
+_JOB_KINDS = ("prepare", "distill", "merge", "finetune", "evaluate", "export")
+"""Keys under `slurm` for single kinds of jobs."""
+_EARLY_SIGNAL_S = 60
+"""sbatch's manual: the signal may be sent up to so many seconds earlier than asked for."""
+_START_S = 60
+"""From a job's start to its first step, where the model is not very large."""
+
 
 @dataclass(frozen=True)
 class Live:
@@ -115,6 +122,7 @@ def look_at_run(path: str, overrides: Sequence[str], stages: Sequence[str] = STA
     """
     config = load_config(path, overrides)
     _check_worlds(config)
+    _check_times(config)
     folder = RunFolder(Path(config.output_dir) / config.name)
     launch = Launch(path, tuple(overrides), Path.cwd())
     records = read_records(folder)
@@ -292,6 +300,34 @@ def _check_worlds(config: RunConfig) -> None:
             ]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_times(config: RunConfig) -> None:
+    """Refuse time limits whose warning may come before the first step, at every start anew."""
+    grace = config.slurm.grace_period_s
+    problems = []
+    for stage in _JOB_KINDS:
+        time = stage_settings(config, stage)["time"]
+        limit_s = None if time is None else time_limit_s(time)
+        if limit_s is not None and limit_s < grace + _EARLY_SIGNAL_S + _START_S:
+            key = "slurm.time" if getattr(config.slurm, stage).time is None else f"slurm.{stage}.time"
+            problems.append(
+                f"{key}: {time} is {limit_s} s, too short for slurm.grace_period_s={grace}: Slurm warns a job so many "
+                f"seconds before its limit and up to {_EARLY_SIGNAL_S} s earlier, and a start may take {_START_S} s. "
+                "The job would be warned before it has done a step, requeue itself, and so for ever. Allow at least "
+                f"{-(-(grace + _EARLY_SIGNAL_S + _START_S) // 60)} minutes, or lower slurm.grace_period_s."
+            )
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def time_limit_s(text: str) -> int | None:
+    """A time as sbatch's --time reads it (`90` minutes, `1:30:00`, `2-12`), in seconds; None: no limit."""
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    # with days the clock begins with hours; without, a lone number or the first of two is minutes
+    hours, minutes, seconds = (*parts, 0, 0)[:3] if dash or len(parts) == 3 else (0, *parts, 0)[:3]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds or None
 
 
 def _check_frozen(config: RunConfig, folder: RunFolder, live: Sequence[Live]) -> None:

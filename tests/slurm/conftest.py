@@ -72,6 +72,18 @@ def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         subprocess.run([SCRIPT, "down"], env=environment, capture_output=True, timeout=60)
 
 
+@pytest.fixture
+def local_slurm(slurm_conf: Path) -> Callable[..., None]:
+    """`local_slurm("start-node", "n1")`: the script's other commands, for this cluster."""
+    port = next(line for line in slurm_conf.read_text().splitlines() if line.startswith("SlurmctldPort="))
+    where = {"LOCAL_SLURM_ROOT": str(slurm_conf.parents[1]), "LOCAL_SLURM_PORT": port.partition("=")[2]}
+
+    def call(*arguments: str) -> None:
+        subprocess.run([SCRIPT, *arguments], env=os.environ | where, check=True, timeout=60)
+
+    return call
+
+
 @dataclass
 class Cluster:
     """A working directory with micro.yaml, and the commands that a user would type there."""

@@ -14,7 +14,7 @@ import pytest
 from hedgehog.pipeline.errors import ConfigError
 from hedgehog.pipeline.slurm.cancelling import cancel
 from hedgehog.pipeline.slurm.scheduler import SchedulerError, refusal, submission_environment
-from hedgehog.pipeline.slurm.submission import submit
+from hedgehog.pipeline.slurm.submission import submit, time_limit_s
 
 NAMES = [
     *("prepare", "distill", "merge", "finetune", "soft.distill", "soft.finetune"),
@@ -314,6 +314,62 @@ def test_batches_that_do_not_fit_the_tasks(slurm, write_config):
         ConfigError, match=r"distill\.global_batch_size: 4 is not a multiple .* 6 processes .*3 nodes x 2"
     ):
         submit("trial.yaml")
+
+
+@pytest.mark.parametrize(
+    ("slurm_section", "key"),
+    [
+        ({"time": "3"}, r"slurm\.time: 3 is 180 s"),
+        ({"finetune": {"time": "0:03:59"}}, r"slurm\.finetune\.time: 0:03:59 is 239 s"),
+        ({"grace_period_s": 3600}, r"slurm\.time: 01:00:00 is 3600 s"),
+    ],
+)
+def test_a_limit_whose_warning_would_come_before_the_first_step(slurm, write_config, slurm_section, key):
+    write_config(slurm=slurm_section)
+    with pytest.raises(ConfigError, match=rf"^{key}.* slurm\.grace_period_s=\d+: .*at least \d+ minutes") as refused:
+        submit("trial.yaml")
+    assert str(refused.value).count("Allow at least") == 1, "said once, not for every stage"
+    assert slurm.calls("sbatch") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("4", 240),
+        ("3:59", 239),
+        ("1:02:03", 3723),
+        ("2-12", 216000),
+        ("1-0:30", 88200),
+        ("1-01:00:01", 90001),
+        ("0", None),
+    ],
+)
+def test_times_as_sbatch_reads_them(text, seconds):
+    assert time_limit_s(text) == seconds
+
+
+def test_the_program_is_told_which_signal_the_job_asked_for(slurm, write_config):
+    write_config(slurm={"signal": "HUP"})
+    submit("trial.yaml")
+    assert "--signal=HUP@120" in directives("finetune")
+    assert all("\nexport HEDGEHOG_INTERRUPT_SIGNAL=HUP\n" in script(name) for name in NAMES)
+    with pytest.raises(ConfigError, match=r"slurm\.signal .* USR1, USR2, HUP, got"):  # TERM ends a job for good
+        submit("trial.yaml", ["slurm.signal=TERM"])
+
+
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_a_warning_before_the_program_listens_does_not_kill_it(slurm, write_config, tmp_path, name):
+    program = tmp_path / "warned.sh"
+    program.write_text("kill -USR2 $$; echo lives: $*")
+    write_config(slurm={"command": f"bash {program}"})
+    submit("trial.yaml")
+    srun = slurm.bin / "srun"
+    srun.write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    srun.chmod(0o755)
+    environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    command = ["bash", f"runs/trial/slurm/{name}.sbatch"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"lives: {name} trial.yaml" in done.stdout, done.stderr
 
 
 def test_distill_layers_are_chosen_by_submit(slurm, write_config):

@@ -1,0 +1,244 @@
+"""Jobs on a real Slurm that meet a time limit, a preemption, a lost node, a user's scancel or a copy of themselves.
+
+Each is held after its third step of six, with the last checkpoint after the second. Whatever comes then, the losses and
+files are those of the run that nothing happened to, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conftest import Cluster
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.timeout(900),
+]
+
+PROGRAM = Path(__file__).with_name("held_program.py")
+HELD_AT, LAST_SAVED = 3, 2
+MEASURED = {"step_s", "memory_bytes", "tokens_per_s", "elapsed_s"}
+"""What differs between two equal runs."""
+
+
+class Disturbed:
+    """A run whose stages before `stage` are copied from the whole graph's, and whose jobs can be held."""
+
+    def __init__(self, cluster: Cluster, whole: Cluster, stage: str) -> None:
+        self.cluster = cluster
+        self.stage = stage
+        self.runs = cluster.cwd / "runs" / "micro"
+        self.whole = whole.cwd / "runs" / "micro"
+        self.program = cluster.cwd / "program"
+        self.program.mkdir()
+        for earlier in ("prepare", "distill")[: ("distill", "finetune").index(stage) + 1]:
+            shutil.copytree(self.whole / earlier, self.runs / earlier)
+
+    def hold(self, restart: int = 0, step: int = HELD_AT) -> Path:
+        """Let a start of the job (of an array: of its first element) wait after a step."""
+        file = self.program / f"hold-{restart}"
+        file.write_text(str(step))
+        return file
+
+    def submit(self, **slurm: Any) -> str:
+        """Submit the stage; its job's id."""
+        command = shlex.join([sys.executable, str(PROGRAM), str(self.program)])
+        self.cluster.write_config(slurm={self.stage: {"command": command}, **slurm})
+        self.cluster.hedgehog("submit", "micro.yaml", "--from", self.stage, "--to", self.stage)
+        records = json.loads((self.runs / "slurm" / "jobs.json").read_text())["jobs"]
+        return next(record["job_id"] for record in reversed(records) if record["name"] == self.stage)
+
+    def times(self, what: str) -> list[dict[str, Any]]:
+        file = self.program / "times.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [record for record in records if record["what"] == what]
+
+    def steps(self, restart: int) -> list[int]:
+        """Steps that a start of the job has done."""
+        return [
+            record["step"]
+            for record in self.times("step")
+            if record["restart"] == restart and record["part"] in (None, "0")
+        ]
+
+    def wait(self, until: Callable[[], Any], timeout_s: float = 120) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while not (value := until()):
+            assert time.monotonic() < deadline, f"{self.cluster.run('squeue').stdout}\n{self.cluster.logs()}"
+            time.sleep(0.2)
+        return value
+
+    def wait_for_step(self, step: int, restart: int = 0) -> None:
+        self.wait(lambda: step in self.steps(restart))
+
+    def finish(self, element: str = "") -> None:
+        """Wait until the stage, or an element of its array, is done, and compare it with the undisturbed one."""
+        title = f"{self.stage} {element}".strip()
+        self.cluster.wait(lambda states: states[title] == "done", 180)
+        place = f"{self.stage}/layers-{element}" if element else self.stage
+        assert results(self.runs / place) == results(self.whole / place)
+        print(self.costs())
+
+    def costs(self) -> str:
+        """What the machinery took, in seconds, for slurm/README.md. The log's own times are whole seconds."""
+        logs = (self.runs / "logs").glob("*.log")
+        scripts = sorted(line.split()[1] for log in logs for line in log.read_text().splitlines() if line[:4] == "=== ")
+        script = datetime.fromisoformat(scripts[0]).timestamp()
+        starts = [record["at"] for record in self.times("start") if record["part"] in (None, "0")][:2]
+        first_steps = [next(r["at"] for r in self.times("step") if r["at"] > start) for start in starts]
+        last_before = max(record["at"] for record in self.times("save") if record["at"] < starts[1])
+        saves = sorted(record["seconds"] for record in self.times("save"))
+        searches = sorted(record["seconds"] for record in self.times("newest"))
+        return (
+            f"{self.stage}: script to program {starts[0] - script:.1f} s, program to first step "
+            f"{first_steps[0] - starts[0]:.1f} s, resumed {first_steps[1] - starts[1]:.1f} s, of which "
+            f"{searches[-1]:.3f} s to find and check the checkpoint; a save {saves[len(saves) // 2]:.3f} s (longest "
+            f"{saves[-1]:.3f} s); from the last save to the program's next start {starts[1] - last_before:.1f} s"
+        )
+
+    def log(self) -> str:
+        """What the job said, in one line."""
+        return " ".join(self.cluster.logs().split())
+
+    def job(self, job: str) -> dict[str, str]:
+        """What scontrol shows about a job."""
+        words = self.cluster.run("scontrol", "-o", "show", "job", job).stdout.split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def results(stage: Path) -> dict[str, Any]:
+    """Losses and weights that a stage leaves, by file."""
+    found: dict[str, Any] = {}
+    for file in sorted(stage.rglob("*")):
+        name = str(file.relative_to(stage))
+        if "checkpoints" in name:
+            continue
+        if file.name == "metrics.jsonl":
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+            found[name] = [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
+        elif file.suffix == ".safetensors":
+            found[name] = file.read_bytes()
+    assert any(name.endswith(".safetensors") for name in found) and "metrics.jsonl" in found
+    return found
+
+
+@pytest.fixture
+def disturbed(new_cluster: Callable[[], Cluster], whole_graph: Cluster) -> Callable[[str], Disturbed]:
+    return lambda stage: Disturbed(new_cluster(), whole_graph, stage)
+
+
+def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(disturbed: Callable[[str], Disturbed]):
+    """The limit is lowered to a minute while the job runs: Slurm looks every 30 s, and warns 50 s before the end."""
+    run = disturbed("distill")
+    run.hold()
+    job = run.submit(grace_period_s=50) + "_0"
+    run.wait_for_step(HELD_AT)
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    run.wait(lambda: run.job(job).get("Restarts") == "1")
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    run.finish("0-1")
+    assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "the step is ended, and nothing is done twice"
+    said = run.log()
+    assert "stopped by SIGUSR2: saved after step 4 of 6" in said and "resumed from step-000004" in said
+    run.cluster.hedgehog("cancel", "micro")
+
+
+def test_a_job_of_a_higher_partition_comes_first(disturbed: Callable[[str], Disturbed]):
+    run = disturbed("finetune")
+    run.hold()
+    job = run.submit()
+    run.wait_for_step(HELD_AT)
+    higher = [
+        "--partition=high",
+        f"--nodelist={run.job(job)['NodeList']}",
+        "--exclusive",
+        "--output=/dev/null",
+        "--parsable",
+    ]
+    other = run.cluster.run("sbatch", *higher, "--wrap=sleep 1").stdout.strip()
+    run.wait(lambda: run.job(job).get("Restarts") == "1")
+    run.finish()
+    assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "the signal came before the end"
+    assert run.job(other)["JobState"] == "COMPLETED"
+
+
+def test_a_node_goes_down(disturbed: Callable[[str], Disturbed]):
+    run = disturbed("finetune")
+    run.hold()
+    job = run.submit()
+    run.wait_for_step(HELD_AT)
+    node = run.job(job)["NodeList"]
+    run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    try:
+        run.wait(lambda: run.job(job).get("Restarts") == "1")
+        run.finish()
+    finally:  # or it has come back by itself
+        run.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    assert run.steps(1)[0] >= LAST_SAVED + 1, "at most save_every_steps are lost"
+
+
+def test_scancel_then_submit_again(disturbed: Callable[[str], Disturbed]):
+    run = disturbed("finetune")
+    hold = run.hold()
+    job = run.submit()
+    run.wait_for_step(HELD_AT)
+    run.cluster.run("scancel", job)
+    run.cluster.wait(lambda states: states["finetune"] == "cancelled", 60)
+    assert run.job(job)["Restarts"] == "0", "who cancels a job does not want it back"
+    hold.unlink()
+    again = run.submit()
+    assert again != job
+    run.finish()
+    starts = [record["job"] for record in run.times("start")]
+    assert starts == [job, again]
+    steps = {name: [record["step"] for record in run.times("step") if record["job"] == name] for name in starts}
+    assert steps == {job: [1, 2, 3, 4], again: [5, 6]}, "scancel's TERM leaves time to save"
+
+
+def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(
+    disturbed: Callable[[str], Disturbed], slurm_conf: Path, local_slurm: Callable[..., None]
+):
+    """`kill -9` of a node's daemon leaves its processes; Slurm starts the job anew on the other node.
+
+    It would miss the daemon after SlurmdTimeout. Here it is told so that the test need not wait.
+    """
+    run = disturbed("finetune")
+    older, newer = run.hold(), run.hold(restart=1, step=5)
+    job = run.submit()
+    run.wait_for_step(HELD_AT)
+    node, process = run.job(job)["NodeList"], Path("/proc") / str(run.times("start")[0]["pid"])
+    try:
+        daemon = int((slurm_conf.parents[1] / "run" / f"slurmd-{node}.own").read_text().split()[0])
+        os.kill(daemon, signal.SIGKILL)
+        run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        run.wait_for_step(5, restart=1)
+        assert run.job(job)["NodeList"] != node and process.exists(), "both run"
+        older.unlink()
+        run.wait(lambda: not process.exists())
+        newer.unlink()
+        run.finish()
+    finally:
+        local_slurm("start-node", node)
+    assert run.steps(1) == [3, 4, 5, 6] and run.steps(0)[:3] == [1, 2, 3]
+    assert f"takes over from an earlier start of this job (job {job}, restart 0" in run.log()
+    # Slurm has cut the lost node's output off the log
+    said = (run.program / "stderr-0").read_text()
+    assert (
+        f"error: {run.runs.relative_to(run.cluster.cwd)}/finetune: another process has taken over (job {job}, " in said
+    )
+    assert "restart 1" in said and "This older one stops and writes nothing more." in said
