@@ -30,6 +30,8 @@ MICRO = {
     "engine": {"precision": "float32", "device": "cpu"},
     "variants": {"softmax": {"label": "softmax + LoRA", "overrides": {"model.attention": "softmax"}}},
 }  # fmt: skip
+IN_ORDER = ("prepare", "distill", "finetune", "variants/softmax/finetune", "evaluate", "export")
+"""The stages of this config that do something, as a run works through them."""
 TIMES = {"step_s", "memory_bytes", "tokens_per_s", "elapsed_s"}
 
 
@@ -124,11 +126,12 @@ def test_signals_in_every_stage_change_nothing(
     expected, _ = undisturbed
     moments = random.Random(seed)
     signals = []
-    for stage, manifest in sorted(manifests(expected).items(), key=lambda entry: entry[1].started_at):
-        if manifest.skipped is None:
-            names = moments.choice([["SIGUSR2"], ["SIGTERM"], ["SIGUSR2", "SIGUSR2"], ["SIGUSR2", "SIGTERM"]])
-            within_s = moments.uniform(0, 0.8 * manifest.duration_s)
-            signals += [[stage, 0.0, names], [stage, round(within_s, 3), names]]
+    ran = manifests(expected)
+    assert {stage for stage, manifest in ran.items() if manifest.skipped is None} == set(IN_ORDER)
+    for stage in IN_ORDER:
+        names = moments.choice([["SIGUSR2"], ["SIGTERM"], ["SIGUSR2", "SIGUSR2"], ["SIGUSR2", "SIGTERM"]])
+        within_s = moments.uniform(0, 0.8 * ran[stage].duration_s)
+        signals += [[stage, 0.0, names], [stage, round(within_s, 3), names]]
     stopped = fork_runs(config_file, tmp_path, 0, seed, 0, signals)
     print(stopped)
     ended = [status for _, _, status, _ in stopped["signals"]]
