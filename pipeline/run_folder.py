@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ConfigError, HedgehogError, ResourceError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 STAGES = ("prepare", "distill", "finetune", "evaluate", "export")
 VARIANT_STAGES = ("distill", "finetune")
@@ -43,6 +46,11 @@ class RunFolder:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunFolder:
+        """`<output_dir>/<name>/`."""
+        return cls(Path(config.output_dir) / config.name)
 
     def stage(self, stage: str, variant: str | None = None, layers: str | None = None) -> Path:
         """Folder of a stage; `layers` names a subset of distill's layers (`8-15`), which has a folder of its own."""

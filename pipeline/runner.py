@@ -160,7 +160,7 @@ def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | Non
 
 def _say_where_things_are(config: RunConfig) -> None:
     """The last lines of a whole run: what there is now, and what to do with it."""
-    root = RunFolder(Path(config.output_dir) / config.name)
+    root = RunFolder.of(config)
     exported = (root.stage("export") / "model").resolve()
     remote_code = "" if config.model.attention == "softmax" else ", trust_remote_code=True"
     reporter = Reporter("run", None, is_main=int(os.environ.get("RANK", 0)) == 0)
@@ -274,7 +274,7 @@ def _describe(
     title: str,
 ) -> _Attempt:
     module = _stage_module(stage)
-    run_folder = RunFolder(Path(effective.output_dir) / effective.name)
+    run_folder = RunFolder.of(effective)
     inputs = {name: _open_input(run_folder, name, variant) for name in module.CONSUMES}
     variants: dict[str, VariantInputs] = {}
     if stage == "evaluate":

@@ -6,7 +6,8 @@ What is done is read from the manifests, what waits or runs from `slurm/jobs.jso
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..config import RunConfig
 from ..config_checks import world_errors
 from ..config_loading import apply_variant, dump_resolved, load_config
 from ..errors import ConfigError
+from ..lease import acquire
 from ..run_folder import STAGES, RunFolder, atomic_write, storage_errors
 from .dry_run import describe_graph, describe_scripts
 from .frozen_config import differences, freeze
@@ -95,6 +97,7 @@ def submit(
 
     Raises:
         ConfigError: the config, the sweep or the run folder is wrong, there is no Slurm, or Slurm refuses a job.
+        LeaseError: another `submit` is at work on one of the runs.
         SchedulerError: Slurm does not answer.
         CheckpointError, ModelError, ResourceError: the run folder or the base model cannot be read or written.
     """
@@ -102,28 +105,57 @@ def submit(
         require_slurm()
     runs = [SweepRun((), "")] if sweep is None else read_sweep(Path(sweep), path, overrides)
     stages = _stages_between(first, last)
-    plans = [look_at_run(path, (*overrides, *run.overrides), stages, dry_run=dry_run) for run in runs]
-    for number, plan in enumerate(plans):
-        if number:
-            print()
-        if dry_run:
-            print(describe_graph(plan.config, plan.folder, plan.graph))
-            print(describe_scripts(plan.config, plan.folder, plan.graph, plan.launch))
-        else:
-            with storage_errors("submit"):
-                submit_plan(plan, _command(path, overrides, sweep, first, last))
+    with ExitStack() as held:
+        plans = []
+        for run in runs:
+            config = load_run(path, (*overrides, *run.overrides))
+            if not dry_run:
+                held.enter_context(_submitting_alone(RunFolder.of(config)))
+            plans.append(look_at_run(config, path, (*overrides, *run.overrides), stages, dry_run=dry_run))
+        for number, plan in enumerate(plans):
+            if number:
+                print()
+            if dry_run:
+                print(describe_graph(plan.config, plan.folder, plan.graph))
+                print(describe_scripts(plan.config, plan.folder, plan.graph, plan.launch))
+            else:
+                with storage_errors("submit"):
+                    submit_plan(plan, _command(path, overrides, sweep, first, last))
 
 
-def look_at_run(path: str, overrides: Sequence[str], stages: Sequence[str] = STAGES, *, dry_run: bool = False) -> Plan:
-    """Load and check a run's config, and find out what of it is done, waits or runs.
+def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
+    """A run's config, checked as far as that is possible without its folder.
 
     Raises:
-        ConfigError, SchedulerError, CheckpointError, ModelError: see `submit`.
+        ConfigError.
     """
     config = load_config(path, overrides)
     _check_worlds(config)
     _check_times(config)
-    folder = RunFolder(Path(config.output_dir) / config.name)
+    return config
+
+
+@contextmanager
+def _submitting_alone(folder: RunFolder) -> Iterator[None]:
+    """Two submits at the same time would both find the same jobs missing."""
+    with storage_errors("submit"):
+        lease = acquire(folder.slurm, print)
+    lease.keep_alive()
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def look_at_run(
+    config: RunConfig, path: str, overrides: Sequence[str], stages: Sequence[str] = STAGES, *, dry_run: bool = False
+) -> Plan:
+    """Find out what of a run is done, waits or runs.
+
+    Raises:
+        ConfigError, SchedulerError, CheckpointError, ModelError: see `submit`.
+    """
+    folder = RunFolder.of(config)
     launch = Launch(path, tuple(overrides), Path.cwd())
     records = read_records(folder)
     live: list[Live] = []

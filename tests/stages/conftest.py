@@ -176,7 +176,7 @@ def make_finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
                 **sections,
             }
         )
-        run_folder = RunFolder(Path(config.output_dir) / config.name)
+        run_folder = RunFolder.of(config)
         _finish_prepare(config, run_folder.stage("prepare"), **(llama or {}))
         _finish_training(config, run_folder, None)
         for variant in config.variants:

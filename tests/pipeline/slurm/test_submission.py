@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hedgehog.pipeline.errors import ConfigError
+from hedgehog.pipeline.errors import ConfigError, LeaseError
+from hedgehog.pipeline.lease import acquire
 from hedgehog.pipeline.slurm.cancelling import cancel
 from hedgehog.pipeline.slurm.scheduler import SchedulerError, refusal, submission_environment
 from hedgehog.pipeline.slurm.submission import submit, time_limit_s
@@ -57,6 +58,17 @@ def test_the_whole_graph(slurm, write_config):
     assert Path("runs/trial/slurm/config.submitted.yaml").is_file()
     recorded = json.loads(Path("runs/trial/slurm/jobs.json").read_text())
     assert [job["job_id"] for job in recorded["jobs"]] == list(ids.values())
+
+
+def test_two_submits_at_once_submit_once(slurm, write_config):
+    other = acquire(Path("runs/trial/slurm"))
+    with pytest.raises(LeaseError, match="is in use"):
+        submit("trial.yaml")
+    assert slurm.calls("sbatch") == []
+    submit("trial.yaml", dry_run=True)
+    other.release()
+    submit("trial.yaml")
+    assert list(slurm.submissions()) == NAMES
 
 
 def test_what_a_script_asks_for_and_runs(slurm, write_config):

@@ -1,0 +1,126 @@
+"""A whole graph whose jobs are killed, cancelled, requeued and warned at random: what it ends in is the same.
+
+HEDGEHOG_SLURM_KILLS says how often (4; fifty take a quarter of an hour), HEDGEHOG_KILL_SEED repeats the choices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conftest import Cluster
+
+NUM_KILLS = int(os.environ.get("HEDGEHOG_SLURM_KILLS", "4"))
+LONGEST_WAIT_S = 12.0
+"""Longer than a job takes to its first step, so that some are met at work."""
+MEASURED = re.compile(r'"(step_s|memory_bytes|tokens_per_s|elapsed_s)": [^,}]+,? ?')
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.timeout(600 + 60 * NUM_KILLS),
+]
+
+
+def programs_of(job: str, runs: Path) -> list[int]:
+    """Processes of this project that belong to a job (`12` or, of an array, `12_3`)."""
+    array, _, index = job.partition("_")
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = dict(
+                entry.split("=", 1) for entry in (folder / "environ").read_text().split("\0") if "=" in entry
+            )
+            command, cwd = (folder / "cmdline").read_text(), os.readlink(folder / "cwd")
+        except (OSError, UnicodeDecodeError):
+            continue  # it has ended, or is not ours
+        mine = environment.get("SLURM_ARRAY_JOB_ID", environment.get("SLURM_JOB_ID")) == array
+        mine = mine and (not index or environment.get("SLURM_ARRAY_TASK_ID") == index)
+        if mine and "hedgehog.pipeline.cli" in command and "srun" not in command and Path(cwd) == runs.parent:
+            found.append(int(folder.name))
+    return found
+
+
+def disturb(cluster: Cluster, job: str, how: str) -> bool:
+    """Whether there was something left to disturb."""
+    if how == "kill":
+        victims = programs_of(job, cluster.cwd / "runs")
+        for pid in victims:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return False
+        return bool(victims)
+    command = {
+        "cancel": ["scancel", job],
+        "requeue": ["scontrol", "requeue", job],
+        "warn": ["scancel", "--signal=USR2", job],
+    }[how]
+    return cluster.run(*command, check=False).returncode == 0
+
+
+def running_jobs(cluster: Cluster) -> list[str]:
+    listed = cluster.run("squeue", "--noheader", "--states=RUNNING", "--format=%i %Z").stdout.splitlines()
+    return [line.split()[0] for line in listed if line.split()[1] == str(cluster.cwd)]
+
+
+def live_jobs(cluster: Cluster) -> bool:
+    listed = cluster.run("squeue", "--noheader", "--format=%i %Z").stdout.splitlines()
+    return any(line.split()[1] == str(cluster.cwd) for line in listed)
+
+
+def finished(run: Path) -> bool:
+    manifest = run / "export" / "manifest.json"
+    return manifest.is_file() and json.loads(manifest.read_text())["status"] == "done"
+
+
+def outcome(run: Path) -> dict[str, bytes | str]:
+    """Weights, summaries, scores and losses of every stage, by file."""
+    found: dict[str, bytes | str] = {}
+    for file in sorted(run.rglob("*")):
+        if "checkpoints" in file.parts or not file.is_file():
+            continue
+        name = str(file.relative_to(run))
+        if file.name == "metrics.jsonl":
+            found[name] = MEASURED.sub("", file.read_text())
+        elif file.suffix in (".safetensors", ".model") or file.name == "predictions.jsonl":
+            found[name] = file.read_bytes()
+    assert {"export", "finetune", "evaluate", "distill", "prepare"} <= {name.partition("/")[0] for name in found}
+    return found
+
+
+def test_random_kills_over_a_whole_graph_change_nothing(new_cluster: Callable[[], Cluster], whole_graph: Cluster):
+    seed = int(os.environ.get("HEDGEHOG_KILL_SEED", random.SystemRandom().randrange(1 << 30)))
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    cluster = new_cluster()
+    run = cluster.cwd / "runs" / "micro"
+    disturbed: list[tuple[str, str]] = []
+    num_submissions = 0
+    while not finished(run) or live_jobs(cluster):
+        if not live_jobs(cluster):
+            num_submissions += 1
+            assert num_submissions <= NUM_KILLS + 2, cluster.logs()
+            cluster.hedgehog("submit", "micro.yaml")
+        time.sleep(chance.uniform(0, LONGEST_WAIT_S) if len(disturbed) < NUM_KILLS else 1)
+        running = sorted(running_jobs(cluster))
+        if len(disturbed) < NUM_KILLS and running:
+            job, how = chance.choice(running), chance.choice(["kill", "kill", "requeue", "warn", "cancel"])
+            if disturb(cluster, job, how):
+                disturbed.append((cluster.run("squeue", "-hj", job, "-o", "%j", check=False).stdout.strip(), how))
+    print(f"{len(disturbed)} disturbances, {num_submissions} submissions: {disturbed}")
+    assert len(disturbed) == NUM_KILLS, "the graph ended before it was disturbed: make the waits shorter"
+    actual, expected = outcome(run), outcome(whole_graph.cwd / "runs" / "micro")
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if actual[name] != expected[name]] == []
