@@ -93,7 +93,7 @@ class SlurmConfig(SlurmResources):
     distill: SlurmResources = SlurmResources()
     """What differs for distill, or for each element of its array."""
     merge: SlurmResources = SlurmResources()
-    """What differs for the merge of distill's and of evaluate's arrays."""
+    """What differs for jobs that compute nothing: merges of arrays, and stages that a variant skips."""
     finetune: SlurmResources = SlurmResources()
     """What differs for finetune."""
     evaluate: SlurmResources = SlurmResources()

@@ -32,6 +32,9 @@ from .layer_groups import (
 _ASSUMED_FILL = 0.25
 """Typical row over `data.max_length_tokens` before `prepare` has counted tokens (SAMSum at 1024: 0.2)."""
 
+_LIGHT = "merge"
+"""The settings of jobs that compute nothing: a merge, or a stage that a variant skips and only has to record."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -126,7 +129,8 @@ def build_graph(
         done = _done(stage_folder)
         grouped = None if done else _groups(conversion, folder, variant, f"{prefix}distill", queued)
         if grouped is None:
-            jobs.append(Job(f"{prefix}distill", "distill", variant, ("distill", *options), ("prepare",), done=done))
+            settings = _LIGHT if conversion.model.attention == "softmax" else "distill"
+            jobs.append(Job(f"{prefix}distill", settings, variant, ("distill", *options), ("prepare",), done=done))
             parent = f"{prefix}distill"
         else:
             costs.append(grouped)
@@ -150,9 +154,8 @@ def build_graph(
             jobs.append(Job(parent, "merge", variant, ("merge", *options), (f"{prefix}distill",)))
         last.append(f"{prefix}finetune")
         finished_tuning = _done(folder.stage("finetune", variant))
-        jobs.append(
-            Job(last[-1], "finetune", variant, ("finetune", *options), (parent,), done=finished_tuning),
-        )
+        settings = "finetune" if conversion.finetune.enabled else _LIGHT
+        jobs.append(Job(last[-1], settings, variant, ("finetune", *options), (parent,), done=finished_tuning))
     jobs += _evaluation(config, folder, tuple(last))
     jobs.append(Job("export", "export", None, ("export",), ("evaluate",), done=_done(folder.stage("export"))))
     jobs = [replace(job, wanted=job.run_stage in stages) for job in jobs]

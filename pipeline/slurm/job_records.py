@@ -21,6 +21,7 @@ class JobRecord(BaseModel):
     name: str
     """Name in the graph: `soft.merge`."""
     stage: str
+    """Stage of the run that it belongs to; a merge belongs to the stage that it ends."""
     variant: str | None = None
     job_id: str
     elements: dict[int, str] = Field(default_factory=dict)

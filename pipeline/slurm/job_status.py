@@ -72,7 +72,7 @@ def _view(folder: RunFolder, record: JobRecord, index: int | None, state: JobSta
             error = f"no log at {log}: does the node see this file system? output_dir must be shared by all nodes"
     return JobView(
         name=record.name,
-        stage={"merge": "distill"}.get(record.stage, record.stage) if record.name != "evaluate" else "evaluate",
+        stage=record.stage,
         variant=record.variant,
         part=record.elements[index] if index is not None else None,
         job_id=record.job_id if index is None else f"{record.job_id}_{index}",

@@ -283,7 +283,7 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
         plan.records.jobs.append(
             JobRecord(
                 name=job.name,
-                stage=job.stage,
+                stage=job.run_stage,
                 variant=job.variant,
                 job_id=job_id,
                 elements={index: job.elements[index] for index in indices},

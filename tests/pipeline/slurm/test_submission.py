@@ -71,6 +71,16 @@ def test_two_submits_at_once_submit_once(slurm, write_config):
     assert list(slurm.submissions()) == NAMES
 
 
+def test_a_stage_that_a_variant_skips_asks_for_no_gpu(slurm, write_config):
+    write_config(variants={"zero": {"overrides": {"model.attention": "softmax", "finetune.enabled": False}}})
+    submit("trial.yaml")
+    gpus = {name: [line for line in directives(name) if "--gres" in line] for name in slurm.submissions()}
+    with_gpus = {name for name, lines in gpus.items() if lines}
+    assert with_gpus == {"distill", "finetune", "soft.finetune", "evaluate"}
+    records = json.loads(Path("runs/trial/slurm/jobs.json").read_text())["jobs"]
+    assert [record["stage"] for record in records if record["variant"] == "zero"] == ["distill", "finetune"]
+
+
 def test_what_a_script_asks_for_and_runs(slurm, write_config):
     overrides = {"setup": "module load cuda\nsource venv", "array_throttle": 2, "grace_period_s": 60}
     finetune = {"nodes": 2, "time": "2-00:00:00", "partition": "big", "sbatch_lines": ["--mail-type=FAIL"]}
