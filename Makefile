@@ -5,6 +5,7 @@
 #   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
 #   make lint        ruff and pyright
 #   make bench       speed and memory of the kernels on this machine
+#   make bench-7b    both training stages and generation at Llama-2 7B's size, on a GPU; 1/64 as wide without
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: install run test test-slurm lint format bench clean
+.PHONY: install run test test-slurm lint format bench bench-7b clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +46,9 @@ format: install
 
 bench: install
 	$(BIN)/python benchmarks/bench.py
+
+bench-7b: install
+	$(BIN)/python benchmarks/bench_7b.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

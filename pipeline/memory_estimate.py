@@ -269,9 +269,18 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     workspace = tokens * max(attention, 3 * shape.intermediate_size * p)
     terms.append(Term("backward of one layer", workspace, "B T max(2HF (4 + p), 3 I p)"))
     share = 1.0 if finetune.packing else SUMMARY_SHARE
-    logits = tokens * share * shape.vocab_size * (2 * p + 8)
+    # log-softmax, its gradient and the loss's, each in fp32; the logits themselves are gone by then
+    logits = tokens * share * shape.vocab_size * 12
     where = "packed rows: up to all" if finetune.packing else f"{SUMMARY_SHARE:g} of"
-    terms.append(Term("logits", logits, f"(2p + 8) S · {where} B T tokens"))
+    later = workspace + (layer if finetune.gradient_checkpointing else 0)
+    if logits > later:
+        terms.append(
+            Term(
+                "logits",
+                logits - later,
+                f"12 S · {where} B T tokens, less a layer's backward, which begins when they are gone",
+            )
+        )
     terms.append(sizes.overhead_term())
     return terms
 
@@ -303,7 +312,7 @@ def saved_per_token(config: RunConfig, shape: ModelShape) -> list[tuple[str, flo
         parts.append(("φ 2HFp", float(sizes.features_per_token * p)))
         parts.append(("v, o, d", float(p * (keys + queries) + 4 * shape.num_heads)))
     else:
-        parts.append(("q, k, v, o", float(p * (4 * queries) + 4 * shape.num_heads)))
+        parts.append(("q, k, v, o", float(p * (2 * queries + 2 * keys) + 4 * shape.num_heads)))
     return parts
 
 

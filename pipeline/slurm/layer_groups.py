@@ -43,18 +43,24 @@ class DistillCost:
         return (max(layers) + 1) * self.forward + len(layers) * self.own
 
 
-def distill_cost(config: RunConfig, shape: ModelShape, row_tokens: float) -> DistillCost:
-    """Cost per token of a layer that is run, and of one that is trained as well.
-
-    Args:
-        row_tokens: tokens in a typical row.
-    """
+def distill_flops(config: RunConfig, shape: ModelShape, row_tokens: float) -> tuple[float, float]:
+    """(forward, own) of the module's equations: FLOPs per token of a layer's teacher, and of its loss and maps."""
     heads, head_dim = shape.num_heads, shape.head_dim
     feature_dim = config.model.feature_dim or head_dim
     num_features = 2 * feature_dim if config.model.feature_map.startswith("hedgehog") else feature_dim
     keys = (row_tokens + 1) / 2
     forward = 2 * shape.num_layer_weights + 4 * head_dim * heads * keys
     own = (2 * head_dim + 6 * num_features) * heads * keys + 8 * head_dim * feature_dim * heads
+    return forward, own
+
+
+def distill_cost(config: RunConfig, shape: ModelShape, row_tokens: float) -> DistillCost:
+    """Cost per token of a layer that is run, and of one that is trained as well.
+
+    Args:
+        row_tokens: tokens in a typical row.
+    """
+    forward, own = distill_flops(config, shape, row_tokens)
     if config.slurm.trained_layer_cost is not None:
         return DistillCost(forward=forward, own=config.slurm.trained_layer_cost * forward)
     slowness = LOSS_SLOWNESS if config.engine.precision == "bfloat16" else 1.0

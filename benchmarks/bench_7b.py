@@ -1,0 +1,448 @@
+"""Stage one, stage two and generation at Llama-2 7B's size, with random weights: `make bench-7b`.
+
+    python benchmarks/bench_7b.py [--lengths 1024,4096] [--sections distill,finetune,generate] [--quick] [--out FILE]
+
+On a GPU the model is Llama-2 7B in bfloat16, made on the device. Without one it is as deep, 1/64 as wide and in
+float32: that shows that it runs, and checks the memory estimate of `hedgehog validate` against what was allocated.
+
+For every length, one row of that many tokens: real steps through the engine (DeepSpeed, torch's AdamW, no checkpoint
+files), tokens per second, model FLOP utilisation (useful FLOPs over what a large matrix product reaches in this run),
+peak allocated memory over the weights. Stage one stands beside the teacher's forward pass alone, and beside the same
+step with materialised attention weights, all layers kept until one backward, as long as that fits. Stage two stands
+beside the same step with softmax attention; generation beside the softmax model's.
+"""
+
+# setuptools maps hedgehog.* onto folders, which pyright does not see from outside the packages
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from hedgehog.kernels.distill_loss import materialised_distillation_loss
+from hedgehog.pipeline.allocation_peak import allocation_peak
+from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.distillation import FeatureMapDistillation, Teacher
+from hedgehog.pipeline.distributed import World
+from hedgehog.pipeline.engine import TrainingEngine, build_engine
+from hedgehog.pipeline.formatting import format_bytes
+from hedgehog.pipeline.llama.convert import convert_llama, feature_map_modules
+from hedgehog.pipeline.lora import attach_lora
+from hedgehog.pipeline.memory_estimate import estimate_memory, state_bytes
+from hedgehog.pipeline.model_shape import HUB_SHAPES, ModelShape
+from hedgehog.pipeline.slurm.layer_groups import distill_flops
+from hedgehog.pipeline.summary_loss import SummaryLoss
+
+RESULTS = Path(__file__).parent / "results"
+LLAMA_7B = HUB_SHAPES["meta-llama/Llama-2-7b-hf"]
+NARROW = ModelShape(64, 32, 2, 2, 32, 172, 500, 4096)
+"""Llama-2 7B at 1/64 of its width; two heads, so that a head is not narrower than a feature map can use."""
+MATERIALISED_LIMIT = {"cuda": 1 << 20, "cpu": 2048}
+"""On a GPU the materialised loss runs until memory ends; on a CPU it would only use up the time."""
+
+
+class Bench:
+    """Sizes, device and clock of one run."""
+
+    def __init__(
+        self, shape: ModelShape, device: torch.device, budget_s: float, *, gradient_checkpointing: bool = True
+    ) -> None:
+        self.shape = shape
+        self.gradient_checkpointing = gradient_checkpointing
+        self.quick = False
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.world = World(rank=0, world_size=1, local_rank=0, device=device)
+        self._ends_at = time.monotonic() + budget_s
+        self.peak_flops_per_s = 0.0
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self._ends_at
+
+    def config(self, length: int, attention: str = "linear", **evaluate: int) -> RunConfig:
+        sections: dict[str, Any] = {
+            "name": "bench-7b",
+            "model": {"base": "meta-llama/Llama-2-7b-hf", "attention": attention},
+            "data": {"dataset": "none/none", "max_length_tokens": length},
+            "distill": {"micro_batch_size": 1, "global_batch_size": 1},
+            "finetune": {
+                "micro_batch_size": 1,
+                "global_batch_size": 1,
+                "gradient_checkpointing": self.gradient_checkpointing,
+                "feature_map_learning_rate": 1e-4,
+            },
+            "evaluate": evaluate,
+            "engine": {"zero_stage": 0, "precision": str(self.dtype).removeprefix("torch.")},
+        }
+        return RunConfig.model_validate(sections)
+
+    def llama(self) -> LlamaForCausalLM:
+        """Random weights whose attention logits have a standard deviation of about 1.6, as Llama's own begin with."""
+        shape = self.shape
+        config = LlamaConfig(
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate_size,
+            vocab_size=shape.vocab_size,
+            max_position_embeddings=1 << 17,
+            tie_word_embeddings=False,
+        )
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model = model.to(self.dtype).to_empty(device=self.device)
+        model.model.rotary_emb = LlamaRotaryEmbedding(config).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 1:
+                    weight.fill_(1.0)
+                    continue
+                std = 1.28 * weight.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std *= (2 * shape.num_layers) ** -0.5
+                weight.normal_(0.0, std, generator=generator)
+        return model.eval()
+
+    def batch(self, length: int) -> dict[str, Any]:
+        """One row without padding; the last quarter of it is the summary, the share that the estimate assumes."""
+        ids = torch.randint(3, self.shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+        labels = ids.clone()
+        labels[:, : length - length // 4] = -100
+        tensors = {
+            "input_ids": ids,
+            "mask": torch.ones(1, length, dtype=torch.bool),
+            "position_ids": torch.arange(length).unsqueeze(0),
+            "segment_ids": torch.zeros(1, length, dtype=torch.int64),
+            "labels": labels,
+        }
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return {**tensors, "real_tokens_in_global_batch": length, "tokens_in_global_batch": length // 4}
+
+    def seconds(self, step: Callable[[], Any], least_s: float = 1.0) -> float:
+        """Median of at least two steps (of one, where only running it matters)."""
+        times: list[float] = []
+        while len(times) < (1 if self.quick else 2) or (sum(times) < least_s and not self.quick):
+            self.synchronize()
+            started = time.perf_counter()
+            step()
+            self.synchronize()
+            times.append(time.perf_counter() - started)
+        return sorted(times)[len(times) // 2]
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def measure_peak_flops(self) -> None:
+        """FLOP/s of a large matrix product in the model's dtype: what utilisation is counted against."""
+        size = 8192 if self.device.type == "cuda" else 1024
+        a = torch.randn(size, size, device=self.device, dtype=self.dtype)
+        torch.mm(a, a)
+        self.peak_flops_per_s = 2 * size**3 / self.seconds(lambda: torch.mm(a, a), 0.5)
+
+
+class MaterialisedDistillation(FeatureMapDistillation):
+    """The same loss the direct way: every layer's T×T attention weights live until one backward pass through all."""
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        losses: list[torch.Tensor] = []
+
+        def see(seen: Any) -> None:
+            with torch.enable_grad():
+                map_q, map_k = self._maps(seen)
+                losses.append(
+                    materialised_distillation_loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, scale=seen.scale).loss
+                )
+
+        self._teacher[0](batch, False, see)
+        return torch.stack(losses).sum(), {}
+
+
+@contextmanager
+def engine_of(bench: Bench, module: torch.nn.Module, groups: list[dict[str, Any]]) -> Iterator[TrainingEngine]:
+    engine = build_engine(
+        module,
+        groups,
+        config=bench.config(1024).engine,
+        world=bench.world,
+        micro_batch_size=1,
+        num_accumulation=1,
+        gradient_clip=None,
+        adam_beta2=0.999,
+        weight_decay=0.0,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+        del engine
+        tidy(bench)
+
+
+def tidy(bench: Bench) -> None:
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measured(bench: Bench, step: Callable[[], Any], length: int, flops: float) -> dict[str, Any]:
+    """Time and peak of a step; or why there are none."""
+    try:
+        with allocation_peak(bench.device) as peak:
+            step()
+        seconds = bench.seconds(step)
+    except torch.OutOfMemoryError:
+        tidy(bench)
+        return {"out_of_memory": True}
+    return {
+        "seconds": seconds,
+        "tokens_per_s": length / seconds,
+        "utilisation": flops / seconds / bench.peak_flops_per_s,
+        "peak_bytes": peak.num_bytes,
+    }
+
+
+def compare_with_estimate(bench: Bench, config: RunConfig, stage: str, step_peak: int, held: int) -> dict[str, Any]:
+    """What `hedgehog validate` estimates for tensors, and what was allocated; weights and optimizer included."""
+    estimates = estimate_memory(config, bench.shape, world_size=1, device=bench.device.type)
+    terms = next(estimate.terms for estimate in estimates if estimate.stage == stage)
+    estimated = sum(term.num_bytes for term in terms if term.kind != "overhead")
+    return {
+        "estimated_bytes": int(estimated),
+        "allocated_bytes": held + step_peak,
+        "ratio": estimated / (held + step_peak),
+        "terms": {term.name: int(term.num_bytes) for term in terms if term.kind != "overhead"},
+    }
+
+
+def held_bytes(*owners: Any) -> int:
+    """Bytes of all weights, gradients and optimizer states of modules and optimizers, each storage once."""
+    tensors: list[torch.Tensor] = []
+    for owner in owners:
+        if isinstance(owner, torch.nn.Module):
+            for tensor in (*owner.parameters(), *owner.buffers()):
+                tensors += [tensor] if tensor.grad is None else [tensor, tensor.grad]
+        else:
+            tensors += [
+                value for state in owner.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+            ]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def distill_rows(bench: Bench, lengths: list[int]) -> list[dict[str, Any]]:
+    shape, llama, rows = bench.shape, bench.llama(), []
+    layers = tuple(range(shape.num_layers))
+    teacher = Teacher(llama, layers)
+    for kind in (FeatureMapDistillation, MaterialisedDistillation):
+        config = bench.config(1024)
+        hedgehog = convert_llama(llama, attention="linear", feature_map="hedgehog_softmax")
+        module = kind(hedgehog, teacher, layers, config.distill)
+        with engine_of(bench, module, module.parameter_groups(1e-3)) as engine:
+            for length in lengths:
+                direct = kind is MaterialisedDistillation
+                if bench.out_of_time() or (direct and length > MATERIALISED_LIMIT[bench.device.type]):
+                    continue
+                config, batch = bench.config(length), bench.batch(length)
+                forward, own = distill_flops(config, shape, length)
+                flops = shape.num_layers * (forward + own) * length
+
+                def step(batch: dict[str, Any] = batch, engine: TrainingEngine = engine) -> None:
+                    engine.backward(engine(batch)[0])
+                    engine.step(1.0)
+
+                step()
+                row = {"length": length, "loss": "materialised" if direct else "tiled"}
+                row |= measured(bench, step, length, flops)
+                if not direct and "seconds" in row:
+                    row["teacher_seconds"] = bench.seconds(lambda b=batch: teacher(b, False, lambda seen: None), 0.5)
+                    row["over_teacher"] = row["seconds"] / row["teacher_seconds"]
+                    held = held_bytes(llama, module, engine._engine.optimizer)  # pyright: ignore[reportPrivateUsage]
+                    row["estimate"] = compare_with_estimate(bench, config, "distill", row["peak_bytes"], held)
+                rows.append(show("distill", row))
+                if "out_of_memory" in row:
+                    break
+        del module, hedgehog
+    return rows
+
+
+def finetune_rows(bench: Bench, lengths: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    for attention in ("linear", "softmax"):
+        config = bench.config(1024, attention)
+        llama = bench.llama()
+        model = convert_llama(llama, attention=attention, feature_map="hedgehog_softmax")
+        del llama
+        adapted = attach_lora(model, config.finetune.lora, seed=0)
+        maps = [p for module in feature_map_modules(model).values() for p in module.parameters()]
+        for weight in maps:
+            weight.requires_grad_()
+        if bench.gradient_checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renamed it, 5.17 has only this name
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        module = SummaryLoss(adapted, packed=False)
+        groups = [{"params": [p for p in module.parameters() if p.requires_grad], "peak_learning_rate": 1e-4}]
+        with engine_of(bench, module, groups) as engine:
+            engine.module.train()
+            for length in lengths:
+                if bench.out_of_time():
+                    break
+                batch, config = bench.batch(length), bench.config(length, attention)
+
+                def step(batch: dict[str, Any] = batch, engine: TrainingEngine = engine) -> None:
+                    engine.backward(engine(batch) / batch["tokens_in_global_batch"])
+                    engine.step(1.0)
+
+                try:
+                    step()
+                except torch.OutOfMemoryError:
+                    rows.append(show("finetune", {"length": length, "attention": attention, "out_of_memory": True}))
+                    break
+                row = {"length": length, "attention": attention}
+                row |= measured(bench, step, length, finetune_flops(bench, length, attention))
+                held = held_bytes(module, engine._engine.optimizer)  # pyright: ignore[reportPrivateUsage]
+                if "seconds" in row:
+                    row["estimate"] = compare_with_estimate(bench, config, "finetune", row["peak_bytes"], held)
+                rows.append(show("finetune", row))
+        del module, adapted, model, maps, groups
+        tidy(bench)
+    return rows
+
+
+def finetune_flops(bench: Bench, length: int, attention: str) -> float:
+    """Useful FLOPs of a step: forward and dX through frozen weights, attention forward and twice that backward.
+
+    Recomputed layers (gradient checkpointing) and the adapters' own products are not counted.
+    """
+    shape = bench.shape
+    linears = 4 * shape.num_layers * shape.num_layer_weights * length + 4 * shape.hidden_size * shape.vocab_size * (
+        length // 4
+    )
+    if attention == "softmax":
+        per_token = 4 * shape.head_dim * (length + 1) / 2
+    else:  # maps, then state in and state out
+        per_token = 2 * 2 * shape.head_dim**2 + 4 * 2 * shape.head_dim * shape.head_dim
+    return linears + 3 * shape.num_layers * shape.num_heads * length * per_token
+
+
+def generate_rows(bench: Bench, positions: list[int], batch_sizes: list[int], num_tokens: int) -> list[dict[str, Any]]:
+    rows = []
+    for attention in ("linear", "softmax"):
+        model = convert_llama(bench.llama(), attention=attention, feature_map="hedgehog_softmax")
+        for batch_size in batch_sizes:
+            for position in positions:
+                if bench.out_of_time():
+                    continue
+                ids = bench.batch(position)["input_ids"].expand(batch_size, -1)
+
+                def generate(count: int, model: Any = model, ids: torch.Tensor = ids) -> None:
+                    model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+
+                row: dict[str, Any] = {"position": position, "batch": batch_size, "attention": attention}
+                try:
+                    generate(2)
+                    prefill = bench.seconds(lambda: generate(1), 0.0)
+                    whole = bench.seconds(lambda: generate(1 + num_tokens), 0.0)
+                    row["ms_per_token"] = 1000 * (whole - prefill) / num_tokens
+                    row["prefill_s"] = prefill
+                    per_row = state_bytes(bench.config(1024), bench.shape)
+                    if attention == "softmax":
+                        keys = bench.shape.num_key_value_heads * bench.shape.head_dim
+                        per_row = 2 * bench.shape.num_layers * keys * position * bench.dtype.itemsize
+                    row["cache_bytes"] = batch_size * per_row
+                    with allocation_peak(bench.device) as peak:
+                        generate(1 + num_tokens)
+                    evaluate = {"batch_size": batch_size, "max_new_tokens": 1 + num_tokens, "perplexity": False}
+                    config = bench.config(position, attention, **evaluate)
+                    row["estimate"] = compare_with_estimate(
+                        bench, config, "evaluate", peak.num_bytes, held_bytes(model)
+                    )
+                except torch.OutOfMemoryError:
+                    tidy(bench)
+                    row["out_of_memory"] = True
+                rows.append(show("generate", row))
+        del model
+        tidy(bench)
+    return rows
+
+
+def show(section: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row as soon as it is there."""
+    words = []
+    for key, value in row.items():
+        if key == "estimate":
+            words.append(f"estimate {value['ratio']:.2f} of {format_bytes(value['allocated_bytes'])}")
+        elif key.endswith("bytes"):
+            words.append(f"{key.removesuffix('_bytes')} {format_bytes(value)}")
+        else:
+            words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    print(f"{section:<9} " + "  ".join(words), flush=True)
+    return row
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default="distill,finetune,generate")
+    parser.add_argument("--lengths", help="tokens; by default 1k to 32k on a GPU, 512 to 4k without")
+    parser.add_argument("--quick", action="store_true", help="4 layers, 256 and 512 tokens, no GPU")
+    parser.add_argument("--budget-s", type=float, default=420.0, help="begin nothing after so many seconds")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_7b.json")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.quick else "cpu")
+    shape = LLAMA_7B if device.type == "cuda" else replace(NARROW, num_layers=4) if arguments.quick else NARROW
+    default = "1024,2048,4096,8192,16384,32768" if device.type == "cuda" else "512,1024,2048,4096"
+    lengths = [int(n) for n in (arguments.lengths or ("256,512" if arguments.quick else default)).split(",")]
+    bench = Bench(shape, device, arguments.budget_s)
+    bench.quick = arguments.quick
+    bench.measure_peak_flops()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    print(f"{shape.num_weights:,} weights, {bench.dtype}, {name}, {bench.peak_flops_per_s / 1e12:.2f} TFLOP/s")
+    result: dict[str, Any] = {
+        "device": name,
+        "shape": shape.__dict__,
+        "dtype": str(bench.dtype),
+        "peak_flops_per_s": bench.peak_flops_per_s,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "load": os.getloadavg(),
+    }
+    sections = arguments.sections.split(",")
+    if "distill" in sections:
+        result["distill"] = distill_rows(bench, lengths)
+    if "finetune" in sections:
+        result["finetune"] = finetune_rows(bench, lengths)
+    if "generate" in sections:
+        few = arguments.quick or device.type == "cpu"
+        result["generate"] = generate_rows(bench, [64, lengths[-1] if few else 4096], [1, 16], 4 if few else 32)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
