@@ -31,11 +31,12 @@ import torch
 from .config import RunConfig
 from .config_loading import apply_variant, config_differences, dump_resolved, flatten
 from .distributed import World, discover_world
-from .errors import CheckpointError, ConfigError, Interrupted, LeaseError, ResourceError
+from .errors import CheckpointError, ConfigError, Interrupted, LeaseError
 from .interrupts import listening, stopping_together
 from .lease import leased
 from .manifest import Manifest, StageInput, describe_artifact, fingerprint, read_manifest
 from .metrics import Reporter, format_bytes, format_duration, peak_memory_bytes, reset_peak_memory
+from .out_of_memory import out_of_memory_explained
 from .requeue import requeue, slurm_job
 from .run_folder import (
     LEASE,
@@ -408,7 +409,7 @@ def _run_held(
         with (
             _duration_kept(manifest, folder, world, started),
             stopping_together(world),
-            _out_of_memory(attempt.title),
+            out_of_memory_explained(attempt.title, attempt.stage, attempt.config, world),
             _lost_folder_said(),
         ):
             result = function(context)
@@ -561,18 +562,6 @@ def _lost_folder_said() -> Iterator[None]:
         if fault is None or isinstance(error, LeaseError):
             raise
         raise fault from error
-
-
-@contextlib.contextmanager
-def _out_of_memory(title: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{title}: out of GPU memory ({str(error).splitlines()[0]}). Lower micro_batch_size or "
-            "data.max_length_tokens, raise engine.zero_stage, set engine.offload_optimizer or "
-            "model.quantization=nf4; `hedgehog validate` estimates each."
-        ) from error
 
 
 def _versions() -> dict[str, str]:

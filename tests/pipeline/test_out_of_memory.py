@@ -1,0 +1,84 @@
+"""When memory ends the message says what was estimated, and names only keys that still help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.distributed import World
+from hedgehog.pipeline.errors import ResourceError
+from hedgehog.pipeline.memory_estimate import estimate_memory
+from hedgehog.pipeline.model_shape import HUB_SHAPES
+from hedgehog.pipeline.out_of_memory import explain, out_of_memory_explained
+
+BASE = "meta-llama/Llama-2-7b-hf"
+WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore that nobody reads"
+
+
+def config(**sections: Any) -> RunConfig:
+    model = {"base": BASE, **sections.pop("model", {})}
+    return RunConfig.model_validate({"name": "x", "model": model, "data": {"dataset": "a/b"}, **sections})
+
+
+def world(size: int = 1, device: str = "cuda") -> World:
+    return World(rank=0, world_size=size, local_rank=0, device=torch.device(device))
+
+
+def test_what_was_estimated_and_which_keys_help():
+    said = explain("finetune", "finetune", config(finetune={"micro_batch_size": 8}), world(4), WORDS)
+    assert said.startswith("finetune: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.).")
+    estimates = estimate_memory(config(finetune={"micro_batch_size": 8}), HUB_SHAPES[BASE], world_size=4, device="cuda")
+    total = next(estimate.num_bytes for estimate in estimates if estimate.stage == "finetune")
+    assert f"Estimated: {total / 2**30:.1f} GiB (" in said
+    for key in (
+        "finetune.micro_batch_size (now 8)", "finetune.gradient_checkpointing=true", "data.max_length_tokens (now",
+        "engine.zero_stage=3 (now 1)", "model.quantization=nf4", "engine.offload_optimizer=true",
+    ):  # fmt: skip
+        assert key in said, key
+
+
+def test_what_is_set_already_is_not_advised():
+    spent = config(
+        model={"quantization": "nf4"},
+        finetune={"micro_batch_size": 1, "gradient_checkpointing": True, "optimizer": "adamw8bit"},
+    )
+    said = explain("finetune", "finetune", spent, world(), WORDS)
+    assert "What lowers it, the largest part first: " in said
+    for key in ("micro_batch_size", "gradient_checkpointing", "quantization=nf4", "adamw8bit", "zero_stage"):
+        assert key not in said, key
+
+
+def test_the_largest_part_comes_first():
+    short = explain("distill", "distill", config(data={"dataset": "a/b", "max_length_tokens": 512}), world(), WORDS)
+    assert short.index("quantization") < short.index("max_length_tokens")
+    long = config(data={"dataset": "a/b", "max_length_tokens": 1 << 20}, distill={"micro_batch_size": 4})
+    said = explain("distill", "distill", long, world(), WORDS)
+    assert said.index("distill.micro_batch_size (now 4)") < said.index("quantization")
+
+
+def test_a_model_of_unknown_size_has_no_estimate():
+    said = explain("distill", "distill", config(model={"base": "somebody/unknown"}), world(), WORDS)
+    assert "Estimated" not in said and "model.quantization=nf4" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(WORDS),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_each_way_memory_ends(error: Exception):
+    explained = out_of_memory_explained("evaluate", "evaluate", config(), world(device="cpu"))
+    with pytest.raises(ResourceError, match="evaluate: out of memory"), explained:
+        raise error
+
+
+def test_other_errors_pass():
+    explained = out_of_memory_explained("evaluate", "evaluate", config(), world(device="cpu"))
+    with pytest.raises(RuntimeError, match="something else"), explained:
+        raise RuntimeError("something else")
