@@ -108,7 +108,8 @@ class Bench:
         )
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
-        model = model.to(self.dtype).to_empty(device=self.device)
+        # transformers' wrapper of `to` has annotations that pyright misreads
+        torch.nn.Module.to(model, dtype=self.dtype).to_empty(device=self.device)
         model.model.rotary_emb = LlamaRotaryEmbedding(config).to(self.device)
         generator = torch.Generator(self.device).manual_seed(0)
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,8 +35,9 @@ def allocation_peak(device: torch.device | str) -> Iterator[AllocationPeak]:
         yield found
     results = profile.profiler.kineto_results if profile.profiler is not None else None
     assert results is not None
-    events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    # torch's stub of these events leaves out nbytes
+    memory: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
     alive = 0
-    for _, num_bytes in sorted(events, key=lambda event: event[0]):
-        alive += num_bytes
+    for event in sorted(memory, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
         found.num_bytes = max(found.num_bytes, alive)
