@@ -12,7 +12,12 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 
+REQUEUE_FILE = "HEDGEHOG_REQUEUE_FILE"
+"""Names a file that asks the job's script to queue the job again: it runs on the node itself and has Slurm's commands,
+while a program in a container often has none."""
+_NOT_FOUND = 127
 _TIMEOUT_S = 60
 """A busy controller answers slowly; much longer would use up what is left of the grace period."""
 
@@ -40,8 +45,21 @@ def requeue(job: str) -> tuple[bool, str]:
     code, output = _scontrol("requeue", job)
     if code == 0:
         return True, f"job {job} is queued again and goes on there"
+    if code == _NOT_FOUND and _ask_script():
+        return True, f"job {job} is queued again by its script"
     reason = " ".join(output.split()) or f"exit status {code}"
     return False, f"job {job} could not be queued again ({reason}): submit it again"
+
+
+def _ask_script() -> bool:
+    file = os.environ.get(REQUEUE_FILE)
+    if not file:
+        return False
+    try:
+        Path(file).touch()
+    except OSError:
+        return False
+    return True
 
 
 def _facts(job: str) -> dict[str, str]:
@@ -65,7 +83,7 @@ def _scontrol(*arguments: str) -> tuple[int, str]:
             timeout=_TIMEOUT_S,
         )
     except FileNotFoundError:
-        return 127, "scontrol is not on the PATH"
+        return _NOT_FOUND, "scontrol is not on the PATH"
     except subprocess.TimeoutExpired:
         return 124, f"scontrol gave no answer in {_TIMEOUT_S} s"
     return done.returncode, done.stdout

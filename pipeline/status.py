@@ -75,6 +75,8 @@ class RunStatus:
     commands: tuple[str, ...]
     notes: tuple[str, ...] = ()
     """Why Slurm's states are missing."""
+    queue_unknown: bool = False
+    """Whether squeue did not answer: a job may wait or run that is not seen here."""
 
     @property
     def finished(self) -> bool:
@@ -104,7 +106,8 @@ def read_status(run: str) -> RunStatus:
     if not jobs:
         return RunStatus(str(folder.root), stages, tuple(_commands(folder, config, stages)))
     stages = _with_jobs(stages, jobs)
-    status = RunStatus(str(folder.root), stages, (), tuple(notes))
+    unknown = any(note.startswith("squeue") for note in notes)
+    status = RunStatus(str(folder.root), stages, (), tuple(notes), unknown)
     waits_for_a_failure = any(stage.state in ("failed", "cancelled") for stage in stages)
     if not status.finished and (waits_for_a_failure or not status.live):
         status = replace(status, commands=(shlex.join(records.command),))

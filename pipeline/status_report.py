@@ -65,7 +65,7 @@ def watch_status(run: str, *, every_s: float, as_json: bool) -> RunStatus:
             print("\033[2J\033[H", end="")
         status = print_status(run, as_json=as_json)
         submitted = any(stage.job for stage in status.stages)
-        if status.finished or (submitted and not status.live and not status.notes):
+        if status.finished or (submitted and not status.live and not status.queue_unknown):
             return status
         time.sleep(every_s)
 

@@ -32,6 +32,7 @@ from .layer_groups import (
 _ASSUMED_FILL = 0.25
 """Typical row over `data.max_length_tokens` before `prepare` has counted tokens (SAMSum at 1024: 0.2)."""
 
+_SHARDS = "evaluate-shards"
 _LIGHT = "merge"
 """The settings of jobs that compute nothing: a merge, or a stage that a variant skips and only has to record."""
 
@@ -95,10 +96,10 @@ class JobGraph:
 
 @dataclass(frozen=True)
 class Queued:
-    """What waits or runs of a run's distill arrays, so that a new graph keeps to it."""
+    """What waits or runs of a run's arrays, so that a new graph keeps to it."""
 
     elements: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Job name to the layers of its elements."""
+    """Job name to the layers or shards of its elements."""
     whole: frozenset[str] = frozenset()
     """Names of jobs without an array."""
 
@@ -156,23 +157,26 @@ def build_graph(
         finished_tuning = _done(folder.stage("finetune", variant))
         settings = "finetune" if conversion.finetune.enabled else _LIGHT
         jobs.append(Job(last[-1], settings, variant, ("finetune", *options), (parent,), done=finished_tuning))
-    jobs += _evaluation(config, folder, tuple(last))
+    jobs += _evaluation(config, folder, tuple(last), queued)
     jobs.append(Job("export", "export", None, ("export",), ("evaluate",), done=_done(folder.stage("export"))))
     jobs = [replace(job, wanted=job.run_stage in stages) for job in jobs]
     _check_manifests(config, folder, [job for job in jobs if job.wanted])
     return JobGraph(tuple(jobs), tuple(costs) if "distill" in stages else ())
 
 
-def _evaluation(config: RunConfig, folder: RunFolder, parents: tuple[str, ...]) -> list[Job]:
+def _evaluation(config: RunConfig, folder: RunFolder, parents: tuple[str, ...], queued: Queued) -> list[Job]:
+    """One job, or an array and the job that joins it. What waits or runs keeps its number of shards."""
     done = _done(folder.stage("evaluate"))
-    if config.slurm.evaluate_shards == 1 or done:
+    running = queued.elements.get(_SHARDS, ())
+    num_shards = int(running[0].partition("/")[2]) if running else config.slurm.evaluate_shards
+    # an `evaluate` in the queue without shards is the whole stage, or joins shards that are done
+    if done or num_shards == 1 or ("evaluate" in queued.whole and not running):
         return [Job("evaluate", "evaluate", None, ("evaluate",), parents, done=done)]
-    num_shards = config.slurm.evaluate_shards
     shards = tuple(f"{index}/{num_shards}" for index in range(num_shards))
     finished = frozenset(index for index, shard in enumerate(shards) if _done(folder.shard(shard)))
     return [
         Job(
-            "evaluate-shards",
+            _SHARDS,
             "evaluate",
             None,
             ("evaluate",),
@@ -181,7 +185,7 @@ def _evaluation(config: RunConfig, folder: RunFolder, parents: tuple[str, ...]) 
             elements=shards,
             done_elements=finished,
         ),
-        Job("evaluate", "merge", None, ("evaluate",), ("evaluate-shards",)),
+        Job("evaluate", "merge", None, ("evaluate",), (_SHARDS,)),
     ]
 
 
@@ -266,6 +270,8 @@ def _check_manifests(config: RunConfig, folder: RunFolder, jobs: Sequence[Job]) 
         folders = [folder.stage(stage, job.variant)]
         if job.element_option == "--layers":
             folders += [folder.stage(stage, job.variant, text) for text in job.elements]
+        if job.element_option == "--shard":
+            folders += [folder.shard(text) for text in job.elements]
         for path in folders:
             manifest = read_manifest(path)
             if manifest is None or not any(

@@ -18,6 +18,7 @@ _START_LINE = "=== "
 """Begins every start of a script in its log; a requeued job appends."""
 _ERROR_KINDS = (
     re.compile(r"^error( \(rank \d+\))?: "),
+    re.compile(r"could not be queued again|is not queued again"),
     re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b.*"),
     re.compile(r"^slurmstepd[^\s:]*: error: .*(CANCELLED|oom|out.of.memory|exceeded|unable)", re.IGNORECASE),
     re.compile(r"^(srun|slurmstepd[^\s:]*): error: "),

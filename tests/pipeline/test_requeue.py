@@ -83,3 +83,12 @@ def test_an_array_element_is_named_as_one() -> None:
     assert slurm_job({"SLURM_JOB_ID": "123"}) == "123"
     element = {"SLURM_JOB_ID": "123", "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "3"}
     assert slurm_job(element) == "120_3"
+
+
+def test_without_scontrol_the_jobs_script_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HEDGEHOG_REQUEUE_FILE", str(tmp_path / "requeue-7"))
+    assert requeue("7") == (True, "job 7 is queued again by its script")
+    assert (tmp_path / "requeue-7").exists()
+    monkeypatch.setenv("HEDGEHOG_REQUEUE_FILE", str(tmp_path / "nowhere" / "requeue-7"))
+    assert requeue("7")[0] is False

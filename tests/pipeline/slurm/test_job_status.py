@@ -120,6 +120,15 @@ def test_watching_ends_with_the_jobs(run, slurm, capsys):
     assert not status.finished and not status.live
 
 
+def test_watching_ends_on_a_cluster_without_accounting(run, slurm, capsys, monkeypatch):
+    cancel(run)
+    slurm.fail("sacct", "Slurm accounting storage is disabled")
+    assert watch_status(run, every_s=0.1, as_json=True).notes
+    slurm.fail("squeue", "Unable to contact slurm controller")
+    monkeypatch.setattr("hedgehog.pipeline.status_report.time.sleep", lambda _: slurm.works_again())
+    assert not watch_status(run, every_s=0.1, as_json=True).notes, "as long as squeue fails jobs may be running"
+
+
 def test_the_line_that_says_most(tmp_path):
     log = tmp_path / "log"
     for text, expected in (

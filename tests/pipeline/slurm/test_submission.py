@@ -31,6 +31,10 @@ def directives(name: str) -> list[str]:
     return re.findall(r"^#SBATCH (.*)$", script(name), flags=re.MULTILINE)
 
 
+def records() -> list[dict]:
+    return json.loads(Path("runs/trial/slurm/jobs.json").read_text())["jobs"]
+
+
 def groups() -> list[str]:
     found = re.search(r"^ELEMENTS=\((.*)\)$", script("distill"), flags=re.MULTILINE)
     assert found
@@ -237,6 +241,33 @@ def test_a_distillation_begun_whole_goes_on_as_one_job(slurm, write_config, fini
     Path("runs/trial/distill/checkpoints").mkdir()
     submit("trial.yaml")
     assert "merge" not in slurm.submissions() and "array" not in slurm.submissions()["distill"]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_shards_in_the_queue_keep_their_number(slurm, write_config, finish, shards):
+    write_config(slurm={"evaluate_shards": 2})
+    submit("trial.yaml")
+    for place in ("prepare", "distill", "finetune", "variants/soft/distill", "variants/soft/finetune"):
+        finish(place)
+    slurm.forget_calls()
+    write_config(slurm={"evaluate_shards": shards})
+    submit("trial.yaml")
+    assert slurm.submissions() == {}
+    finish("evaluate/shard-0-of-2")
+    finish("evaluate/shard-1-of-2")
+    job = next(record for record in records() if record["name"] == "evaluate-shards")["job_id"]
+    slurm.set(**{f"_{job}_0": "", f"_{job}_1": ""})
+    submit("trial.yaml")
+    assert slurm.submissions() == {}, "the job that joins them is the evaluation now"
+
+
+def test_a_shard_of_another_config_is_refused_before_the_queue(slurm, write_config, finish):
+    write_config(slurm={"evaluate_shards": 2})
+    finish("evaluate/shard-0-of-2", config={"evaluate.num_beams": 1})
+    write_config(slurm={"evaluate_shards": 2}, evaluate={"num_beams": 4})
+    with pytest.raises(ConfigError, match=r"shard-0-of-2 was finished with another config: evaluate.num_beams: 1 → 4"):
+        submit("trial.yaml")
+    assert slurm.calls("sbatch") == []
 
 
 def test_evaluate_over_shards(slurm, write_config, finish):

@@ -35,6 +35,25 @@ def test_a_template_runs_as_it_is(name: str, called: str, tmp_path: Path):
     assert done.stdout.splitlines()[1:] == ["options: --kill-on-bad-exit=1", called]
 
 
+@pytest.mark.parametrize(("name", "job"), [("stage", "7"), ("array", "5_1")])
+def test_the_script_queues_the_job_again_for_a_program_that_cannot(name: str, job: str, tmp_path: Path):
+    calls = tmp_path / "calls"
+    for program, body in (
+        ("srun", 'shift; exec "$@"'),
+        ("hedgehog", 'touch "$HEDGEHOG_REQUEUE_FILE"; echo "$SLURM_EXPORT_ENV"; exit 75'),
+        ("scontrol", f'echo "$@" >> {calls}'),
+    ):
+        (tmp_path / program).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / program).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
+    environment = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_EXPORT_ENV": "NONE"}
+    script = str(TEMPLATES / f"{name}.sbatch")
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (75, ["ALL"])
+    assert calls.read_text() == f"requeue {job}\n"
+    assert not list(tmp_path.glob("requeue-*"))
+
+
 def test_templates_and_all_packages_are_shipped():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
