@@ -1,6 +1,6 @@
 """A whole graph whose jobs are killed, cancelled, requeued and warned at random: what it ends in is the same.
 
-HEDGEHOG_SLURM_KILLS says how often (4; fifty take a quarter of an hour), HEDGEHOG_KILL_SEED repeats the choices.
+HEDGEHOG_SLURM_KILLS says how often (3; fifty take a quarter of an hour), HEDGEHOG_KILL_SEED repeats the choices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from .conftest import Cluster
 
-NUM_KILLS = int(os.environ.get("HEDGEHOG_SLURM_KILLS", "4"))
+NUM_KILLS = int(os.environ.get("HEDGEHOG_SLURM_KILLS", "3"))
 LONGEST_WAIT_S = 12.0
 """Longer than a job takes to its first step, so that some are met at work."""
 MEASURED = re.compile(r'"(step_s|memory_bytes|tokens_per_s|elapsed_s)": [^,}]+,? ?')
@@ -94,9 +94,14 @@ def outcome(run: Path) -> dict[str, bytes | str]:
         name = str(file.relative_to(run))
         if file.name == "metrics.jsonl":
             found[name] = MEASURED.sub("", file.read_text())
-        elif file.suffix in (".safetensors", ".model") or file.name == "predictions.jsonl":
+        elif file.suffix in (".safetensors", ".model") or name.startswith(
+            ("evaluate/predictions", "export/model/config")
+        ):
+            found[name] = file.read_bytes()
+        elif name == "evaluate/rouge.json":
             found[name] = file.read_bytes()
     assert {"export", "finetune", "evaluate", "distill", "prepare"} <= {name.partition("/")[0] for name in found}
+    assert "evaluate/rouge.json" in found and any(name.endswith("predictions/main.jsonl") for name in found)
     return found
 
 

@@ -119,7 +119,7 @@ def test_four_ranks_on_two_nodes_are_cancelled_and_one_goes_on(prepared: Cluster
 
 
 def test_without_accounting_squeue_is_enough_and_without_both_the_manifests(
-    whole_graph: Cluster, slurm_conf: Path, tmp_path: Path
+    whole_graph: Cluster, prepared: Cluster, slurm_conf: Path, tmp_path: Path
 ):
     plain = tmp_path / "slurm.conf"
     lines = [line for line in slurm_conf.read_text().splitlines() if not line.startswith("AccountingStorage")]
@@ -131,6 +131,14 @@ def test_without_accounting_squeue_is_enough_and_without_both_the_manifests(
     status = user.status()
     assert len(status["notes"]) == 1 and "accounting storage is disabled" in status["notes"][0].lower()
     assert {stage["state"] for stage in status["stages"]} == {"done"}
+    waiting = prepared.under(SLURM_CONF=str(plain))
+    prepared.write_config(slurm={"distill": {"sbatch_lines": ["--hold"]}})
+    waiting.hedgehog("submit", "micro.yaml")
+    assert (
+        waiting.states()["distill 0-1"] == "queued" and submitted(waiting.hedgehog("submit", "micro.yaml").stdout) == {}
+    )
+    waiting.hedgehog("cancel", "micro")
+    waiting.wait(lambda states: "queued" not in states.values(), 60)
     nothing = whole_graph.under(PATH="/nowhere")
     assert [note.split(":")[0] for note in nothing.status()["notes"]] == ["sacct", "squeue"]
     assert nothing.states() == user.states()
