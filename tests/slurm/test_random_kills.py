@@ -24,6 +24,7 @@ NUM_KILLS = int(os.environ.get("HEDGEHOG_SLURM_KILLS", "3"))
 LONGEST_WAIT_S = 12.0
 """Longer than a job takes to its first step, so that some are met at work."""
 MEASURED = re.compile(r'"(step_s|memory_bytes|tokens_per_s|elapsed_s)": [^,}]+,? ?')
+COMPARED = ("evaluate/predictions/", "evaluate/rouge.json", "export/model/config.json")
 
 pytestmark = [
     pytest.mark.slurm,
