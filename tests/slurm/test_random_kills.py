@@ -95,11 +95,7 @@ def outcome(run: Path) -> dict[str, bytes | str]:
         name = str(file.relative_to(run))
         if file.name == "metrics.jsonl":
             found[name] = MEASURED.sub("", file.read_text())
-        elif file.suffix in (".safetensors", ".model") or name.startswith(
-            ("evaluate/predictions", "export/model/config")
-        ):
-            found[name] = file.read_bytes()
-        elif name == "evaluate/rouge.json":
+        elif file.suffix in (".safetensors", ".model") or name.startswith(COMPARED):
             found[name] = file.read_bytes()
     assert {"export", "finetune", "evaluate", "distill", "prepare"} <= {name.partition("/")[0] for name in found}
     assert "evaluate/rouge.json" in found and any(name.endswith("predictions/main.jsonl") for name in found)
