@@ -19,6 +19,7 @@ def cancel(run: str) -> None:
     """
     folder = RunFolder(find_run_folder(run))
     records = read_records(folder)
+    records.adopt()
     if not records.jobs:
         print(f"{folder.root}: nothing was submitted to Slurm.")
         return
@@ -26,11 +27,11 @@ def cancel(run: str) -> None:
     live = {
         job_id if index is None else f"{job_id}_{index}": state.state
         for (job_id, index), state in states.items()
-        if state.state in LIVE_STATES
+        # a job that is being queued again is COMPLETING too, and would start anew; to one that ends it does no harm
+        if state.state in LIVE_STATES or state.state == ENDING_STATE
     }
     if not live:
-        ending = sum(state.state == ENDING_STATE for state in states.values())
-        print(f"{folder.root}: no job waits or runs" + (f" ({ending} are ending)." if ending else "."))
+        print(f"{folder.root}: no job waits or runs.")
         return
     # children first: a parent's end must not start or kill them before their turn
     names = {job.job_id: job.name for job in records.jobs}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CheckpointError
 from ..run_folder import RunFolder, write_json
+from .scheduler import jobs_by_token
 
 FORMAT = 1
+_INTENT_AGE = timedelta(days=1)
 
 
 class JobRecord(BaseModel):
@@ -26,9 +29,13 @@ class JobRecord(BaseModel):
     job_id: str
     elements: dict[int, str] = Field(default_factory=dict)
     """Array index to its part (`0-15`); empty for a single job."""
+    parts: list[str] = Field(default_factory=list)
+    """All parts of the array as it was grouped then, submitted now or not; empty in older records."""
     dependency: str = ""
     script: str
     submitted_at: str
+    token: str = ""
+    """Last word of the job's comment in Slurm, by which it is found; empty in older records."""
 
     def log_file(self, folder: RunFolder, index: int | None) -> Path:
         """Where the job, or one element of it, prints."""
@@ -48,6 +55,8 @@ class JobRecords(BaseModel):
     command: list[str] = Field(default_factory=list)
     """The newest `hedgehog submit …`: the same again submits what is missing."""
     jobs: list[JobRecord] = Field(default_factory=list)
+    intents: list[JobRecord] = Field(default_factory=list)
+    """Calls of sbatch whose outcome is not known, without a job id: written before the call, removed after it."""
 
     def newest(self) -> Iterator[tuple[JobRecord, int | None]]:
         """The latest attempt at every job and every part of an array, in order of submission."""
@@ -55,6 +64,9 @@ class JobRecords(BaseModel):
         for job in self.jobs:
             if job.elements:
                 found.pop((job.name, None), None)
+                if job.parts:  # grouped anew: parts of an earlier grouping are nobody's concern any more
+                    for key in [key for key in found if key[0] == job.name and key[1] not in job.parts]:
+                        del found[key]
                 for index, part in job.elements.items():
                     found[job.name, part] = (job, index)
             else:
@@ -62,6 +74,31 @@ class JobRecords(BaseModel):
                     del found[key]
                 found[job.name, None] = (job, None)
         yield from found.values()
+
+    def adopt(self) -> list[JobRecord]:
+        """Find out about the intents: what squeue shows becomes a record. Returns the new records; writes nothing.
+
+        An intent that squeue does not show stays for a day, for a busy controller may take a job late.
+
+        Raises:
+            SchedulerError: squeue does not answer.
+        """
+        if not self.intents:
+            return []
+        found = jobs_by_token({intent.token for intent in self.intents})
+        adopted = []
+        now = datetime.now(timezone.utc)
+        for intent in list(self.intents):
+            if intent.token in found:
+                record = intent.model_copy(update={"job_id": found[intent.token]})
+                # `newest` goes by the order of submission
+                later = (n for n, job in enumerate(self.jobs) if job.submitted_at > record.submitted_at)
+                self.jobs.insert(next(later, len(self.jobs)), record)
+                adopted.append(record)
+                self.intents.remove(intent)
+            elif now - datetime.fromisoformat(intent.submitted_at) > _INTENT_AGE:
+                self.intents.remove(intent)
+        return adopted
 
     @property
     def job_ids(self) -> list[str]:

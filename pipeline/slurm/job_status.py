@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 
 from ..run_folder import RunFolder
 from .job_records import JobRecord, JobRecords, read_records
-from .scheduler import ENDING_STATE, FAILED_STATES, RUNNING_STATES, WAITING_STATES, JobState, observe
+from .scheduler import ENDING_STATE, FAILED_STATES, RUNNING_STATES, WAITING_STATES, JobState, SchedulerError, observe
 
 Activity = Literal["queued", "running", "failed", "cancelled", "ended", "unknown"]
 _TAIL_BYTES = 1 << 16
@@ -56,6 +57,8 @@ def view_jobs(folder: RunFolder) -> tuple[list[JobView], list[str], JobRecords]:
         CheckpointError: the records cannot be read.
     """
     records = read_records(folder)
+    with contextlib.suppress(SchedulerError):  # `observe` says so
+        records.adopt()
     seen = observe(records.job_ids)
     views = [
         _view(folder, record, index, seen.states.get((record.job_id, index))) for record, index in records.newest()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,11 @@ FAILED_STATES = frozenset(
     {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "REVOKED"}
 )
 _TIMEOUT_S = 60
+_POLICY = r"accounting/qos policy|MaxSubmit|QOS\w*Limit|Assoc\w*Limit"
+"""A limit on how much a user, account or QOS may ask for; it names an account that may well be the right one."""
 _KEYS = (
-    (r"account", ("account", "partition")),  # "Invalid account or account/partition combination"
+    (_POLICY, ("qos", "time", "layer_groups")),
+    (r"\baccount\b", ("account", "partition")),  # "Invalid account or account/partition combination"
     (r"partition", ("partition",)),
     (r"qos", ("qos",)),
     (r"feature|constraint", ("constraint",)),
@@ -42,10 +46,29 @@ _KEYS = (
 _RUN_WIDE_KEYS = ("layer_groups", "evaluate_shards")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "HEDGEHOG_SUBMITTED_CONFIG")
 _SITE_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+_DEFAULT_VARIABLES = {
+    "SBATCH_ACCOUNT": ("--account", "-A"),
+    "SBATCH_PARTITION": ("--partition", "-p"),
+    "SBATCH_QOS": ("--qos", "-q"),
+    "SBATCH_TIMELIMIT": ("--time", "-t"),
+    "SBATCH_CONSTRAINT": ("--constraint", "-C"),
+    "SBATCH_RESERVATION": ("--reservation",),
+}
+"""What a user's environment may decide where the script does not. sbatch ranks its variables above `#SBATCH` lines, and
+the others (SBATCH_EXPORT, SBATCH_SIGNAL, SBATCH_NO_REQUEUE, SBATCH_WAIT, …) change what the scripts rely on."""
+_FILTER_VARIABLES = ("SQUEUE_", "SACCT_", "SCANCEL_")
+"""They hide jobs, change columns, or ask before they cancel."""
+_DOUBTFUL = re.compile(r"timed out|zero bytes|connection (reset|refused|closed)|communication", re.IGNORECASE)
+"""sbatch lost the controller, which may have taken the job all the same."""
+_ALREADY_ENDED = re.compile(r"already completing or completed|invalid job id", re.IGNORECASE)
 
 
 class SchedulerError(HedgehogError):
     """Slurm does not answer, or refuses."""
+
+
+class DoubtfulSubmission(SchedulerError):
+    """sbatch got no answer: Slurm may have the job or not."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +114,54 @@ def sbatch(script: Path, options: Sequence[str], *, stage: str, settings: Mappin
 
     Raises:
         ConfigError: Slurm refuses; its own words, and the keys to change.
+        DoubtfulSubmission: there was no answer, and the job may have been submitted.
     """
-    done = _run(["sbatch", "--parsable", *options, str(script)], environment=submission_environment(os.environ))
-    if done.returncode == 0:
-        return done.stdout.strip().splitlines()[-1].split(";")[0]
+    environment = submission_environment(os.environ, script_options(script))
+    try:
+        done = _run(["sbatch", "--parsable", *options, str(script)], environment)
+    except _NoAnswerError as error:
+        raise _in_doubt(stage, str(error)) from None
+    lines = done.stdout.split()
+    if done.returncode == 0 and lines:
+        return lines[-1].split(";")[0]
+    if done.returncode == 0 or _DOUBTFUL.search(_words(done)):
+        raise _in_doubt(stage, _words(done))
     raise ConfigError(refusal(stage, _words(done), settings))
+
+
+def script_options(script: Path) -> dict[str, str]:
+    """The options on a script's `#SBATCH` lines, as they are written there (`--time`, `-t`), with their values."""
+    found = {}
+    for line in script.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#SBATCH "):
+            found |= line_options(line.removeprefix("#SBATCH "))
+    return found
+
+
+def line_options(line: str) -> dict[str, str]:
+    """The options on one line: `--time=3 -A proj` → `{"--time": "3", "-A": "proj"}`."""
+    found: dict[str, str] = {}
+    name = ""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a lone quote: sbatch will say so
+        words = line.split()
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+        elif word.startswith("-"):
+            name, value = word[:2], word[2:].removeprefix("=")
+        else:
+            value = word
+        found[name] = value
+    return found
+
+
+def _in_doubt(stage: str, words: str) -> DoubtfulSubmission:
+    return DoubtfulSubmission(
+        f"{words}\nThe job of {stage} may have been submitted or not: run the same command again, it will find "
+        "out, and submit nothing twice."
+    )
 
 
 def refusal(stage: str, words: str, settings: Mapping[str, object]) -> str:
@@ -107,12 +173,23 @@ def refusal(stage: str, words: str, settings: Mapping[str, object]) -> str:
         names = f"slurm.{key}" if key in _RUN_WIDE_KEYS else f"slurm.{key} or slurm.{stage}.{key}"
         shown.append(f"{names}{value}")
     cure = f"Change {'; '.join(shown)}." if shown else "See the keys under `slurm` in the config."
+    if re.search(_POLICY, words, flags=re.IGNORECASE):
+        cure += " Or wait until some of your jobs have ended, and submit again."
     return f"slurm refused the job of {stage}: {words}\n{cure}"
 
 
-def submission_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for sbatch, which jobs inherit: without the ranks and the job that this process is part of."""
+def submission_environment(environment: Mapping[str, str], decided: Collection[str] = ()) -> dict[str, str]:
+    """The environment for sbatch, which jobs inherit: without the ranks and the job that this process is part of, and
+    without what would overrule the script.
+
+    Args:
+        decided: options that the script has, such as `--account`.
+    """
     kept = {name: value for name, value in environment.items() if name not in _RANK_VARIABLES}
+    for name in [name for name in kept if name.startswith("SBATCH_")]:
+        options = _DEFAULT_VARIABLES.get(name)
+        if options is None or any(option in decided for option in options):
+            del kept[name]
     if "SLURM_JOB_ID" in kept:  # submitted from inside a job
         own = ("SLURM_", "SLURMD_", "SRUN_")
         kept = {name: value for name, value in kept.items() if name in _SITE_VARIABLES or not name.startswith(own)}
@@ -129,8 +206,9 @@ def queue_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobStat
     if not wanted:
         return {}
     # %F array's id, %K index (or N/A), %T state, %r reason; -r: one line an element
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%F|%K|%T|%r", f"--jobs={','.join(wanted)}"]
-    done = _run(command)
+    columns = "--format=%F|%K|%T|%r"
+    # --all: jobs in hidden partitions too
+    done = _run(["squeue", "--noheader", "--all", "--array", "--states=all", columns, f"--jobs={','.join(wanted)}"])
     if done.returncode != 0:
         if "invalid job id" in done.stderr.lower():  # the only one asked for is forgotten
             return {}
@@ -143,6 +221,27 @@ def queue_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobStat
                 state, "" if reason == "None" else reason
             )
     return states
+
+
+def jobs_by_token(tokens: Collection[str]) -> dict[str, str]:
+    """Ids of this user's jobs whose comment ends with one of these tokens, by token.
+
+    Raises:
+        SchedulerError: squeue is missing or fails.
+    """
+    if not tokens:
+        return {}
+    # %F array's id, %k comment
+    done = _run(["squeue", "--noheader", "--all", "--array", "--states=all", f"--user={os.getuid()}", "--format=%F|%k"])
+    if done.returncode != 0:
+        raise SchedulerError(f"squeue does not answer: {_words(done)}")
+    found = {}
+    for line in done.stdout.splitlines():
+        job_id, _, comment = line.strip().partition("|")
+        token = comment.split()[-1] if comment.strip() else ""
+        if token in tokens:
+            found[token] = job_id
+    return found
 
 
 def accounted_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobState]:
@@ -188,29 +287,36 @@ def observe(job_ids: Iterable[str]) -> Observation:
 
 
 def scancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs or elements (`12`, `12_3`).
+    """Cancel jobs or elements (`12`, `12_3`). One that has ended meanwhile is no fault.
 
     Raises:
         SchedulerError: scancel is missing or fails.
     """
     done = _run(["scancel", *jobs])
-    if done.returncode != 0:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode != 0 and not (lines and all(_ALREADY_ENDED.search(line) for line in lines)):
         raise SchedulerError(f"scancel refuses: {_words(done)}")
 
 
+class _NoAnswerError(SchedulerError):
+    """A command was given up."""
+
+
 def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ if environment is None else environment
     try:
         return subprocess.run(
             command,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
-            env=None if environment is None else dict(environment),
+            env={name: value for name, value in environment.items() if not name.startswith(_FILTER_VARIABLES)},
         )
     except FileNotFoundError:
         raise SchedulerError(f"{command[0]}: not found on the path.") from None
     except subprocess.TimeoutExpired:
-        raise SchedulerError(f"{command[0]}: no answer in {_TIMEOUT_S} s; Slurm's controller may be down.") from None
+        raise _NoAnswerError(f"{command[0]}: no answer in {_TIMEOUT_S} s; Slurm's controller may be down.") from None
 
 
 def _words(done: subprocess.CompletedProcess[str]) -> str:

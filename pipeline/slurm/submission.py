@@ -6,6 +6,8 @@ What is done is read from the manifests, what waits or runs from `slurm/jobs.jso
 from __future__ import annotations
 
 import shlex
+import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +18,8 @@ from ..config import RunConfig
 from ..config_checks import world_errors
 from ..config_loading import apply_variant, dump_resolved, load_config
 from ..errors import ConfigError
-from ..lease import acquire
-from ..run_folder import STAGES, RunFolder, atomic_write, storage_errors
+from ..lease import Lease, acquire
+from ..run_folder import STAGES, RunFolder, atomic_write, fenced, storage_errors
 from .dry_run import describe_graph, describe_scripts
 from .frozen_config import differences, freeze
 from .job_graph import Job, JobGraph, Queued, build_graph
@@ -27,11 +29,14 @@ from .scheduler import (
     FAILED_STATES,
     LIVE_STATES,
     WAITING_STATES,
+    DoubtfulSubmission,
     JobState,
     SchedulerError,
+    line_options,
     queue_states,
     require_slurm,
     sbatch,
+    script_options,
 )
 from .scripts import Launch, array_spec, render_script, script_file, stage_settings, submitted_config, world_size
 from .sweep import SweepRun, read_sweep
@@ -42,6 +47,9 @@ _EARLY_SIGNAL_S = 60
 """sbatch's manual: the signal may be sent up to so many seconds earlier than asked for."""
 _START_S = 60
 """From a job's start to its first step, where the model is not very large."""
+_ENDING_S = 60.0
+"""So long a job may be COMPLETING before it is taken for one that ends: Slurm gives its processes 30 s (KillWait)."""
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,9 @@ class Plan:
     graph: JobGraph
     live: list[Live] = field(default_factory=list)
     ending: list[Live] = field(default_factory=list)
+    lease: Lease | None = None
+    adopted: list[JobRecord] = field(default_factory=list)
+    """Jobs that Slurm has though an earlier submit was not told so; not on record yet."""
 
     def live_of(self, job: Job) -> list[Live]:
         """What of this job waits or runs."""
@@ -109,9 +120,10 @@ def submit(
         plans = []
         for run in runs:
             config = load_run(path, (*overrides, *run.overrides))
-            if not dry_run:
-                held.enter_context(_submitting_alone(RunFolder.of(config)))
-            plans.append(look_at_run(config, path, (*overrides, *run.overrides), stages, dry_run=dry_run))
+            lease = None if dry_run else held.enter_context(_submitting_alone(RunFolder.of(config)))
+            plan = look_at_run(config, path, (*overrides, *run.overrides), stages, dry_run=dry_run)
+            plan.lease = lease
+            plans.append(plan)
         for number, plan in enumerate(plans):
             if number:
                 print()
@@ -132,17 +144,18 @@ def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
     config = load_config(path, overrides)
     _check_worlds(config)
     _check_times(config)
+    _check_clusters(config)
     return config
 
 
 @contextmanager
-def _submitting_alone(folder: RunFolder) -> Iterator[None]:
+def _submitting_alone(folder: RunFolder) -> Iterator[Lease]:
     """Two submits at the same time would both find the same jobs missing."""
     with storage_errors("submit"):
         lease = acquire(folder.slurm, print)
     lease.keep_alive()
     try:
-        yield
+        yield lease
     finally:
         lease.release()
 
@@ -161,11 +174,12 @@ def look_at_run(
     live: list[Live] = []
     ending: list[Live] = []
     try:
-        states = queue_states(records.job_ids)
+        adopted = records.adopt()
+        states = _settled_states(records.job_ids, 0.0 if dry_run else _ENDING_S)
     except SchedulerError:
         if not dry_run:
             raise
-        states = {}
+        adopted, states = [], {}
     doomed: set[str] = set()
     for record, index in records.newest():
         state = states.get((record.job_id, index))
@@ -187,9 +201,26 @@ def look_at_run(
             elements.setdefault(entry.record.name, []).append(entry.record.elements[entry.index])
     whole = frozenset(entry.record.name for entry in live if entry.index is None)
     graph = build_graph(config, folder, Queued(elements, whole), stages)
-    plan = Plan(config, folder, launch, records, graph, live, ending)
+    plan = Plan(config, folder, launch, records, graph, live, ending, adopted=adopted)
     _check_parents(plan)
     return plan
+
+
+def _settled_states(job_ids: Sequence[str], patience_s: float) -> dict[tuple[str, int | None], JobState]:
+    """What squeue shows once no job is COMPLETING: one that is being queued again looks like one that ends."""
+    started = time.monotonic()
+    told = False
+    while True:
+        states = queue_states(job_ids)
+        ending = [key for key, state in states.items() if state.state == ENDING_STATE]
+        if not ending or time.monotonic() - started >= patience_s:
+            return states
+        if not told:
+            print(
+                f"{len(ending)} jobs are just ending or being queued again: waits up to {patience_s:.0f} s to see which"
+            )
+            told = True
+        time.sleep(_POLL_S)
 
 
 def _stages_between(first: str | None, last: str | None) -> tuple[str, ...]:
@@ -236,13 +267,30 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
     Raises:
         ConfigError: Slurm refuses a job.
         SchedulerError: Slurm does not answer.
+        LeaseError: another `submit` has taken over meanwhile.
     """
+    with ExitStack() as held:
+        if plan.lease is not None:
+            held.enter_context(fenced(plan.lease))
+        _check_lease(plan)
+        _submit_plan(plan, command)
+
+
+def _check_lease(plan: Plan) -> None:
+    fault = plan.lease.fault() if plan.lease is not None else None
+    if fault is not None:
+        raise fault
+
+
+def _submit_plan(plan: Plan, command: list[str]) -> None:
     folder, config = plan.folder, plan.config
     for path in (folder.logs, folder.slurm):
         path.mkdir(parents=True, exist_ok=True)
     if not folder.config_file.is_file():
         atomic_write(folder.config_file, dump_resolved(config))
     freeze(config, submitted_config(folder))
+    if plan.adopted:
+        write_records(folder, plan.records)
     plan.records.command = command
     print(f"{config.name}: {folder.root}")
     submitted: dict[str, list[str]] = {}
@@ -269,10 +317,20 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
             options.append(f"--dependency={dependency}")
         if job.elements:
             options.append(f"--array={array_spec(indices, config.slurm)}")
+        intent = JobRecord(
+            name=job.name,
+            stage=job.run_stage,
+            variant=job.variant,
+            job_id="",
+            elements={index: job.elements[index] for index in indices},
+            parts=list(job.elements),
+            dependency=dependency,
+            script=str(script_file(job, folder)),
+            submitted_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            token=f"hedgehog:{uuid.uuid4().hex}",
+        )
         try:
-            job_id = sbatch(
-                script_file(job, folder), options, stage=job.stage, settings=_known_settings(config, job.stage)
-            )
+            job_id = _submit_job(plan, job, options, intent)
         except ConfigError as error:
             if not submitted:
                 raise
@@ -280,19 +338,6 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
                 f"{error}\nWhat was submitted before it stays in the queue; correct this and submit again: only what "
                 "is missing will be submitted. `hedgehog cancel` takes it all back."
             ) from None
-        plan.records.jobs.append(
-            JobRecord(
-                name=job.name,
-                stage=job.run_stage,
-                variant=job.variant,
-                job_id=job_id,
-                elements={index: job.elements[index] for index in indices},
-                dependency=dependency,
-                script=str(script_file(job, folder)),
-                submitted_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            )
-        )
-        write_records(folder, plan.records)
         submitted.setdefault(job.name, []).append(job_id)
         num_submitted += 1
         after = f", after {dependency.replace('afterok:', '')}" if dependency else ""
@@ -302,6 +347,36 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
         print("nothing to submit.")
     if submitted:
         print(f"to watch: hedgehog status {shlex.quote(str(folder.root))} --watch")
+
+
+def _submit_job(plan: Plan, job: Job, options: Sequence[str], intent: JobRecord) -> str:
+    """Submit one job so that it is on record whatever happens on the way; returns its id."""
+    script = script_file(job, plan.folder)
+    own = script_options(script).get("--comment", "")
+    comment = f"--comment={own} {intent.token}" if own else f"--comment={intent.token}"
+    plan.records.intents.append(intent)
+    write_records(plan.folder, plan.records)
+    settings = _known_settings(plan.config, job.stage)
+    _check_lease(plan)
+    try:
+        job_id = sbatch(script, [*options, comment], stage=job.stage, settings=settings)
+    except ConfigError:
+        plan.records.intents.remove(intent)
+        write_records(plan.folder, plan.records)
+        raise
+    except DoubtfulSubmission as error:
+        try:
+            adopted = [record for record in plan.records.adopt() if record.token == intent.token]
+        except SchedulerError:
+            raise error from None
+        if not adopted:
+            raise
+        job_id = adopted[0].job_id
+    else:
+        plan.records.intents.remove(intent)
+        plan.records.jobs.append(intent.model_copy(update={"job_id": job_id}))
+    write_records(plan.folder, plan.records)
+    return job_id
 
 
 def _say(job: Job, what: str) -> None:
@@ -332,6 +407,18 @@ def _check_worlds(config: RunConfig) -> None:
             ]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_clusters(config: RunConfig) -> None:
+    """Refuse jobs on another cluster: squeue and scancel would look for them on this one."""
+    for stage in _JOB_KINDS:
+        for line in stage_settings(config, stage)["sbatch_lines"] or ():
+            if any(name == "-M" or (len(name) > 4 and "--clusters".startswith(name)) for name in line_options(line)):
+                raise ConfigError(
+                    f"slurm.sbatch_lines: {line}: jobs on another cluster are not followed by `status` and `cancel`. "
+                    "Remove it, and submit from a login node of that cluster (or export SLURM_CLUSTERS for every "
+                    "`hedgehog` command)."
+                )
 
 
 def _check_times(config: RunConfig) -> None:

@@ -35,14 +35,25 @@ if name == "sbatch":
     for span in (array[0][8:].split("%")[0].split(",") if array else []):
         first, _, last = span.partition("-")
         indices += range(int(first), int(last or first) + 1)
+    facts["environment"] = dict(os.environ)
+    comment = [a[10:] for a in arguments if a.startswith("--comment=")]
+    facts["comments"][job] = comment[0] if comment else ""
     for index in indices or [None]:
         facts["jobs"][job if index is None else f"{{job}}_{{index}}"] = ["PENDING", "Dependency"]
+    if facts["loses_answer"]:
+        state.write_text(json.dumps({{**facts, "loses_answer": False}}))
+        sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     print(job)
 elif name == "squeue":
     for job, (word, reason) in facts["jobs"].items():
         number, _, index = job.partition("_")
         if word not in facts["only_in_sacct"]:
-            print("|".join([number, index or "N/A", word, reason]))
+            by_comment = "--format=%F|%k" in arguments
+            fields = [number, facts["comments"][number]] if by_comment else [number, index or "N/A", word, reason]
+            print("|".join(fields))
+    for job, word in facts["after_a_look"].items():
+        facts["jobs"][job] = [word, ""]
+    facts["after_a_look"] = {{}}
 elif name == "sacct":
     for job, (word, reason) in facts["jobs"].items():
         print("|".join([job, word, "2:0" if word == "FAILED" else "0:0"]))
@@ -61,6 +72,7 @@ class FakeSlurm:
         self.bin = folder / "bin"
         self.bin.mkdir()
         facts = {"calls": [], "jobs": {}, "fails": {}, "next_id": 100, "only_in_sacct": []}
+        facts |= {"comments": {}, "environment": {}, "loses_answer": False, "after_a_look": {}}
         self._state.write_text(json.dumps(facts))
         for name in ("sbatch", "squeue", "sacct", "scancel"):
             program = self.bin / name
@@ -86,6 +98,19 @@ class FakeSlurm:
                 del jobs[key.removeprefix("_")]
         self._change("jobs", jobs)
 
+    def lose_next_answer(self) -> None:
+        """Let the next sbatch place its job and then say that it heard nothing."""
+        self._change("loses_answer", True)
+
+    def after_a_look(self, **states: str) -> None:
+        """States as in `set`, which come true once squeue was asked."""
+        self._change("after_a_look", {key.removeprefix("_"): word for key, word in states.items()})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the newest sbatch that placed a job saw."""
+        return self._facts()["environment"]
+
     def only_in_sacct(self, *words: str) -> None:
         """States that squeue has forgotten."""
         self._change("only_in_sacct", list(words))
@@ -102,6 +127,7 @@ class FakeSlurm:
         found = {}
         for *options, script in self.calls("sbatch"):
             given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+            given.pop("comment", None)  # unique to each call
             found[Path(script).stem] = given
         return found
 

@@ -13,6 +13,7 @@ import pytest
 
 from hedgehog.pipeline.errors import ConfigError, LeaseError
 from hedgehog.pipeline.lease import acquire
+from hedgehog.pipeline.slurm import submission
 from hedgehog.pipeline.slurm.cancelling import cancel
 from hedgehog.pipeline.slurm.scheduler import SchedulerError, refusal, submission_environment
 from hedgehog.pipeline.slurm.submission import submit, time_limit_s
@@ -157,7 +158,8 @@ def test_submitting_again_submits_what_failed_and_what_waits_for_it(slurm, write
     assert slurm.submissions() == {}
 
 
-def test_a_job_that_is_just_ending_is_waited_for(slurm, write_config, finish):
+def test_a_job_that_is_just_ending_is_waited_for(slurm, write_config, finish, monkeypatch):
+    monkeypatch.setattr(submission, "_ENDING_S", 0.0)
     finish("prepare")
     submit("trial.yaml")
     cancel("trial")
@@ -290,6 +292,11 @@ def test_evaluate_over_shards(slurm, write_config, finish):
         ("sbatch: error: invalid partition specified: foo", "slurm.partition or slurm.distill.partition"),
         ("Invalid account or account/partition combination specified", "slurm.account or slurm.distill.account"),
         ("Batch job submission failed: Invalid qos specification", "slurm.qos"),
+        (
+            "QOSMaxSubmitJobPerUserLimit: Batch job submission failed: Job violates accounting/QOS policy",
+            "Change slurm.qos or slurm.distill.qos; slurm.time",
+        ),
+        ("AssocMaxSubmitJobLimit", "wait until some of your jobs have ended"),
         ("Invalid feature specification", "slurm.constraint"),
         ("Requested time limit is invalid (missing or exceeds some limit)", "slurm.time"),
         ("Memory specification can not be satisfied", "slurm.memory"),
