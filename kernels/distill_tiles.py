@@ -302,7 +302,7 @@ def sweep_queries(
     statistics = problem * length + rows
     queries = _rows(q, rows, length, D, q_stride_row)
     phi_rows = _rows(phi_q + problem * length * F, rows, length, F, F)
-    log2_sums = tl.load(log2_sum + statistics, mask=inside, other=0.0)
+    log2_sums = tl.load(log2_sum + statistics, mask=real, other=0.0)  # padding's may be infinite
     z_rows = tl.load(z + statistics, mask=inside, other=1.0)
     inverse_z = 1.0 / z_rows
 
@@ -392,7 +392,7 @@ def sweep_keys(
         inverse_z = 1.0 / tl.load(z + rows, mask=inside, other=1.0)
         weights = tl.load(row_weight + rows, mask=inside, other=0.0)
         visible = (columns[:, None] <= seen_from[None, :]) & (seen_from[None, :] < ends[:, None])
-        t = tl.where(visible, _dot(keys, tl.trans(queries), UPCAST) * (scale * _LOG2_E), 0.0)
+        t = _dot(keys, tl.trans(queries), UPCAST) * (scale * _LOG2_E)
         s = _dot(phi_keys, tl.trans(phi_rows), UPCAST) + eps
         a = tl.exp2(t - log2_sums[None, :])
         g = tl.where(visible, (inverse_z[None, :] - a / s) * weights[None, :], 0.0)
@@ -442,7 +442,9 @@ def weight_gradient(
         tokens = tl.load(
             x + batch * stride_batch + rows[:, None] * stride_row + in_features[None, :], mask=real, other=0.0
         )
-        grads = grad_phi + (batch * num_heads + head) * length * (2 * P) + rows[:, None] * (2 * P) + out_features[None, :]
+        grads = (
+            grad_phi + (batch * num_heads + head) * length * (2 * P) + rows[:, None] * (2 * P) + out_features[None, :]
+        )
         grad_plus = tl.load(grads, mask=real, other=0.0)
         grad_minus = tl.load(grads + P, mask=real, other=0.0)
         z = _dot_two_terms(tokens, w, UPCAST) * factor

@@ -35,26 +35,32 @@ WEIGHT_SHARES = 32
 
 
 class Tiles(NamedTuple):
-    """One pinned launch configuration per kernel family.
+    """A pinned launch configuration, in tokens a tile.
 
-    `chunk`: tokens a program of `map_features` and `row_statistics`, which share the chunks. `rows`: the tile of a
-    sweep that stays; `passing`: the one that goes by.
+    `chunk`: of `map_features` and `row_statistics`, which share the chunks. `rows`: the tile of a sweep that stays;
+    `passing`: the one that goes by. `weight_rows`: of `weight_gradient`.
     """
 
     chunk: int
     rows: int
     passing: int
-    chunk_warps: int
-    sweep_warps: int
-    stages: int
+    weight_rows: int
+    warps: int = 8
+    stages: int = 2
 
 
-def pinned_tiles(capability: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for a compute capability (80, 90, …) and q's dtype, sized for D = 128, F = 256.
+def pinned_tiles(capability: int) -> Tiles:
+    """The tiles for a compute capability (80, 90, …), sized for D = 128, F = 256 and 16-bit operands.
 
-    Shared memory decides: 163 KiB a block on sm_80 and 99 KiB on sm_86 and sm_89, 227 KiB from sm_90 on.
+    Shared memory decides: 227 KiB a block on sm_90, sm_100 and sm_103, 163 KiB on sm_80 and sm_87, 99 KiB on the rest.
+    On sm_90 a passing tile of 32 would leave the tensor cores waiting: an instruction reads 64 rows of the staying tile
+    from shared memory whatever its width.
     """
-    return Tiles(chunk=64, rows=64, passing=32, chunk_warps=8, sweep_warps=4, stages=2)
+    if capability in (90, 100, 103):
+        return Tiles(chunk=64, rows=128, passing=64, weight_rows=32)
+    if capability in (80, 87):
+        return Tiles(chunk=64, rows=64, passing=64, weight_rows=32)
+    return Tiles(chunk=64, rows=64, passing=32, weight_rows=16)
 
 
 def unsupported(map_q: FeatureMap, map_k: FeatureMap, dtype: torch.dtype) -> str | None:
@@ -153,12 +159,11 @@ class _Launches:
         self.operand_dtype = torch.float32 if q_BHLD.dtype == torch.float32 else torch.bfloat16
         interpreted = self.device.type == "cpu"
         if tiles is None:
-            capability = 80 if interpreted else 10 * torch.cuda.get_device_capability(self.device)[0]
-            tiles = pinned_tiles(capability, q_BHLD.dtype)
+            major, minor = (8, 0) if interpreted else torch.cuda.get_device_capability(self.device)
+            tiles = pinned_tiles(10 * major + minor)
         self.tiles = tiles
         self.upcast = interpreted
-        self.chunk_options = {"num_warps": tiles.chunk_warps, "num_stages": tiles.stages}
-        self.sweep_options = {"num_warps": tiles.sweep_warps, "num_stages": tiles.stages}
+        self.options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
     def run(self, heads: slice, log_sum_exp_BHL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Adds dW of these heads to the gradient; returns Σ_i w_i ℓ_i and Σ_i w_i·entropy_i, each (G,)."""
@@ -193,7 +198,7 @@ class _Launches:
             length=self.length,
             BLOCK=self.tiles.chunk,
             WITH_TAIL=bool(side),
-            **self.chunk_options,
+            **self.options,
         )
         return phi, tail if side else None
 
@@ -216,7 +221,7 @@ class _Launches:
             z=z,
             BLOCK=self.tiles.chunk,
             WITH_LOG_SUM=log_sum_exp_BHL is None,
-            **self.chunk_options,
+            **self.options,
         )
         return log2_sum, z
 
@@ -238,7 +243,7 @@ class _Launches:
             BLOCK_Q=self.tiles.rows,
             BLOCK_K=self.tiles.passing,
             WITH_GRAD=self.work.learns[0],
-            **self.sweep_options,
+            **self.options,
         )
         return cross_entropy.sum(dim=(0, 2)), entropy.sum(dim=(0, 2))
 
@@ -256,12 +261,12 @@ class _Launches:
             grad_phi=grad_phi,
             BLOCK_Q=self.tiles.passing,
             BLOCK_K=self.tiles.rows,
-            **self.sweep_options,
+            **self.options,
         )
 
     def _weight_gradient(self, side: int, grad_phi: Tensor, heads: slice) -> None:
         num = heads.stop - heads.start
-        num_tiles = self.batch * _cdiv(self.length, self.tiles.chunk)
+        num_tiles = self.batch * _cdiv(self.length, self.tiles.weight_rows)
         per_share = _cdiv(num_tiles, WEIGHT_SHARES)
         shares = _cdiv(num_tiles, per_share)
         width = self.num_features // 2
@@ -275,8 +280,8 @@ class _Launches:
             length=self.length,
             num_tiles=num_tiles,
             tiles_per_share=per_share,
-            BLOCK=self.tiles.chunk,
-            **self.chunk_options,
+            BLOCK=self.tiles.weight_rows,
+            **self.options,
         )
         self.work.add_weight_gradient(side, heads, partial.sum(dim=0))
 
