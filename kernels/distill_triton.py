@@ -17,6 +17,8 @@ from .feature_maps import KEY_EXPONENT_BOUND, FeatureMap
 from .map_training import MapTraining
 from .visible_ranges import VisibleRanges, visible_ranges
 
+_kernels: Any = distill_tiles  # a launch takes plain numbers where the signature says constexpr
+
 # (form of φ, factor on z) by the map's name and side
 _FORMS: dict[tuple[str, str], tuple[Any, float]] = {
     ("hedgehog_softmax", "query"): (distill_tiles.TWO_SOFTMAXES, 1.0),
@@ -189,7 +191,7 @@ class _Launches:
         chunks = _cdiv(self.length, self.tiles.chunk)
         phi = self.q.new_empty(self.batch, num, self.length, self.num_features, dtype=self.operand_dtype)
         tail = phi.new_empty((self.batch, num, chunks, self.num_features) if side else (1,), dtype=torch.float32)
-        distill_tiles.map_features[(chunks, self.batch * num)](
+        _kernels.map_features[(chunks, self.batch * num)](
             **self._side(side, heads),
             phi=phi,
             tail=tail,
@@ -211,7 +213,7 @@ class _Launches:
             log2_sum = torch.empty_like(z)
         else:
             log2_sum = (log_sum_exp_BHL[:, heads].float() * 1.4426950408889634).contiguous()
-        distill_tiles.row_statistics[(tail.shape[2], self.batch * phi_q.shape[1])](
+        _kernels.row_statistics[(tail.shape[2], self.batch * phi_q.shape[1])](
             **self._pair(heads),
             phi_q=phi_q,
             phi_k=phi_k,
@@ -230,7 +232,7 @@ class _Launches:
     ) -> tuple[Tensor, Tensor]:
         log2_sum, z = statistics
         cross_entropy, entropy = torch.empty_like(z), torch.empty_like(z)
-        distill_tiles.sweep_queries[(_cdiv(self.length, self.tiles.rows), self.batch * phi_q.shape[1])](
+        _kernels.sweep_queries[(_cdiv(self.length, self.tiles.rows), self.batch * phi_q.shape[1])](
             **self._pair(heads),
             phi_q=phi_q,
             phi_k=phi_k,
@@ -251,7 +253,7 @@ class _Launches:
         self, phi_q: Tensor, phi_k: Tensor, statistics: tuple[Tensor, Tensor], grad_phi: Tensor, heads: slice
     ) -> None:
         log2_sum, z = statistics
-        distill_tiles.sweep_keys[(_cdiv(self.length, self.tiles.rows), self.batch * phi_q.shape[1])](
+        _kernels.sweep_keys[(_cdiv(self.length, self.tiles.rows), self.batch * phi_q.shape[1])](
             **self._pair(heads),
             phi_q=phi_q,
             phi_k=phi_k,
@@ -271,7 +273,7 @@ class _Launches:
         shares = _cdiv(num_tiles, per_share)
         width = self.num_features // 2
         partial = grad_phi.new_empty(shares, num, self.head_dim, width)
-        distill_tiles.weight_gradient[(shares, num)](
+        _kernels.weight_gradient[(shares, num)](
             **self._side(side, heads),
             grad_phi=grad_phi,
             end=self.ranges.end_BL,
