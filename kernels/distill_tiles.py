@@ -449,5 +449,7 @@ def weight_gradient(
         grad_minus = tl.load(grads + P, mask=real, other=0.0)
         z = _dot_two_terms(tokens, w, UPCAST) * factor
         grad_z = _projected_gradient(z, grad_plus, grad_minus, bound, FORM) * factor
+        if tokens.dtype == tl.float16:  # which lacks the range for dz; its 11 bits fit tf32 exactly
+            tokens = tokens.to(tl.float32)
         total += _dot_two_terms(tl.trans(tokens), grad_z, UPCAST)
     tl.store(partial + (share * num_heads + head) * D * P + places, total)
