@@ -107,6 +107,15 @@ def test_16_bit_operands_have_room_for_the_weights_of_many_rows(dtype):
     assert_agrees(result, pair, q, k, loss_error=1e-3, gradient_error=1e-2, row_weights_BL=weights)
 
 
+def test_the_maps_weights_keep_more_than_bfloat16s_bits():
+    """A learned W is the identity and small changes; rounded to bfloat16, sharp maps would be others."""
+    q, k = inputs(20, heads=1, dtype=torch.bfloat16)
+    pair = maps(heads=1)
+    for feature_map in pair:
+        feature_map.weight.data *= 8
+    assert_agrees(triton_distillation_loss(q, k, *pair), pair, q, k, loss_error=3e-3, gradient_error=1e-2)
+
+
 @pytest.mark.parametrize("name", ["hedgehog_exp", "hedgehog_joint"])
 def test_the_other_maps_in_float32(name):
     q, k = inputs(50)
