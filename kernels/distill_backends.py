@@ -43,9 +43,11 @@ def select_distill_backend(
     if dtype == torch.float32:
         return _torch_form("float32 tiles do not fit on a GPU's chip; the kernel takes bfloat16 and float16")
     try:
-        from .distill_triton import triton_distillation_loss, unsupported
+        from .distill_triton import INTERPRETED, triton_distillation_loss, unsupported
     except ImportError as error:
         return _torch_form(f"Triton is not there: {error}")
+    if INTERPRETED:
+        return _torch_form("TRITON_INTERPRET is set: no kernel is compiled in this process")
     reason = unsupported(map_q, map_k, dtype)
     if reason is not None:
         return _torch_form(reason)

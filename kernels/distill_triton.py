@@ -6,9 +6,11 @@ Scratch for a few heads at a time, linear in length: per token and head 2·F ope
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from . import distill_tiles
@@ -18,6 +20,9 @@ from .map_training import MapTraining
 from .visible_ranges import VisibleRanges, visible_ranges
 
 _kernels: Any = distill_tiles  # a launch takes plain numbers where the signature says constexpr
+
+INTERPRETED = not isinstance(_kernels.map_features, triton.runtime.JITFunction)
+"""Whether Triton interprets in this process (TRITON_INTERPRET=1): on CPU tensors, for tests, very slowly."""
 
 # (form of φ, factor on z) by the map's name and side
 _FORMS: dict[tuple[str, str], tuple[Any, float]] = {
@@ -131,9 +136,10 @@ def triton_distillation_loss(
     entropy_H = torch.zeros_like(loss_H)
     bytes_per_head = batch * length * map_q.num_features * (2 * launches.operand_dtype.itemsize + 4)
     step = max(1, min(num_heads, MAX_SCRATCH_BYTES // max(1, bytes_per_head)))
-    for first in range(0, num_heads, step):
-        heads = slice(first, min(first + step, num_heads))
-        loss_H[heads], entropy_H[heads] = launches.run(heads, log_sum_exp_BHL)
+    with torch.cuda.device(q_BHLD.device) if q_BHLD.is_cuda else nullcontext():  # Triton launches on the current device
+        for first in range(0, num_heads, step):
+            heads = slice(first, min(first + step, num_heads))
+            loss_H[heads], entropy_H[heads] = launches.run(heads, log_sum_exp_BHL)
     return DistillLoss(work.attach(loss_H.mean()), work.row_mean(loss_H - entropy_H), work.row_mean(entropy_H))
 
 
@@ -156,15 +162,15 @@ class _Launches:
             raise ValueError(f"k is {self.k.dtype}, q is {self.q.dtype}")
         self.work, self.maps, self.ranges, self.eps = work, maps, ranges, eps
         self.batch, self.num_heads, self.length, self.head_dim = q_BHLD.shape
+        self.row_weights = work.weights_BL.contiguous()
         self.num_features = maps[0].num_features
         self.device = q_BHLD.device
         self.operand_dtype = torch.float32 if q_BHLD.dtype == torch.float32 else torch.bfloat16
-        interpreted = self.device.type == "cpu"
         if tiles is None:
-            major, minor = (8, 0) if interpreted else torch.cuda.get_device_capability(self.device)
+            major, minor = torch.cuda.get_device_capability(self.device) if q_BHLD.is_cuda else (8, 0)
             tiles = pinned_tiles(10 * major + minor)
         self.tiles = tiles
-        self.upcast = interpreted
+        self.upcast = INTERPRETED
         self.options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
     def run(self, heads: slice, log_sum_exp_BHL: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -236,7 +242,7 @@ class _Launches:
             **self._pair(heads),
             phi_q=phi_q,
             phi_k=phi_k,
-            row_weight=self.work.weights_BL,
+            row_weight=self.row_weights,
             log2_sum=log2_sum,
             z=z,
             cross_entropy=cross_entropy,
@@ -257,7 +263,7 @@ class _Launches:
             **self._pair(heads),
             phi_q=phi_q,
             phi_k=phi_k,
-            row_weight=self.work.weights_BL,
+            row_weight=self.row_weights,
             log2_sum=log2_sum,
             z=z,
             grad_phi=grad_phi,

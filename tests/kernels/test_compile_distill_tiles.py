@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton brings its assembler for Linux only")
 
 SCRIPT = Path(__file__).with_name("compile_distill_tiles.py")

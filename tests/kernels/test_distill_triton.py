@@ -14,7 +14,7 @@ import torch
 from hedgehog.kernels import distill_backends, distill_loss
 from hedgehog.kernels.feature_maps import make_feature_map
 
-triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1: the kernels cannot run on CPU tensors", allow_module_level=True)
 
@@ -203,7 +203,7 @@ def test_row_weights_scale_and_the_given_log_sum():
     q, k = inputs(33)
     pair = maps()
     mask = mask_of("left and right", 33)
-    weights = torch.rand(BATCH, 33, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(33, BATCH, generator=torch.Generator().manual_seed(1)).T  # strided
     options = {"mask_BL": mask, "row_weights_BL": weights, "scale": 0.4}
     computed = triton_distillation_loss(q, k, *pair, **options)
     assert_agrees(computed, pair, q, k, **options)
@@ -286,6 +286,7 @@ class TestChoice:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
 
         capability(9, 0)
+        monkeypatch.setattr(distill_triton, "INTERPRETED", False)
         return capability
 
     def choose(self, pair=None, device="cuda", dtype=torch.bfloat16, requested="auto"):
@@ -315,6 +316,10 @@ class TestChoice:
             "head_dim 16, feature_dim 24: not both of 16, 32, 64, 128",
             "the kernel needs bfloat16 tensor cores (sm_80), the GPU is sm_75",
         ]
+
+    def test_not_where_triton_interprets(self, gpu, monkeypatch):
+        monkeypatch.setattr(distill_triton, "INTERPRETED", True)
+        assert self.choose().reason == "TRITON_INTERPRET is set: no kernel is compiled in this process"
 
     def test_without_triton(self, gpu, monkeypatch):
         import sys
