@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 384,
     "intermediate_size": 1024,
