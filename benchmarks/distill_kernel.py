@@ -90,9 +90,8 @@ def check_case(
 
 def check() -> list[dict[str, Any]]:
     llama: dict[str, Any] = dict(heads=4, kv_heads=4, head_dim=128, packed=False, dtype=torch.bfloat16)
-    cases: list[dict[str, Any]] = [
-        dict(llama, name="hedgehog_softmax", length=length) for length in (1, 63, 64, 65, 300, 2048)
-    ]
+    cases: list[dict[str, Any]] = []
+    cases += [dict(llama, name="hedgehog_softmax", length=length) for length in (1, 63, 64, 65, 300, 2048)]
     cases += [dict(llama, name=name, length=500) for name in ("hedgehog_exp", "hedgehog_joint")]
     cases += [dict(llama, name="hedgehog_softmax", length=777, packed=True, kv_heads=1)]
     cases += [dict(llama, name="hedgehog_softmax", length=500, head_dim=64, dtype=torch.float16)]
