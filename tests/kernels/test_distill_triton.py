@@ -137,9 +137,10 @@ def test_segments_that_span_many_chunks_and_end_inside_them():
     assert_agrees(result, pair, q, k, mask_BL=mask, segment_ids_BL=segments)
 
 
-def test_tiles_of_any_proportion():
-    q, k = inputs(70, batch=1)
-    pair = maps()
+def test_tiles_of_any_proportion_and_several_a_share(monkeypatch):
+    monkeypatch.setattr(distill_triton, "WEIGHT_SHARES", 3)  # five tiles of 16: two, two and one
+    q, k = inputs(70, batch=1, heads=1)
+    pair = maps(heads=1)
     for tiles in (Tiles(chunk=32, rows=16, passing=64, weight_rows=16), Tiles(16, 64, 16, 64)):
         assert_agrees(triton_distillation_loss(q, k, *pair, tiles=tiles), pair, q, k)
 
