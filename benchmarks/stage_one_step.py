@@ -42,7 +42,8 @@ def stage_one_step(length: int, *, materialised: bool, num_layers: int | None = 
 
             return DistillBackend("materialised", "for comparison", loss)
 
-    shape = SHAPE if num_layers is None else SHAPE | {"num_hidden_layers": num_layers}
+    shape: dict[str, Any] = dict(SHAPE)
+    shape["num_hidden_layers"] = num_layers or SHAPE["num_hidden_layers"]
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=max(2048, length)))
     hedgehog = convert_llama(
