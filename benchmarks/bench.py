@@ -1,6 +1,6 @@
 """Speed and memory of hedgehog.kernels on this machine, against the bounds the project sets itself: `make bench`.
 
-    python benchmarks/bench.py [--sections attention,distillation,decoding,cli] [--quick] [--out FILE.json]
+    python benchmarks/bench.py [--sections attention,distillation,step,decoding,cli] [--quick] [--out FILE.json]
 
 Prints a table and a verdict per bound, and writes both as JSON. Times are the best of several rounds, the lengths taken
 in turn within a round, so that a slow spell of the machine hits all alike. Each memory figure is the peak resident set
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from stage_one_step import SHAPE, stage_one_step
 
 from hedgehog.kernels.distill_loss import attention_distillation_loss, materialised_distillation_loss
 from hedgehog.kernels.feature_maps import make_feature_map
@@ -92,8 +93,9 @@ def measure_memory(workload: str, length: int) -> None:
     """The child of `peak_memory_bytes`: warms up on a short problem, then runs the long one."""
     torch.set_num_threads(1)
     WORKLOADS[workload](64)()
+    task = WORKLOADS[workload](length) if workload in MEASURED_BEYOND_SETUP else None
     before = memory_status_bytes("VmRSS")
-    WORKLOADS[workload](length)()
+    (task or WORKLOADS[workload](length))()
     print(max(memory_status_bytes("VmHWM") - before, 0))
 
 
@@ -209,6 +211,32 @@ def distillation_section(quick: bool) -> Section:
     return section
 
 
+# -- a whole step of stage one -----------------------------------------------------------------------------------------
+
+
+def step_section(quick: bool) -> Section:
+    section = Section()
+    length = 64 if quick else 2048
+    tasks = {form: stage_one_step(length, materialised=form == "materialised") for form in ("tiled", "materialised")}
+    seconds = best_times_s(tasks, 1 if quick else 3)
+    for form in tasks:
+        prefix = "" if form == "tiled" else "materialised "
+        peak = peak_memory_bytes(prefix + "stage-one step", length)
+        row: dict[str, Any] = {"loss": form, "tokens": length, "s/step": seconds[form]}
+        section.rows.append(row | {"peak MB": None if peak is None else peak / 1e6})
+    section.check(
+        "stage-one step: time over the materialised loss's", seconds["tiled"] / seconds["materialised"], 1 / 1.5
+    )
+    tiled, materialised = (row["peak MB"] for row in section.rows)
+    if tiled is None or materialised is None:
+        section.notes.append("no memory figures: this system has no /proc/self/status")
+    else:
+        section.check("stage-one step: peak memory over the materialised loss's", tiled / materialised, 1 / 5)
+    shape = f"{SHAPE['num_hidden_layers']} layers, {SHAPE['num_attention_heads']} heads of {SHAPE['head_dim']}"
+    section.notes.append(f"teacher, losses, AdamW; {shape}, random weights, batch 1, float32; memory beyond the model")
+    return section
+
+
 # -- decoding ----------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +306,7 @@ def cli_section(quick: bool) -> Section:
 SECTIONS: dict[str, Callable[[bool], Section]] = {
     "attention": attention_section,
     "distillation": distillation_section,
+    "step": step_section,
     "decoding": decoding_section,
     "cli": cli_section,
 }
@@ -285,7 +314,11 @@ WORKLOADS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "attention": linear_attention_workload,
     "distillation": distillation_workload,
     "materialised distillation": lambda length: distillation_workload(length, materialised_distillation_loss),
+    "stage-one step": lambda length: stage_one_step(length, materialised=False),
+    "materialised stage-one step": lambda length: stage_one_step(length, materialised=True),
 }
+
+MEASURED_BEYOND_SETUP = {"stage-one step", "materialised stage-one step"}  # what the model itself takes is not counted
 
 
 def cpu_name() -> str:

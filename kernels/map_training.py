@@ -54,12 +54,12 @@ class MapTraining:
         if positions_BL is None:
             positions_BL = torch.arange(length, device=self.device).expand(batch, length)
         self._positions_BL = positions_BL
-        self._spans = causal_spans(batch, length, mask_BL, segment_ids_BL)
+        self.mask_BL, self.segment_ids_BL = mask_BL, segment_ids_BL
         self._maps = (map_q, map_k)
         projections = [feature_map.projection_HDP for feature_map in self._maps]
         wanted = grad and torch.is_grad_enabled()
-        self._learns = [wanted and p is not None and p.requires_grad for p in projections]
-        self._parameters = [p for p, learns in zip(projections, self._learns, strict=True) if p is not None and learns]
+        self.learns = tuple(wanted and p is not None and p.requires_grad for p in projections)
+        self._parameters = [p for p, learns in zip(projections, self.learns, strict=True) if p is not None and learns]
         self._grads = [torch.zeros_like(p, dtype=self.dtype) for p in self._parameters]
 
     @property
@@ -70,7 +70,9 @@ class MapTraining:
     def batches(self, cells_per_token: int) -> Iterator[tuple[list[Span], slice]]:
         """(spans, heads) to be worked on at once, where each token of each head costs `cells_per_token` numbers."""
         max_cells = MAX_CELLS.get(self.device.type, MAX_CELLS["cuda"])
-        return span_batches(self._spans, self.num_heads, max_cells, cells_per_token)
+        batch, length = self.weights_BL.shape
+        spans = causal_spans(batch, length, self.mask_BL, self.segment_ids_BL)
+        return span_batches(spans, self.num_heads, max_cells, cells_per_token)
 
     def take(self, x_BHLX: Tensor, spans: list[Span], heads: slice) -> Tensor:
         """(N, T, X) of a tensor with H or K heads, without gradient; zero after each span's end."""
@@ -93,7 +95,7 @@ class MapTraining:
         num_heads = heads.stop - heads.start
         positions = gather_spans(self._positions_BL[:, None, :, None], spans, slice(0, 1), 1, torch.long)
         phis, leaves = [], []
-        for feature_map, learns, x in zip(self._maps, self._learns, (q_NTD, k_NTD), strict=True):
+        for feature_map, learns, x in zip(self._maps, self.learns, (q_NTD, k_NTD), strict=True):
             projection = feature_map.projection_HDP
             if projection is not None:
                 projection = projection.detach()[heads].to(self.dtype)
@@ -114,6 +116,10 @@ class MapTraining:
         grads = torch.autograd.grad([out for out, _ in pairs], leaves, [grad for _, grad in pairs])
         for total, part in zip(self._grads, grads, strict=True):
             total[heads] += part / self.num_heads
+
+    def add_weight_gradient(self, side: int, heads: slice, grad_HDP: Tensor) -> None:
+        """Adds the mean over heads of a gradient to the weights of map `side` (0 query, 1 key), which learns."""
+        self._grads[sum(self.learns[:side])][heads] += grad_HDP / self.num_heads
 
     def attach(self, loss: Tensor) -> Tensor:
         """`loss` tied to the maps' weights, with the gradient added up so far."""

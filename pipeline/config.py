@@ -41,7 +41,8 @@ class ModelConfig(Section):
     chunk_size: int = Field(default=64, ge=16, le=1024)
     """Tokens per chunk of the chunked linear attention."""
     attention_backend: Literal["auto", "torch"] = "auto"
-    """Implementation of linear attention; `auto` takes the fastest that works and logs why."""
+    """Implementation of linear attention and of the loss that distills it; `auto` takes the fastest that works and
+    logs why. `torch`: none of this project's GPU kernels."""
     quantization: Literal["nf4", "int8"] | None = None
     """Quantize the frozen base weights (bitsandbytes). Null: keep them in `engine.precision`."""
 

@@ -8,13 +8,15 @@ another layer, so any subset of layers trained alone ends with the same weights,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..kernels.distill_loss import attention_distillation_loss, output_mse_loss
+from ..kernels.distill_backends import DistillBackend, select_distill_backend
+from ..kernels.distill_loss import output_mse_loss
 from ..kernels.precomputed_gradient import attach_gradient
 from .errors import ConfigError
 from .llama.convert import feature_map_modules
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 
 Batch = Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher(nn.Module):
@@ -57,6 +61,8 @@ class FeatureMapDistillation(nn.Module):
         hedgehog: the converted model that the maps are taken from.
         teacher: `Teacher`, or the same under ZeRO-3.
         layers: which layers learn, ascending.
+        backend: `model.attention_backend`: "auto", or "torch" for no GPU kernel.
+        report: told once which implementation of the loss runs, and why.
     """
 
     def __init__(
@@ -65,6 +71,9 @@ class FeatureMapDistillation(nn.Module):
         teacher: Callable[..., None],
         layers: Sequence[int],
         config: DistillConfig,
+        *,
+        backend: str = "auto",
+        report: Callable[[str], None] = logger.info,
     ) -> None:
         super().__init__()
         maps = feature_map_modules(hedgehog)
@@ -74,6 +83,8 @@ class FeatureMapDistillation(nn.Module):
         self.layer_indices = tuple(layers)
         self._teacher = (teacher,)  # inside a tuple nn.Module does not find it
         self._config = config
+        self._backend_name, self._report = backend, report
+        self._reported: set[str] = set()
         self.output_variance: dict[int, float] = {}
         """Variance of each layer's softmax attention output; the output error is counted in it."""
 
@@ -146,9 +157,8 @@ class FeatureMapDistillation(nn.Module):
 
     def _kl(self, seen: TeacherLayer, batch: Batch) -> torch.Tensor:
         map_q, map_k = self._maps(seen)
-        return attention_distillation_loss(
-            seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=False, **self._loss_options(seen, batch, packed=False)
-        ).kl_H
+        options = self._loss_options(seen, batch, packed=False)
+        return self._backend(seen).loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=False, **options).kl_H
 
     def _layer_loss(self, seen: TeacherLayer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         config = self._config
@@ -156,7 +166,7 @@ class FeatureMapDistillation(nn.Module):
         options = self._loss_options(seen, batch, packed=config.packing)
         # with the cross-entropy switched off its KL is still recorded, without a gradient
         wanted = config.cross_entropy_weight > 0
-        distilled = attention_distillation_loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=wanted, **options)
+        distilled = self._backend(seen).loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=wanted, **options)
         loss = distilled.loss * config.cross_entropy_weight
         if config.output_mse_weight > 0:
             for name in ("eps", "block_size"):
@@ -172,6 +182,16 @@ class FeatureMapDistillation(nn.Module):
             )
             loss = loss + error.loss * (config.output_mse_weight / self.output_variance[seen.layer_index])
         return loss, distilled.kl_H
+
+    def _backend(self, seen: TeacherLayer) -> DistillBackend:
+        """The implementation of the attention loss, reported once with its reason."""
+        maps = self._maps(seen)
+        backend = select_distill_backend(self._backend_name, *maps, device=seen.q_BHLD.device, dtype=seen.q_BHLD.dtype)
+        line = f"distillation loss: {backend.name} ({backend.reason})"
+        if line not in self._reported:
+            self._reported.add(line)
+            self._report(line)
+        return backend
 
     def _loss_options(self, seen: TeacherLayer, batch: Batch, *, packed: bool) -> dict[str, Any]:
         return {

@@ -312,7 +312,15 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCa
     )
     teacher = Teacher(llama, layers)
     callable_teacher = shard_frozen(teacher, ctx.world) if sharded else teacher
-    return FeatureMapDistillation(hedgehog, callable_teacher, layers, config.distill), hedgehog
+    module = FeatureMapDistillation(
+        hedgehog,
+        callable_teacher,
+        layers,
+        config.distill,
+        backend=config.model.attention_backend,
+        report=ctx.reporter.info,
+    )
+    return module, hedgehog
 
 
 def _save(

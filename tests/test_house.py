@@ -40,8 +40,8 @@ def test_imports_go_down_only(file: Path) -> None:
             pytest.fail(f"stage {file.name} imports stage {name}")
 
 
-def test_kernels_knows_torch_only() -> None:
-    allowed = set(sys.stdlib_module_names) | {"torch", "hedgehog"}
+def test_kernels_knows_torch_and_triton_only() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "hedgehog"}
     for file in sorted((ROOT / "kernels").rglob("*.py")):
         others = {name.split(".")[0] for name in imported_modules(file)} - allowed
         assert others == set(), file.name

@@ -21,7 +21,7 @@ def test_quick_bench_writes_every_section_with_its_bounds(tmp_path):
         str(BENCH),
         "--quick",
         "--sections",
-        "attention,distillation,decoding",
+        "attention,distillation,step,decoding",
         "--out",
         str(out),
     ]
@@ -33,6 +33,7 @@ def test_quick_bench_writes_every_section_with_its_bounds(tmp_path):
     assert {name: len(section["checks"]) for name, section in report["sections"].items()} == {
         "attention": 2,
         "distillation": 3,
+        "step": 2,
         "decoding": 2,
     }
     assert all(section["rows"] for section in report["sections"].values())

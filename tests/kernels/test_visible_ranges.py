@@ -1,0 +1,36 @@
+"""Three integers a token against the mask they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hedgehog.kernels.conventions import run_index_BL
+from hedgehog.kernels.visible_ranges import visible_ranges
+
+BATCH = 40
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_ranges_are_the_mask(padded, packed, length):
+    generator = torch.Generator().manual_seed(length)
+    mask = torch.rand(BATCH, length, generator=generator) < 0.6 if padded else None
+    segments = torch.randint(0, 3, (BATCH, length), generator=generator) if packed else None
+    real = torch.ones(BATCH, length, dtype=torch.bool) if mask is None else mask
+    visible = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, :] & real[:, :, None]
+    if segments is not None:
+        run = run_index_BL(segments, mask)
+        visible = visible & (run[:, :, None] == run[:, None, :])
+
+    start, end, count = visible_ranges(BATCH, length, mask, segments, torch.device("cpu"))
+    position = torch.arange(length)
+    from_ranges = (
+        (position <= position[:, None]) & (position[:, None] < end[:, None, :]) & (start <= position)[:, :, None]
+    )
+    assert torch.equal(from_ranges, visible)
+    assert torch.equal(count, visible.sum(dim=2, dtype=torch.int32))
+    first_seen = torch.where(visible.any(dim=2), visible.int().argmax(dim=2), length)
+    assert torch.equal(start, first_seen.int())
+    assert torch.equal(end == 0, ~real)
