@@ -1,0 +1,435 @@
+// Causal linear attention, forward: one thread block per (batch row, head, segment of the length), chunk after chunk.
+//
+// With S = Σ φ(k) vᵀ, z = Σ φ(k) before a chunk of 64 tokens (chunked_attention.py has the same in PyTorch):
+//
+//     A = tril(φ(q) φ(k)ᵀ)      d = rowsum A + φ(q)·z + eps      o = (A v + φ(q) S) / d      S += φ(k)ᵀ v, z += Σ φ(k)
+//
+// A block has V/16 warps. Sᵀ (V × F, float) stays in registers, sixteen of its rows in each warp. Its accumulator
+// fragments are at the same time, rounded to bf16, the B operands of φ(q) S: S is never written to shared memory.
+// A is rounded to bf16 once, and the rounded A is what the denominator sums: with v = 1, o is 1.
+// Raw q and k share their memory with φ(q), which replaces them; the next chunk's are fetched once φ(q) is used up.
+//
+// Barriers of a chunk:   (A) q, k are there     (B) all have read q, k: φ(q) may take their place     (C) φ, v are there
+//                        (D) A and row sums are there     (E) φ(q), A are used up     (F) φ(k), v are used up
+#pragma once
+
+#include "feature_map.cuh"
+
+namespace hedgehog {
+
+constexpr int kChunk = 64;
+
+struct ForwardParameters {
+    const uint16_t *q, *k, *v, *weight_q, *weight_k;
+    const uint8_t* mask;
+    const int32_t* runs;
+    const float *initial_kv, *initial_k_sum;
+    uint16_t* out;
+    float *denominator, *final_kv, *final_k_sum;
+    float* segment_states;  // (B, H, segments - 1, F·V + F): what each segment but the last leaves behind
+    HedgehogStrides q_stride, k_stride, v_stride, out_stride;
+    int64_t length, chunks_per_segment;
+    int32_t heads, kv_heads, feature_map, segments;
+    float eps;
+    bool state_only;  // the pass that only fills segment_states, each segment from zero but the first
+};
+
+// Where everything lies in shared memory, in bytes.
+template <int kHeadDim, int kFeatures, bool kFused>
+struct ForwardLayout {
+    static constexpr int kProjected = kFeatures / 2;
+    static constexpr int kWarps = kHeadDim / 16, kThreads = 32 * kWarps;
+    static constexpr int kWeightBytes = kFused ? Tile<kProjected>::bytes(kHeadDim) : 0;
+    static constexpr int kInputBytes = Tile<kHeadDim>::bytes(kChunk);
+    static constexpr int kPhiBytes = Tile<kFeatures>::bytes(kChunk);
+    static constexpr int kRawBytes = kFused ? 2 * kInputBytes : 0;
+    static constexpr int kWeightQ = 0, kWeightK = kWeightBytes;
+    static constexpr int kPhiQ = 2 * kWeightBytes, kRawQ = kPhiQ, kRawK = kRawQ + kInputBytes;
+    static constexpr int kPhiK = kPhiQ + (kRawBytes > kPhiBytes ? kRawBytes : kPhiBytes);
+    static constexpr int kValues = kPhiK + kPhiBytes;
+    static constexpr int kScores = kValues + kInputBytes;
+    static constexpr int kKSum = kScores + Tile<kChunk>::bytes(kChunk);
+    static constexpr int kRowSums = kKSum + 4 * kFeatures;
+    static constexpr int kRuns = kRowSums + 2 * 4 * kChunk;
+    static constexpr int kReal = kRuns + 4 * kChunk;
+    static constexpr int kBytes = kReal + 4 * kChunk;
+    static_assert(kBytes <= 163 * 1024, "an A100 gives a block 163 KiB");
+};
+
+// One warp's fragment of Sᵀ: row v = 16·warp + lane/4 + 8·(i >> 1), column f = 8n + 2·(lane % 4) + (i & 1).
+template <int kHeadDim, int kFeatures>
+struct StateFragment {
+    float value[kFeatures / 8][4];
+
+    __device__ __forceinline__ static int offset(int n, int i, int warp, int lane) {
+        return (8 * n + 2 * (lane % 4) + (i & 1)) * kHeadDim + 16 * warp + lane / 4 + 8 * (i >> 1);
+    }
+    // From (F, V) in global memory, or zeros where `source` is null.
+    __device__ __forceinline__ void load(const float* source, int warp, int lane) {
+#pragma unroll
+        for (int n = 0; n < kFeatures / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[n][i] = source ? source[offset(n, i, warp, lane)] : 0.0f;
+    }
+    __device__ __forceinline__ void store(float* destination, int warp, int lane) const {
+#pragma unroll
+        for (int n = 0; n < kFeatures / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) destination[offset(n, i, warp, lane)] = value[n][i];
+    }
+};
+
+template <int kHeadDim, int kFeatures, bool kFused>
+class ForwardBlock {
+    using Layout = ForwardLayout<kHeadDim, kFeatures, kFused>;
+    static constexpr int kProjected = Layout::kProjected, kWarps = Layout::kWarps, kThreads = Layout::kThreads;
+    static constexpr int kColumnGroups = kWarps / 4;  // warps that share sixteen rows of the scores
+    static constexpr int kPairs = 4 / kColumnGroups;  // sixteen columns of the scores each
+
+   public:
+    __device__ __forceinline__ explicit ForwardBlock(const ForwardParameters& parameters)
+        : p(parameters), thread(threadIdx.x), warp(thread / 32), lane(thread % 32), segment(blockIdx.x) {
+        const int64_t head = blockIdx.y, row = blockIdx.z, kv_head = head / (p.heads / p.kv_heads);
+        const int64_t q_head = head, k_head = kFused ? kv_head : head;
+        batch_head = row * p.heads + head;
+        q = p.q + row * p.q_stride.batch + q_head * p.q_stride.head;
+        k = p.k + row * p.k_stride.batch + k_head * p.k_stride.head;
+        v = p.v + row * p.v_stride.batch + kv_head * p.v_stride.head;
+        out = p.out + row * p.out_stride.batch + head * p.out_stride.head;
+        denominator = p.denominator + batch_head * p.length;
+        mask = p.mask ? p.mask + row * p.length : nullptr;
+        runs = p.runs ? p.runs + row * p.length : nullptr;
+
+        unsigned char* shared = dynamic_shared_memory();
+        weight_q.data = reinterpret_cast<uint16_t*>(shared + Layout::kWeightQ);
+        weight_k.data = reinterpret_cast<uint16_t*>(shared + Layout::kWeightK);
+        raw_q.data = reinterpret_cast<uint16_t*>(shared + Layout::kRawQ);
+        raw_k.data = reinterpret_cast<uint16_t*>(shared + Layout::kRawK);
+        phi_q.data = reinterpret_cast<uint16_t*>(shared + Layout::kPhiQ);
+        phi_k.data = reinterpret_cast<uint16_t*>(shared + Layout::kPhiK);
+        values.data = reinterpret_cast<uint16_t*>(shared + Layout::kValues);
+        scores.data = reinterpret_cast<uint16_t*>(shared + Layout::kScores);
+        k_sum = reinterpret_cast<float*>(shared + Layout::kKSum);
+        row_sums = reinterpret_cast<float*>(shared + Layout::kRowSums);
+        chunk_runs = reinterpret_cast<int32_t*>(shared + Layout::kRuns);
+        chunk_real = reinterpret_cast<int32_t*>(shared + Layout::kReal);
+    }
+
+    __device__ __forceinline__ void run() {
+        const int64_t num_chunks = (p.length + kChunk - 1) / kChunk;
+        const int64_t first = segment * p.chunks_per_segment;
+        const int64_t stop = first + p.chunks_per_segment < num_chunks ? first + p.chunks_per_segment : num_chunks;
+        load_state();
+        if (kFused) copy_weights();
+        copy_queries_and_raw_keys(first * kChunk);
+        copy_values_and_given_keys(first * kChunk);
+#pragma unroll 1
+        for (int64_t chunk = first; chunk < stop; ++chunk) {
+            start = chunk * kChunk;
+            const int64_t after = chunk + 1 < stop ? start + kChunk : p.length;  // p.length: nothing left to copy
+            read_row_marks();
+            if (kFused) {
+                copy_async_wait<1>();
+                __syncthreads();  // (A)
+                make_features();
+            }
+            copy_async_wait<0>();
+            __syncthreads();  // (C)
+            if (!p.state_only) make_scores();
+            __syncthreads();  // (D)
+            if (!p.state_only) write_output();
+            if (runs) hide_keys_of_earlier_runs();
+            __syncthreads();  // (E)
+            copy_queries_and_raw_keys(after);
+            advance_state();
+            __syncthreads();  // (F)
+            copy_values_and_given_keys(after);
+        }
+        store_state();
+    }
+
+   private:
+    __device__ __forceinline__ float* segment_state(int index) const {
+        return p.segment_states + (batch_head * (p.segments - 1) + index) * (kFeatures * (kHeadDim + 1));
+    }
+
+    __device__ __forceinline__ void load_state() {
+        const float *kv = nullptr, *sum = nullptr;
+        if (segment == 0 && p.initial_kv) {
+            kv = p.initial_kv + batch_head * kFeatures * kHeadDim;
+            sum = p.initial_k_sum + batch_head * kFeatures;
+        } else if (segment > 0 && !p.state_only) {
+            kv = segment_state(segment - 1);
+            sum = kv + kFeatures * kHeadDim;
+        }
+        state.load(kv, warp, lane);
+        for (int f = thread; f < kFeatures; f += kThreads) k_sum[f] = sum ? sum[f] : 0.0f;
+    }
+
+    __device__ __forceinline__ void store_state() const {
+        float *kv = nullptr, *sum = nullptr;
+        if (p.state_only) {
+            kv = segment_state(segment);
+            sum = kv + kFeatures * kHeadDim;
+        } else if (p.final_kv && segment == p.segments - 1) {
+            kv = p.final_kv + batch_head * kFeatures * kHeadDim;
+            sum = p.final_k_sum + batch_head * kFeatures;
+        }
+        if (kv == nullptr) return;
+        state.store(kv, warp, lane);
+        for (int f = thread; f < kFeatures; f += kThreads) sum[f] = k_sum[f];
+    }
+
+    __device__ __forceinline__ void copy_weights() const {
+        const int64_t offset = int64_t(blockIdx.y) * kHeadDim * kProjected;
+        const auto all = [](int) { return true; };
+        weight_q.template copy_rows<kHeadDim, kThreads>(p.weight_q + offset, kProjected, thread, all);
+        weight_k.template copy_rows<kHeadDim, kThreads>(p.weight_k + offset, kProjected, thread, all);
+    }
+
+    // What lies in the memory that φ(q) takes: raw q and k, or φ(q) itself. Rows beyond the end become zeros.
+    __device__ __forceinline__ void copy_queries_and_raw_keys(int64_t from) const {
+        const int64_t left = p.length - from;
+        const auto exists = [left](int row) { return row < left; };
+        if constexpr (kFused) {
+            if (!p.state_only)
+                raw_q.template copy_rows<kChunk, kThreads>(q + from * p.q_stride.token, p.q_stride.token, thread,
+                                                           exists);
+            raw_k.template copy_rows<kChunk, kThreads>(k + from * p.k_stride.token, p.k_stride.token, thread, exists);
+        } else if (!p.state_only) {
+            phi_q.template copy_rows<kChunk, kThreads>(q + from * p.q_stride.token, p.q_stride.token, thread, exists);
+        }
+        copy_async_commit();
+    }
+
+    __device__ __forceinline__ void copy_values_and_given_keys(int64_t from) const {
+        const int64_t left = p.length - from;
+        values.template copy_rows<kChunk, kThreads>(v + from * p.v_stride.token, p.v_stride.token, thread,
+                                                    [left](int row) { return row < left; });
+        if constexpr (!kFused) {
+            const uint8_t* mask_from = mask ? mask + from : nullptr;
+            phi_k.template copy_rows<kChunk, kThreads>(
+                k + from * p.k_stride.token, p.k_stride.token, thread,
+                [left, mask_from](int row) { return row < left && (mask_from == nullptr || mask_from[row]); });
+        }
+        copy_async_commit();
+    }
+
+    // Which rows are real tokens and which run each belongs to. A run's number never falls along a row.
+    __device__ __forceinline__ void read_row_marks() {
+        if (thread < kChunk) {
+            const int64_t token = start + thread;
+            const bool exists = token < p.length;
+            chunk_real[thread] = exists && (mask == nullptr || mask[token]);
+            chunk_runs[thread] = runs && exists ? runs[token] : 0;
+        }
+        if (runs) {
+            const int64_t stop = start + kChunk < p.length ? start + kChunk : p.length;
+            run_before = runs[start > 0 ? start - 1 : 0];
+            run_at_end = runs[stop - 1];
+        }
+    }
+
+    __device__ __forceinline__ bool sees_state(int row) const {
+        return runs == nullptr || chunk_runs[row] == run_before;
+    }
+
+    // φ(k) and φ(q), sixteen rows at a time. With eight warps four make φ(k) and four φ(q); four warps make both.
+    __device__ __forceinline__ void make_features() {
+        const bool makes_keys = kWarps == 4 || warp >= 4, makes_queries = !p.state_only && warp < 4;
+        const int first_row = 16 * (warp % 4);
+        float z[kProjected / 8][4];
+        if (makes_keys) {
+            project<kHeadDim, kProjected>(z, raw_k, first_row, weight_k, lane);
+            const bool keep[2] = {chunk_real[first_row + lane / 4] != 0, chunk_real[first_row + lane / 4 + 8] != 0};
+            activate<kProjected>(z, p.feature_map, true, keep, phi_k, first_row, lane);
+        }
+        if (makes_queries) project<kHeadDim, kProjected>(z, raw_q, first_row, weight_q, lane);
+        __syncthreads();  // (B)
+        if (makes_queries) {
+            const bool keep[2] = {true, true};
+            activate<kProjected>(z, p.feature_map, false, keep, phi_q, first_row, lane);
+        }
+    }
+
+    // A in bf16, and the rows' parts of the denominator: those of A, and φ(q)·z in float.
+    __device__ __forceinline__ void make_scores() {
+        const int row_tile = warp % 4, group = warp / 4, member = lane % 4;
+        float a_sums[kPairs][2][4] = {};
+        float on_state[2] = {0.0f, 0.0f};
+#pragma unroll 2
+        for (int f = 0; f < kFeatures; f += 16) {
+            uint32_t a[4];
+            phi_q.load_a(a, 16 * row_tile, f, lane);
+            if ((f / 16) % kColumnGroups == group) {
+                const float *near = k_sum + f + 2 * member, *far = near + 8;
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    on_state[r] += low_bf16(a[r]) * near[0] + high_bf16(a[r]) * near[1] + low_bf16(a[r + 2]) * far[0] +
+                                   high_bf16(a[r + 2]) * far[1];
+            }
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) {
+                const int column_tile = group + i * kColumnGroups;
+                if (column_tile > row_tile) continue;  // wholly above the diagonal
+                uint32_t b[4];
+                phi_k.load_b_transposed(b, f, 16 * column_tile, lane);
+                mma(a_sums[i][0], a, b[0], b[1]);
+                mma(a_sums[i][1], a, b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = 16 * row_tile + lane / 4 + 8 * r;
+            float sum = sees_state(row) ? on_state[r] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) {
+                const int column_tile = group + i * kColumnGroups;
+                if (column_tile > row_tile) continue;
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    const int column = 16 * column_tile + 8 * n + 2 * member;
+                    const float left = sees(row, column) ? a_sums[i][n][2 * r] : 0.0f;
+                    const float right = sees(row, column + 1) ? a_sums[i][n][2 * r + 1] : 0.0f;
+                    const uint32_t pair = pack_bf16(left, right);
+                    scores.pair(row, column) = pair;
+                    sum += low_bf16(pair) + high_bf16(pair);
+                }
+            }
+            sum = quad_sum(sum);
+            if (member == 0) row_sums[group * kChunk + row] = sum;
+        }
+    }
+
+    __device__ __forceinline__ bool sees(int row, int column) const {
+        return column <= row && (runs == nullptr || chunk_runs[row] == chunk_runs[column]);
+    }
+
+    // o of all 64 rows, sixteen values wide in each warp.
+    __device__ __forceinline__ void write_output() {
+        float sums[4][2][4] = {};
+#pragma unroll
+        for (int f = 0; f < kFeatures; f += 16) {
+            const float(&near)[4] = state.value[f / 8];
+            const float(&far)[4] = state.value[f / 8 + 1];
+            const uint32_t left[2] = {pack_bf16(near[0], near[1]), pack_bf16(far[0], far[1])};
+            const uint32_t right[2] = {pack_bf16(near[2], near[3]), pack_bf16(far[2], far[3])};
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                uint32_t a[4];
+                phi_q.load_a(a, 16 * m, f, lane);
+                mma(sums[m][0], a, left[0], left[1]);
+                mma(sums[m][1], a, right[0], right[1]);
+            }
+        }
+        if (runs) {
+#pragma unroll
+            for (int m = 0; m < 4; ++m)
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    if (!sees_state(16 * m + lane / 4 + 8 * r))
+#pragma unroll
+                        for (int n = 0; n < 2; ++n) sums[m][n][2 * r] = sums[m][n][2 * r + 1] = 0.0f;
+        }
+#pragma unroll
+        for (int key_tile = 0; key_tile < 4; ++key_tile) {
+            uint32_t b[4];
+            values.load_b(b, 16 * key_tile, 16 * warp, lane);
+#pragma unroll
+            for (int m = key_tile; m < 4; ++m) {
+                uint32_t a[4];
+                scores.load_a(a, 16 * m, 16 * key_tile, lane);
+                mma(sums[m][0], a, b[0], b[1]);
+                mma(sums[m][1], a, b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = 16 * m + lane / 4 + 8 * r;
+                const int64_t token = start + row;
+                if (token >= p.length) continue;
+                float d = row_sums[row] + p.eps;
+                if (kColumnGroups == 2) d += row_sums[kChunk + row];
+                uint16_t* to = out + token * p.out_stride.token + 16 * warp + 2 * (lane % 4);
+#pragma unroll
+                for (int n = 0; n < 2; ++n)
+                    *reinterpret_cast<uint32_t*>(to + 8 * n) =
+                        pack_bf16(sums[m][n][2 * r] / d, sums[m][n][2 * r + 1] / d);
+                if (warp == 0 && lane % 4 == 0) denominator[token] = d;
+            }
+    }
+
+    // Only keys of the run that goes on after the chunk enter the state. φ(k) has served the scores by now.
+    __device__ __forceinline__ void hide_keys_of_earlier_runs() const {
+        for (int index = thread; index < kChunk * kFeatures / 2; index += kThreads) {
+            const int row = index / (kFeatures / 2), column = index % (kFeatures / 2) * 2;
+            if (chunk_runs[row] != run_at_end) phi_k.pair(row, column) = 0u;
+        }
+    }
+
+    // Sᵀ += vᵀ φ(k) and z += Σ φ(k), from zero where a border lies between the state and the chunk's end.
+    __device__ __forceinline__ void advance_state() {
+        const bool survives = runs == nullptr || run_before == run_at_end;
+        if (!survives) {
+#pragma unroll
+            for (int n = 0; n < kFeatures / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) state.value[n][i] = 0.0f;
+        }
+        // Each warp sums the keys of its share of the features; the B operands hold all it needs.
+        constexpr int kShare = kFeatures / 16 / kWarps;
+        float sums[kShare][2] = {};
+#pragma unroll 1
+        for (int token = 0; token < kChunk; token += 16) {
+            uint32_t a[4];
+            values.load_a_transposed(a, 16 * warp, token, lane);
+#pragma unroll
+            for (int f = 0; f < kFeatures; f += 16) {
+                uint32_t b[4];
+                phi_k.load_b(b, token, f, lane);
+                mma(state.value[f / 8], a, b[0], b[1]);
+                mma(state.value[f / 8 + 1], a, b[2], b[3]);
+                if (f / 16 / kShare == warp) {
+                    float(&sum)[2] = sums[f / 16 % kShare];
+                    sum[0] += low_bf16(b[0]) + high_bf16(b[0]) + low_bf16(b[1]) + high_bf16(b[1]);
+                    sum[1] += low_bf16(b[2]) + high_bf16(b[2]) + low_bf16(b[3]) + high_bf16(b[3]);
+                }
+            }
+        }
+#pragma unroll
+        for (int share = 0; share < kShare; ++share)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float sum = quad_sum(sums[share][half]);
+                float& total = k_sum[16 * (warp * kShare + share) + 8 * half + lane / 4];
+                if (lane % 4 == 0) total = (survives ? total : 0.0f) + sum;
+            }
+    }
+
+    const ForwardParameters& p;
+    const int thread, warp, lane, segment;
+    int64_t batch_head, start = 0;
+    int32_t run_before = 0, run_at_end = 0;
+    const uint16_t *q, *k, *v;
+    uint16_t* out;
+    float* denominator;
+    const uint8_t* mask;
+    const int32_t* runs;
+    Tile<kProjected> weight_q, weight_k;
+    Tile<kHeadDim> raw_q, raw_k, values;
+    Tile<kFeatures> phi_q, phi_k;
+    Tile<kChunk> scores;
+    float *k_sum, *row_sums;
+    int32_t *chunk_runs, *chunk_real;
+    StateFragment<kHeadDim, kFeatures> state;
+};
+
+template <int kHeadDim, int kFeatures, bool kFused>
+__global__ void __launch_bounds__(ForwardLayout<kHeadDim, kFeatures, kFused>::kThreads, 1)
+    linear_attention_forward(const __grid_constant__ ForwardParameters parameters) {
+    ForwardBlock<kHeadDim, kFeatures, kFused>(parameters).run();
+}
+
+}  // namespace hedgehog
