@@ -96,6 +96,10 @@ cudaError_t run(ForwardParameters p, int64_t batch, cudaStream_t stream) {
 }  // namespace
 }  // namespace hedgehog
 
+#ifndef __CUDACC__
+extern "C" void hedgehog_emulation_seed(uint64_t seed) { emulation::Scheduler::get().seed(seed); }
+#endif
+
 extern "C" int32_t hedgehog_num_segments(int64_t length, int32_t requested) {
     return hedgehog::split(length, requested).count;
 }
