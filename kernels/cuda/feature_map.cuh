@@ -17,20 +17,20 @@ namespace hedgehog {
 constexpr float kKeyExponentBound = 40.0f;  // feature_maps.py: KEY_EXPONENT_BOUND
 
 __device__ __forceinline__ float bounded_exponent(float z) {
-    const float excess = fabsf(z) - kKeyExponentBound;
-    if (excess > 0.0f) return copysignf(kKeyExponentBound + log1pf(excess), z);
-    return z;
+    const float excess = fmaxf(fabsf(z) - kKeyExponentBound, 0.0f);
+    return z - copysignf(excess - log2_approximate(1.0f + excess) / kLog2E, z);
 }
 
 // Fragment C of x W: row lane/4 (+8) of the sixteen, columns 8n + 2(lane%4) (+1).
 template <int kHeadDim, int kProjected>
 __device__ __forceinline__ void project(float (&z)[kProjected / 8][4], Tile<kHeadDim> x, int first_row,
-                                        Tile<kProjected> weight, int lane) {
+                                        Tile<kProjected> weight) {
+    const int lane = thread_index() % 32;
 #pragma unroll
     for (int n = 0; n < kProjected / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) z[n][i] = 0.0f;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kHeadDim; k += 16) {
         uint32_t a[4];
         x.load_a(a, first_row, k, lane);
@@ -47,7 +47,8 @@ __device__ __forceinline__ void project(float (&z)[kProjected / 8][4], Tile<kHea
 // Writes φ of the sixteen rows into `phi`; a row whose `keep` is false becomes zero.
 template <int kProjected>
 __device__ __forceinline__ void activate(float (&z)[kProjected / 8][4], int feature_map, bool is_key,
-                                         const bool (&keep)[2], Tile<2 * kProjected> phi, int first_row, int lane) {
+                                         const bool (&keep)[2], Tile<2 * kProjected> phi, int first_row) {
+    const int lane = thread_index() % 32;
     float scale = kLog2E;
     float offset_plus[2] = {0.0f, 0.0f}, offset_minus[2] = {0.0f, 0.0f};
     if (feature_map == HEDGEHOG_EXP && is_key) {

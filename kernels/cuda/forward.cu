@@ -67,6 +67,7 @@ bool valid(const HedgehogForwardArguments& a) {
     return a.q && a.k && a.v && a.out && a.denominator && (!fused || (a.weight_q && a.weight_k)) &&
            a.feature_map >= HEDGEHOG_GIVEN && a.feature_map <= HEDGEHOG_JOINT && a.batch > 0 && a.batch < 65536 &&
            a.heads > 0 && a.heads < 65536 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.length > 0 &&
+           a.length < int64_t(kChunk) << 30 &&
            !a.initial_kv == !a.initial_k_sum && !a.final_kv == !a.final_k_sum && aligned(a.q, 16) &&
            aligned(a.k, 16) && aligned(a.v, 16) && aligned(a.weight_q, 16) && aligned(a.weight_k, 16) &&
            aligned(a.out, 4) && aligned(a.q_stride, kUnit) && aligned(a.k_stride, kUnit) &&
@@ -134,7 +135,8 @@ extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
     p.v_stride = a.v_stride;
     p.out_stride = a.out_stride;
     p.length = a.length;
-    p.chunks_per_segment = segments.chunks_per_segment;
+    p.num_chunks = static_cast<int32_t>(segments.num_chunks);
+    p.chunks_per_segment = static_cast<int32_t>(segments.chunks_per_segment);
     p.heads = static_cast<int32_t>(a.heads);
     p.kv_heads = static_cast<int32_t>(a.kv_heads);
     p.feature_map = a.feature_map;

@@ -28,8 +28,8 @@ struct ForwardParameters {
     float *denominator, *final_kv, *final_k_sum;
     float* segment_states;  // (B, H, segments - 1, F·V + F): what each segment but the last leaves behind
     HedgehogStrides q_stride, k_stride, v_stride, out_stride;
-    int64_t length, chunks_per_segment;
-    int32_t heads, kv_heads, feature_map, segments;
+    int64_t length;
+    int32_t num_chunks, chunks_per_segment, heads, kv_heads, feature_map, segments;
     float eps;
     bool state_only;  // the pass that only fills segment_states, each segment from zero but the first
 };
@@ -61,21 +61,24 @@ template <int kHeadDim, int kFeatures>
 struct StateFragment {
     float value[kFeatures / 8][4];
 
-    __device__ __forceinline__ static int offset(int n, int i, int warp, int lane) {
+    __device__ __forceinline__ static int offset(int n, int i, int thread) {
+        const int warp = thread / 32, lane = thread % 32;
         return (8 * n + 2 * (lane % 4) + (i & 1)) * kHeadDim + 16 * warp + lane / 4 + 8 * (i >> 1);
     }
     // From (F, V) in global memory, or zeros where `source` is null.
-    __device__ __forceinline__ void load(const float* source, int warp, int lane) {
+    __device__ __forceinline__ void load(const float* source) {
+        const int thread = thread_index();
 #pragma unroll
         for (int n = 0; n < kFeatures / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) value[n][i] = source ? source[offset(n, i, warp, lane)] : 0.0f;
+            for (int i = 0; i < 4; ++i) value[n][i] = source ? source[offset(n, i, thread)] : 0.0f;
     }
-    __device__ __forceinline__ void store(float* destination, int warp, int lane) const {
+    __device__ __forceinline__ void store(float* destination) const {
+        const int thread = thread_index();
 #pragma unroll
         for (int n = 0; n < kFeatures / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) destination[offset(n, i, warp, lane)] = value[n][i];
+            for (int i = 0; i < 4; ++i) destination[offset(n, i, thread)] = value[n][i];
     }
 };
 
@@ -88,18 +91,7 @@ class ForwardBlock {
 
    public:
     __device__ __forceinline__ explicit ForwardBlock(const ForwardParameters& parameters)
-        : p(parameters), thread(threadIdx.x), warp(thread / 32), lane(thread % 32), segment(blockIdx.x) {
-        const int64_t head = blockIdx.y, row = blockIdx.z, kv_head = head / (p.heads / p.kv_heads);
-        const int64_t q_head = head, k_head = kFused ? kv_head : head;
-        batch_head = row * p.heads + head;
-        q = p.q + row * p.q_stride.batch + q_head * p.q_stride.head;
-        k = p.k + row * p.k_stride.batch + k_head * p.k_stride.head;
-        v = p.v + row * p.v_stride.batch + kv_head * p.v_stride.head;
-        out = p.out + row * p.out_stride.batch + head * p.out_stride.head;
-        denominator = p.denominator + batch_head * p.length;
-        mask = p.mask ? p.mask + row * p.length : nullptr;
-        runs = p.runs ? p.runs + row * p.length : nullptr;
-
+        : p(parameters) {
         unsigned char* shared = dynamic_shared_memory();
         weight_q.data = reinterpret_cast<uint16_t*>(shared + Layout::kWeightQ);
         weight_k.data = reinterpret_cast<uint16_t*>(shared + Layout::kWeightK);
@@ -116,17 +108,13 @@ class ForwardBlock {
     }
 
     __device__ __forceinline__ void run() {
-        const int64_t num_chunks = (p.length + kChunk - 1) / kChunk;
-        const int64_t first = segment * p.chunks_per_segment;
-        const int64_t stop = first + p.chunks_per_segment < num_chunks ? first + p.chunks_per_segment : num_chunks;
+        const int first = segment() * p.chunks_per_segment;
         load_state();
         if (kFused) copy_weights();
-        copy_queries_and_raw_keys(first * kChunk);
-        copy_values_and_given_keys(first * kChunk);
+        copy_queries_and_raw_keys(first);
+        copy_values_and_given_keys(first);
 #pragma unroll 1
-        for (int64_t chunk = first; chunk < stop; ++chunk) {
-            start = chunk * kChunk;
-            const int64_t after = chunk + 1 < stop ? start + kChunk : p.length;  // p.length: nothing left to copy
+        for (chunk = first; chunk < stop(); ++chunk) {
             read_row_marks();
             if (kFused) {
                 copy_async_wait<1>();
@@ -138,123 +126,144 @@ class ForwardBlock {
             if (!p.state_only) make_scores();
             __syncthreads();  // (D)
             if (!p.state_only) write_output();
-            if (runs) hide_keys_of_earlier_runs();
+            if (p.runs) hide_keys_of_earlier_runs();
             __syncthreads();  // (E)
-            copy_queries_and_raw_keys(after);
+            if (chunk + 1 < stop()) copy_queries_and_raw_keys(chunk + 1);
             advance_state();
             __syncthreads();  // (F)
-            copy_values_and_given_keys(after);
+            if (chunk + 1 < stop()) copy_values_and_given_keys(chunk + 1);
         }
         store_state();
     }
 
    private:
+    // Where this block's row and head begin. Made afresh each time: the registers are needed for the state.
+    __device__ __forceinline__ static int64_t row() { return block_z(); }
+    __device__ __forceinline__ static int64_t head() { return block_y(); }
+    __device__ __forceinline__ int64_t kv_head() const { return head() / (p.heads / p.kv_heads); }
+    __device__ __forceinline__ int64_t batch_head() const { return row() * p.heads + head(); }
+    __device__ __forceinline__ const uint8_t* mask() const { return p.mask ? p.mask + row() * p.length : nullptr; }
+    __device__ __forceinline__ const int32_t* runs() const { return p.runs ? p.runs + row() * p.length : nullptr; }
+    __device__ __forceinline__ static int segment() { return block_x(); }
+    __device__ __forceinline__ int stop() const {
+        const int whole = (segment() + 1) * p.chunks_per_segment;
+        return whole < p.num_chunks ? whole : p.num_chunks;
+    }
+    __device__ __forceinline__ int64_t start() const { return int64_t(chunk) * kChunk; }
+    // Runs of the tokens just before the chunk (the first token of all has none: its own) and at its end.
+    __device__ __forceinline__ int32_t run_before() const { return runs()[chunk > 0 ? start() - 1 : 0]; }
+    __device__ __forceinline__ int32_t run_at_end() const {
+        return runs()[(chunk + 1 < p.num_chunks ? start() + kChunk : p.length) - 1];
+    }
+    template <class Element>
+    __device__ __forceinline__ static Element* at(Element* data, const HedgehogStrides& stride, int64_t head,
+                                                  int64_t token) {
+        return data + row() * stride.batch + head * stride.head + token * stride.token;
+    }
+
     __device__ __forceinline__ float* segment_state(int index) const {
-        return p.segment_states + (batch_head * (p.segments - 1) + index) * (kFeatures * (kHeadDim + 1));
+        return p.segment_states + (batch_head() * (p.segments - 1) + index) * (kFeatures * (kHeadDim + 1));
     }
 
     __device__ __forceinline__ void load_state() {
         const float *kv = nullptr, *sum = nullptr;
-        if (segment == 0 && p.initial_kv) {
-            kv = p.initial_kv + batch_head * kFeatures * kHeadDim;
-            sum = p.initial_k_sum + batch_head * kFeatures;
-        } else if (segment > 0 && !p.state_only) {
-            kv = segment_state(segment - 1);
+        if (segment() == 0 && p.initial_kv) {
+            kv = p.initial_kv + batch_head() * kFeatures * kHeadDim;
+            sum = p.initial_k_sum + batch_head() * kFeatures;
+        } else if (segment() > 0 && !p.state_only) {
+            kv = segment_state(segment() - 1);
             sum = kv + kFeatures * kHeadDim;
         }
-        state.load(kv, warp, lane);
-        for (int f = thread; f < kFeatures; f += kThreads) k_sum[f] = sum ? sum[f] : 0.0f;
+        state.load(kv);
+        for (int f = thread_index(); f < kFeatures; f += kThreads) k_sum[f] = sum ? sum[f] : 0.0f;
     }
 
     __device__ __forceinline__ void store_state() const {
         float *kv = nullptr, *sum = nullptr;
         if (p.state_only) {
-            kv = segment_state(segment);
+            kv = segment_state(segment());
             sum = kv + kFeatures * kHeadDim;
-        } else if (p.final_kv && segment == p.segments - 1) {
-            kv = p.final_kv + batch_head * kFeatures * kHeadDim;
-            sum = p.final_k_sum + batch_head * kFeatures;
+        } else if (p.final_kv && segment() == p.segments - 1) {
+            kv = p.final_kv + batch_head() * kFeatures * kHeadDim;
+            sum = p.final_k_sum + batch_head() * kFeatures;
         }
         if (kv == nullptr) return;
-        state.store(kv, warp, lane);
-        for (int f = thread; f < kFeatures; f += kThreads) sum[f] = k_sum[f];
+        state.store(kv);
+        for (int f = thread_index(); f < kFeatures; f += kThreads) sum[f] = k_sum[f];
     }
 
     __device__ __forceinline__ void copy_weights() const {
-        const int64_t offset = int64_t(blockIdx.y) * kHeadDim * kProjected;
+        const int64_t offset = head() * kHeadDim * kProjected;
         const auto all = [](int) { return true; };
-        weight_q.template copy_rows<kHeadDim, kThreads>(p.weight_q + offset, kProjected, thread, all);
-        weight_k.template copy_rows<kHeadDim, kThreads>(p.weight_k + offset, kProjected, thread, all);
+        weight_q.template copy_rows<kHeadDim, kThreads>(p.weight_q + offset, kProjected, all);
+        weight_k.template copy_rows<kHeadDim, kThreads>(p.weight_k + offset, kProjected, all);
     }
 
     // What lies in the memory that φ(q) takes: raw q and k, or φ(q) itself. Rows beyond the end become zeros.
-    __device__ __forceinline__ void copy_queries_and_raw_keys(int64_t from) const {
+    __device__ __forceinline__ void copy_queries_and_raw_keys(int from_chunk) const {
+        const int64_t from = int64_t(from_chunk) * kChunk;
         const int64_t left = p.length - from;
         const auto exists = [left](int row) { return row < left; };
         if constexpr (kFused) {
             if (!p.state_only)
-                raw_q.template copy_rows<kChunk, kThreads>(q + from * p.q_stride.token, p.q_stride.token, thread,
-                                                           exists);
-            raw_k.template copy_rows<kChunk, kThreads>(k + from * p.k_stride.token, p.k_stride.token, thread, exists);
+                raw_q.template copy_rows<kChunk, kThreads>(at(p.q, p.q_stride, head(), from), p.q_stride.token, exists);
+            raw_k.template copy_rows<kChunk, kThreads>(at(p.k, p.k_stride, kv_head(), from), p.k_stride.token, exists);
         } else if (!p.state_only) {
-            phi_q.template copy_rows<kChunk, kThreads>(q + from * p.q_stride.token, p.q_stride.token, thread, exists);
+            phi_q.template copy_rows<kChunk, kThreads>(at(p.q, p.q_stride, head(), from), p.q_stride.token, exists);
         }
         copy_async_commit();
     }
 
-    __device__ __forceinline__ void copy_values_and_given_keys(int64_t from) const {
+    __device__ __forceinline__ void copy_values_and_given_keys(int from_chunk) const {
+        const int64_t from = int64_t(from_chunk) * kChunk;
         const int64_t left = p.length - from;
-        values.template copy_rows<kChunk, kThreads>(v + from * p.v_stride.token, p.v_stride.token, thread,
+        values.template copy_rows<kChunk, kThreads>(at(p.v, p.v_stride, kv_head(), from), p.v_stride.token,
                                                     [left](int row) { return row < left; });
         if constexpr (!kFused) {
-            const uint8_t* mask_from = mask ? mask + from : nullptr;
+            const uint8_t* mask_from = p.mask ? mask() + from : nullptr;
             phi_k.template copy_rows<kChunk, kThreads>(
-                k + from * p.k_stride.token, p.k_stride.token, thread,
+                at(p.k, p.k_stride, head(), from), p.k_stride.token,
                 [left, mask_from](int row) { return row < left && (mask_from == nullptr || mask_from[row]); });
         }
         copy_async_commit();
     }
 
-    // Which rows are real tokens and which run each belongs to. A run's number never falls along a row.
+    // Which rows are real tokens, and which run each belongs to.
     __device__ __forceinline__ void read_row_marks() {
-        if (thread < kChunk) {
-            const int64_t token = start + thread;
-            const bool exists = token < p.length;
-            chunk_real[thread] = exists && (mask == nullptr || mask[token]);
-            chunk_runs[thread] = runs && exists ? runs[token] : 0;
-        }
-        if (runs) {
-            const int64_t stop = start + kChunk < p.length ? start + kChunk : p.length;
-            run_before = runs[start > 0 ? start - 1 : 0];
-            run_at_end = runs[stop - 1];
-        }
+        const int thread = thread_index();
+        if (thread >= kChunk) return;
+        const int64_t token = start() + thread;
+        const bool exists = token < p.length;
+        chunk_real[thread] = exists && (p.mask == nullptr || mask()[token]);
+        chunk_runs[thread] = p.runs && exists ? runs()[token] : 0;
     }
 
     __device__ __forceinline__ bool sees_state(int row) const {
-        return runs == nullptr || chunk_runs[row] == run_before;
+        return p.runs == nullptr || chunk_runs[row] == run_before();
     }
 
-    // φ(k) and φ(q), sixteen rows at a time. With eight warps four make φ(k) and four φ(q); four warps make both.
+    // φ(k) and φ(q), sixteen rows at a time. Of eight warps four make φ(k) and four φ(q); four warps make φ(k), then φ(q).
     __device__ __forceinline__ void make_features() {
-        const bool makes_keys = kWarps == 4 || warp >= 4, makes_queries = !p.state_only && warp < 4;
-        const int first_row = 16 * (warp % 4);
+        const int thread = thread_index(), warp = thread / 32, lane = thread % 32, first_row = 16 * (warp % 4);
         float z[kProjected / 8][4];
-        if (makes_keys) {
-            project<kHeadDim, kProjected>(z, raw_k, first_row, weight_k, lane);
-            const bool keep[2] = {chunk_real[first_row + lane / 4] != 0, chunk_real[first_row + lane / 4 + 8] != 0};
-            activate<kProjected>(z, p.feature_map, true, keep, phi_k, first_row, lane);
-        }
-        if (makes_queries) project<kHeadDim, kProjected>(z, raw_q, first_row, weight_q, lane);
-        __syncthreads();  // (B)
-        if (makes_queries) {
-            const bool keep[2] = {true, true};
-            activate<kProjected>(z, p.feature_map, false, keep, phi_q, first_row, lane);
+#pragma unroll 1
+        for (int pass = 0; pass < 8 / kWarps; ++pass) {
+            const bool is_key = kWarps == 8 ? warp >= 4 : pass == 0;
+            const bool wanted = is_key || !p.state_only;
+            if (wanted)
+                project<kHeadDim, kProjected>(z, is_key ? raw_k : raw_q, first_row, is_key ? weight_k : weight_q);
+            __syncthreads();  // (B)
+            if (!wanted) continue;
+            const bool keep[2] = {!is_key || chunk_real[first_row + lane / 4] != 0,
+                                  !is_key || chunk_real[first_row + lane / 4 + 8] != 0};
+            activate<kProjected>(z, p.feature_map, is_key, keep, is_key ? phi_k : phi_q, first_row);
         }
     }
 
     // A in bf16, and the rows' parts of the denominator: those of A, and φ(q)·z in float.
     __device__ __forceinline__ void make_scores() {
-        const int row_tile = warp % 4, group = warp / 4, member = lane % 4;
+        const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+        const int member = lane % 4, row_tile = warp % 4, group = warp / 4;
         float a_sums[kPairs][2][4] = {};
         float on_state[2] = {0.0f, 0.0f};
 #pragma unroll 2
@@ -302,11 +311,12 @@ class ForwardBlock {
     }
 
     __device__ __forceinline__ bool sees(int row, int column) const {
-        return column <= row && (runs == nullptr || chunk_runs[row] == chunk_runs[column]);
+        return column <= row && (p.runs == nullptr || chunk_runs[row] == chunk_runs[column]);
     }
 
     // o of all 64 rows, sixteen values wide in each warp.
     __device__ __forceinline__ void write_output() {
+        const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
         float sums[4][2][4] = {};
 #pragma unroll
         for (int f = 0; f < kFeatures; f += 16) {
@@ -322,7 +332,7 @@ class ForwardBlock {
                 mma(sums[m][1], a, right[0], right[1]);
             }
         }
-        if (runs) {
+        if (p.runs) {
 #pragma unroll
             for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -343,35 +353,39 @@ class ForwardBlock {
                 mma(sums[m][1], a, b[2], b[3]);
             }
         }
+        uint16_t* chunk_out = at(p.out, p.out_stride, head(), start()) + 16 * warp + 2 * (lane % 4);
+        float* chunk_denominator = p.denominator + batch_head() * p.length + start();
+        const int num_rows = chunk + 1 < p.num_chunks ? kChunk : static_cast<int>(p.length - start());
 #pragma unroll
         for (int m = 0; m < 4; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int row = 16 * m + lane / 4 + 8 * r;
-                const int64_t token = start + row;
-                if (token >= p.length) continue;
+                if (row >= num_rows) continue;
                 float d = row_sums[row] + p.eps;
                 if (kColumnGroups == 2) d += row_sums[kChunk + row];
-                uint16_t* to = out + token * p.out_stride.token + 16 * warp + 2 * (lane % 4);
+                uint16_t* to = chunk_out + row * p.out_stride.token;
 #pragma unroll
                 for (int n = 0; n < 2; ++n)
                     *reinterpret_cast<uint32_t*>(to + 8 * n) =
                         pack_bf16(sums[m][n][2 * r] / d, sums[m][n][2 * r + 1] / d);
-                if (warp == 0 && lane % 4 == 0) denominator[token] = d;
+                if (warp == 0 && lane % 4 == 0) chunk_denominator[row] = d;
             }
     }
 
     // Only keys of the run that goes on after the chunk enter the state. φ(k) has served the scores by now.
     __device__ __forceinline__ void hide_keys_of_earlier_runs() const {
-        for (int index = thread; index < kChunk * kFeatures / 2; index += kThreads) {
+        const int32_t last_run = run_at_end();
+        for (int index = thread_index(); index < kChunk * kFeatures / 2; index += kThreads) {
             const int row = index / (kFeatures / 2), column = index % (kFeatures / 2) * 2;
-            if (chunk_runs[row] != run_at_end) phi_k.pair(row, column) = 0u;
+            if (chunk_runs[row] != last_run) phi_k.pair(row, column) = 0u;
         }
     }
 
     // Sᵀ += vᵀ φ(k) and z += Σ φ(k), from zero where a border lies between the state and the chunk's end.
     __device__ __forceinline__ void advance_state() {
-        const bool survives = runs == nullptr || run_before == run_at_end;
+        const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+        const bool survives = p.runs == nullptr || run_before() == run_at_end();
         if (!survives) {
 #pragma unroll
             for (int n = 0; n < kFeatures / 8; ++n)
@@ -409,14 +423,7 @@ class ForwardBlock {
     }
 
     const ForwardParameters& p;
-    const int thread, warp, lane, segment;
-    int64_t batch_head, start = 0;
-    int32_t run_before = 0, run_at_end = 0;
-    const uint16_t *q, *k, *v;
-    uint16_t* out;
-    float* denominator;
-    const uint8_t* mask;
-    const int32_t* runs;
+    int chunk = 0;
     Tile<kProjected> weight_q, weight_k;
     Tile<kHeadDim> raw_q, raw_k, values;
     Tile<kFeatures> phi_q, phi_k;

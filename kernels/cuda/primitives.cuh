@@ -40,6 +40,29 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const v
                  : "memory");
 }
 
+// threadIdx and blockIdx, read afresh: what follows from them is computed where it stands. With the state in registers
+// none are left for addresses that the compiler would otherwise carry through the whole loop over chunks.
+__device__ __forceinline__ int thread_index() {
+    int value;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(value));
+    return value;
+}
+__device__ __forceinline__ int block_x() {
+    int value;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(value));
+    return value;
+}
+__device__ __forceinline__ int64_t block_y() {
+    int value;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(value));
+    return value;
+}
+__device__ __forceinline__ int64_t block_z() {
+    int value;
+    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(value));
+    return value;
+}
+
 // c (16×8, float) += a (16×16) b (16×8)
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -98,6 +121,10 @@ template <int kPending>
 void copy_async_wait() {
     emulation::copy_async_wait(kPending);
 }
+inline int thread_index() { return threadIdx.x; }
+inline int block_x() { return blockIdx.x; }
+inline int64_t block_y() { return blockIdx.y; }
+inline int64_t block_z() { return blockIdx.z; }
 inline float shuffle_xor(float value, int lane_mask) { return emulation::shuffle_xor(value, lane_mask); }
 inline float float_of_bits(uint32_t bits) { return emulation::bits_to_float(bits); }
 inline uint32_t pack_bf16(float low, float high) {

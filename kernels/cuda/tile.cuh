@@ -50,10 +50,10 @@ struct Tile {
     // Starts copying rows 0…kRows-1 from `source`, `row_stride` elements apart. Rows for which valid(row) is false
     // become zeros, and are not read.
     template <int kRows, int kThreads, class Valid>
-    __device__ __forceinline__ void copy_rows(const uint16_t* source, int64_t row_stride, int thread,
-                                              Valid valid) const {
+    __device__ __forceinline__ void copy_rows(const uint16_t* source, int64_t row_stride, Valid valid) const {
+        const int thread = thread_index();
         static_assert(kRows * kUnits % kThreads == 0, "every thread copies as much");
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < kRows * kUnits / kThreads; ++i) {
             const int index = thread + i * kThreads;
             const int row = index / kUnits, column_unit = index % kUnits;
