@@ -48,10 +48,12 @@ def build_emulated_library() -> Path:
     return _build([_gxx(), *GXX_FLAGS, "-shared", "-fPIC", "-x", "c++"], "emulated")
 
 
-def build_sanitized_program(main: Path) -> Path:
-    """The emulation and `main` as a program under AddressSanitizer. Raises BuildError."""
-    flags = (*GXX_FLAGS, "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
-    return _build([_gxx(), *flags, f"-I{FOLDER}", "-x", "c++"], "sanitized", more_sources=(main,))
+def build_program(main: Path, *, with_kernels: bool, sanitize: bool) -> Path:
+    """`main` (C++) on the emulation as a program, if asked under AddressSanitizer. Raises BuildError."""
+    sanitizer = ("-g", "-fsanitize=address", "-fno-omit-frame-pointer") if sanitize else ()
+    command = [_gxx(), *GXX_FLAGS, *sanitizer, f"-I{FOLDER}", "-x", "c++"]
+    units = UNITS if with_kernels else ()
+    return _build(command, main.stem, units, more_sources=(main,))
 
 
 def _gxx() -> str:
@@ -66,7 +68,9 @@ def source_files() -> list[Path]:
     return sorted(file for file in FOLDER.rglob("*") if file.suffix in (".cu", ".cuh", ".h"))
 
 
-def _build(command: list[str], label: str, more_sources: tuple[Path, ...] = ()) -> Path:
+def _build(
+    command: list[str], label: str, units: tuple[str, ...] = UNITS, more_sources: tuple[Path, ...] = ()
+) -> Path:
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256("\0".join([*command, version]).encode())
     for file in [*source_files(), *more_sources]:
@@ -79,7 +83,7 @@ def _build(command: list[str], label: str, more_sources: tuple[Path, ...] = ()) 
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not target.exists():
-                _compile(command, [FOLDER / unit for unit in UNITS] + list(more_sources), target)
+                _compile(command, [*(FOLDER / unit for unit in units), *more_sources], target)
     except OSError as error:
         raise BuildError(f"the kernels cannot be built in {folder}: {error}") from error
     return target

@@ -6,8 +6,6 @@
 // values, so that a small batch fills the GPU too. Every slice needs the old z, and only one may write the new: the
 // last block of a head to arrive does, and puts the counter back to zero for the next token.
 // Plain launches with fixed addresses: a CUDA graph may hold them.
-//
-// RESOURCES linear_attention_decode<64,128,fused> registers 128 shared_bytes 8192
 #include "feature_map.cuh"
 
 namespace hedgehog {
@@ -34,6 +32,20 @@ struct DecodeShared {
     float denominators[kDecodeThreads / 32];
     int32_t is_last;
 };
+
+// As in forward.cu. Few registers: five blocks of 256 threads on a multiprocessor keep its memory busy.
+#define RESOURCES(head_dim, features, map, registers, shared_bytes)                    \
+    static_assert(sizeof(DecodeShared<head_dim, features>) <= shared_bytes && registers <= 48, \
+                  "linear_attention_decode<" #head_dim "," #features "," #map "> takes more than declared")
+RESOURCES(64, 128, fused, 48, 7716);
+RESOURCES(64, 256, fused, 48, 8740);
+RESOURCES(128, 128, fused, 48, 8228);
+RESOURCES(128, 256, fused, 48, 9252);
+RESOURCES(64, 128, given, 48, 7716);
+RESOURCES(64, 256, given, 48, 8740);
+RESOURCES(128, 128, given, 48, 8228);
+RESOURCES(128, 256, given, 48, 9252);
+#undef RESOURCES
 
 __device__ __forceinline__ float warp_sum(float x) {
     for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2) x += shuffle_xor(x, lane_mask);

@@ -5,10 +5,6 @@
 //   2. a small kernel adds these up, so that each segment finds the state before it,
 //   3. all segments run at once.
 // Scratch is one state per segment, head and row: it does not grow with the length.
-//
-// What each kernel may take, held by `make cuda` (compile_check.py) on every architecture, without spills:
-// RESOURCES linear_attention_forward<64,128,fused> registers 255 shared_bytes 84224
-// RESOURCES linear_attention_forward<64,256,fused> registers 255 shared_bytes 84224
 #include "forward.cuh"
 
 namespace hedgehog {
@@ -22,6 +18,23 @@ struct PrefixParameters {
 };
 
 constexpr int kPrefixThreads = 256;
+
+// What each kernel may take of registers and shared memory. The compiler holds the launch to the shared memory, `make
+// cuda` (compile_check.py) holds every architecture to the registers, without spills. 255 is all there is.
+#define RESOURCES(head_dim, features, map, registers, shared_bytes)                              \
+    static_assert(ForwardLayout<head_dim, features, map == fused>::kBytes <= shared_bytes &&     \
+                      registers <= 255,                                                          \
+                  "linear_attention_forward<" #head_dim "," #features "," #map "> takes more than declared")
+constexpr bool given = false, fused = true;
+RESOURCES(64, 128, fused, 240, 67072);
+RESOURCES(64, 256, fused, 255, 116736);
+RESOURCES(128, 128, fused, 240, 108032);
+RESOURCES(128, 256, fused, 255, 157696);
+RESOURCES(64, 128, given, 160, 50688);
+RESOURCES(64, 256, given, 232, 83968);
+RESOURCES(128, 128, given, 160, 58880);
+RESOURCES(128, 256, given, 232, 92160);
+#undef RESOURCES
 
 __global__ void __launch_bounds__(kPrefixThreads) segment_prefix(const __grid_constant__ PrefixParameters p) {
     const int element = blockIdx.x * kPrefixThreads + threadIdx.x;
@@ -63,8 +76,8 @@ bool aligned(const HedgehogStrides& stride, int elements) {
 }
 
 bool valid(const HedgehogForwardArguments& a) {
-    const bool fused = a.feature_map != HEDGEHOG_GIVEN;
-    return a.q && a.k && a.v && a.out && a.denominator && (!fused || (a.weight_q && a.weight_k)) &&
+    const bool needs_weights = a.feature_map != HEDGEHOG_GIVEN;
+    return a.q && a.k && a.v && a.out && a.denominator && (!needs_weights || (a.weight_q && a.weight_k)) &&
            a.feature_map >= HEDGEHOG_GIVEN && a.feature_map <= HEDGEHOG_JOINT && a.batch > 0 && a.batch < 65536 &&
            a.heads > 0 && a.heads < 65536 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.length > 0 &&
            a.length < int64_t(kChunk) << 30 &&
@@ -143,13 +156,13 @@ extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
     p.segments = segments.count;
     p.eps = a.eps;
     const auto stream = static_cast<cudaStream_t>(a.stream);
-    const bool fused = a.feature_map != HEDGEHOG_GIVEN;
+    const bool maps = a.feature_map != HEDGEHOG_GIVEN;
     const int shape = a.head_dim * 1000 + a.features;
-    if (shape == 64128) return fused ? run<64, 128, true>(p, a.batch, stream) : run<64, 128, false>(p, a.batch, stream);
-    if (shape == 64256) return fused ? run<64, 256, true>(p, a.batch, stream) : run<64, 256, false>(p, a.batch, stream);
+    if (shape == 64128) return maps ? run<64, 128, true>(p, a.batch, stream) : run<64, 128, false>(p, a.batch, stream);
+    if (shape == 64256) return maps ? run<64, 256, true>(p, a.batch, stream) : run<64, 256, false>(p, a.batch, stream);
     if (shape == 128128)
-        return fused ? run<128, 128, true>(p, a.batch, stream) : run<128, 128, false>(p, a.batch, stream);
+        return maps ? run<128, 128, true>(p, a.batch, stream) : run<128, 128, false>(p, a.batch, stream);
     if (shape == 128256)
-        return fused ? run<128, 256, true>(p, a.batch, stream) : run<128, 256, false>(p, a.batch, stream);
+        return maps ? run<128, 256, true>(p, a.batch, stream) : run<128, 256, false>(p, a.batch, stream);
     return cudaErrorInvalidValue;
 }
