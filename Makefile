@@ -4,6 +4,7 @@
 #   make test        the whole test-suite (no GPU, no network)
 #   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
 #   make lint        ruff and pyright
+#   make cuda        compile the CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
 #   make bench       speed and memory of the kernels on this machine
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: install run test test-slurm lint format bench clean
+.PHONY: install run test test-slurm lint format cuda bench clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +43,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+cuda: install
+	$(BIN)/python -m hedgehog.kernels.cuda.compile_check
 
 bench: install
 	$(BIN)/python benchmarks/bench.py

@@ -6,7 +6,7 @@ tensors, because an export has a LinearAttentionState of its own.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ OLDEST_CAPABILITY = (8, 0)
 _EMULATED_MULTIPROCESSORS = 4  # few, so that small tests use one segment and several
 
 
-@lru_cache(maxsize=None)
+@cache
 def why_not(device: torch.device, dtype: torch.dtype, num_features: int, value_dim: int) -> str | None:
     """Why the kernels cannot serve this, or None. Builds them the first time that nothing else is in the way."""
     if dtype != torch.bfloat16:
@@ -43,7 +43,7 @@ def why_not(device: torch.device, dtype: torch.dtype, num_features: int, value_d
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _num_multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return _EMULATED_MULTIPROCESSORS

@@ -68,9 +68,7 @@ def source_files() -> list[Path]:
     return sorted(file for file in FOLDER.rglob("*") if file.suffix in (".cu", ".cuh", ".h"))
 
 
-def _build(
-    command: list[str], label: str, units: tuple[str, ...] = UNITS, more_sources: tuple[Path, ...] = ()
-) -> Path:
+def _build(command: list[str], label: str, units: tuple[str, ...] = UNITS, more_sources: tuple[Path, ...] = ()) -> Path:
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256("\0".join([*command, version]).encode())
     for file in [*source_files(), *more_sources]:

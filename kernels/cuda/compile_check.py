@@ -98,9 +98,10 @@ def faults(usage: Usage, declared: dict[str, tuple[int, int]]) -> list[str]:
 def compile_for(nvcc: str, unit: str, architecture: str) -> list[Usage]:
     """Compiles one source. Raises RuntimeError with the compiler's words if that fails."""
     with tempfile.TemporaryDirectory() as scratch:
+        output = str(Path(scratch, "kernels.cubin"))
+        source = str(FOLDER / unit)
         done = subprocess.run(
-            [nvcc, *NVCC_FLAGS, "-cubin", f"-arch={architecture}", "-Xptxas=-v", str(FOLDER / unit)]
-            + ["-o", str(Path(scratch, "kernels.cubin"))],
+            [nvcc, *NVCC_FLAGS, "-cubin", f"-arch={architecture}", "-Xptxas=-v", source, "-o", output],
             capture_output=True,
             text=True,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -94,13 +94,13 @@ class Library:
             raise KernelError(self._c.hedgehog_error_string(error).decode())
 
 
-@lru_cache(maxsize=None)
+@cache
 def cuda_library(capability: tuple[int, int]) -> Library:
     """The kernels for this compute capability, built if need be. Raises BuildError."""
     return Library(str(build_cuda_library(capability)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def emulated_library() -> Library:
     """The kernels on this CPU, for tests. Raises BuildError."""
     return Library(str(build_emulated_library()))

@@ -143,7 +143,7 @@ def _checked_sizes(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or x.dtype != torch.bfloat16 or x.device != q.device:
             raise ValueError(
-                f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must have four dimensions and be bfloat16 on {q.device}"
+                f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must have 4 dimensions and be bfloat16 on {q.device}"
             )
     batch, heads, length, width = q.shape
     kv_heads, head_dim = v.shape[1], v.shape[3]
@@ -191,9 +191,7 @@ def _check_side_inputs(
     )
     for name, x, shape, dtype in wanted:
         if x is not None and (tuple(x.shape) != shape or x.dtype != dtype or x.device != q.device):
-            raise ValueError(
-                f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must be {shape} {dtype} on {q.device}"
-            )
+            raise ValueError(f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must be {shape} {dtype} on {q.device}")
 
 
 def _loadable(x: Tensor) -> Tensor:

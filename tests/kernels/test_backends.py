@@ -59,7 +59,7 @@ def test_torch_on_request():
 def test_what_was_asked_for_is_not_replaced():
     with pytest.raises(ValueError, match="'cuda' cannot serve cpu, bfloat16, F=256, V=128: it needs a CUDA GPU"):
         select("cuda")
-    with pytest.raises(ValueError, match="'emulated' cannot serve cuda, .* it needs a CPU"):
+    with pytest.raises(ValueError, match=r"'emulated' cannot serve cuda, .* it needs a CPU"):
         select("emulated", device="cuda")
 
 

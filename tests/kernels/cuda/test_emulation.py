@@ -11,9 +11,18 @@ import pytest
 from hedgehog.kernels.cuda.build import build_program
 
 HERE = Path(__file__).parent
-CHECKS = (
-    "mma one_product ldmatrix addresses rounding shuffle copies missing_barrier stuck seed".split()
-)  # the program lists them too
+CHECKS = [
+    "mma",
+    "one_product",
+    "ldmatrix",
+    "addresses",
+    "rounding",
+    "shuffle",
+    "copies",
+    "missing_barrier",
+    "stuck",
+    "seed",
+]
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

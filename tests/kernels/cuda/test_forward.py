@@ -234,7 +234,7 @@ def call(problem, **changes):
 @pytest.mark.parametrize(
     "changes,words",
     [
-        ({"q": torch.zeros(1, 2, 5, 64)}, "q .* must have four dimensions and be bfloat16"),
+        ({"q": torch.zeros(1, 2, 5, 64)}, "q .* must have 4 dimensions and be bfloat16"),
         ({"q": torch.zeros(1, 2, 5, 32, dtype=torch.bfloat16)}, "q has 32 dimensions a head and v 64"),
         ({"k": torch.zeros(1, 1, 4, 64, dtype=torch.bfloat16)}, "k .* must be \\(1, 1, 5, 64\\)"),
         ({"v": torch.zeros(1, 3, 5, 64, dtype=torch.bfloat16)}, "K a divisor of H"),
