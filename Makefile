@@ -5,6 +5,7 @@
 #   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
 #   make lint        ruff and pyright
 #   make cuda        compile the CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
+#   make bench-gpu   the CUDA kernels on a GPU: correctness, then times
 #   make bench       speed and memory of the kernels on this machine
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: install run test test-slurm lint format cuda bench clean
+.PHONY: install run test test-slurm lint format cuda bench bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +50,9 @@ cuda: install
 
 bench: install
 	$(BIN)/python benchmarks/bench.py
+
+bench-gpu: install
+	$(BIN)/python benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -128,7 +128,9 @@ def select_attention_backend(
         if requested == "auto":
             return Backend("torch", f"no compiled kernel for {what}: {obstacle}", chunked_linear_attention)
         raise ValueError(f"attention backend '{requested}' cannot serve {what}: {obstacle}")
-    fused = FusedAttention(kernels, feature_map) if feature_map in kernels.FUSED_FEATURE_MAPS else None
+    fused = None
+    if feature_map is not None and kernels.fuses(device, num_features, value_dim, feature_map):
+        fused = FusedAttention(kernels, feature_map)
     name = "cuda" if requested == "auto" else requested
     reason = "requested" if requested != "auto" else f"compiled for {what}"
     if feature_map is not None:

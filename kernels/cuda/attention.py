@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..conventions import run_index_BL
 from .build import BuildError
@@ -37,10 +38,24 @@ def why_not(device: torch.device, dtype: torch.dtype, num_features: int, value_d
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
             return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-        cuda_library(capability)
+        return _shared_memory_obstacle(device, num_features, value_dim, "given")
     except (BuildError, KernelError, OSError) as error:
         return str(error)
-    return None
+
+
+@cache
+def fuses(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> bool:
+    """Whether the kernels compute this φ here; asked where `why_not` said None. Small GPUs lack the shared memory."""
+    if feature_map not in FUSED_FEATURE_MAPS:
+        return False
+    return device.type == "cpu" or not _shared_memory_obstacle(device, num_features, value_dim, feature_map)
+
+
+def _shared_memory_obstacle(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> str | None:
+    library = cuda_library(torch.cuda.get_device_capability(device))
+    needed = library.shared_bytes(value_dim, num_features, feature_map)
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return f"a block needs {needed} bytes of shared memory, this GPU gives {there}" if needed > there else None
 
 
 @cache
@@ -97,6 +112,18 @@ def attend(
     return out, (kv_state, k_sum) if return_state else None
 
 
+_ROUNDED_WEIGHTS = WeakTensorKeyDictionary()
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """The weight in bfloat16, kept as long as it is not changed: rounding it costs as much as half a token's work."""
+    version, rounded = _ROUNDED_WEIGHTS.get(weight, (None, None))
+    if rounded is None or version != weight._version or rounded.device != weight.device:
+        rounded = weight.detach().to(torch.bfloat16).contiguous()
+        _ROUNDED_WEIGHTS[weight] = (weight._version, rounded)
+    return rounded
+
+
 def attend_token(
     q_BH1D: Tensor,
     k_BK1D: Tensor,
@@ -111,5 +138,5 @@ def attend_token(
 ) -> Tensor:
     """o_BH1V; `state` (S, z) is updated in place. See `operators.linear_attention_token`."""
     splits = num_splits(q_BH1D.device, *q_BH1D.shape[:2])
-    weights = weight_q_HDP, weight_k_HDP
+    weights = _rounded(weight_q_HDP), _rounded(weight_k_HDP)
     return linear_attention_token(q_BH1D, k_BK1D, v_BK1V, *weights, mask_B1, *state, feature_map, eps, splits)

@@ -50,7 +50,8 @@ def build_emulated_library() -> Path:
 
 def build_program(main: Path, *, with_kernels: bool, sanitize: bool) -> Path:
     """`main` (C++) on the emulation as a program, if asked under AddressSanitizer. Raises BuildError."""
-    sanitizer = ("-g", "-fsanitize=address", "-fno-omit-frame-pointer") if sanitize else ()
+    # not optimised: compiling takes longer than running
+    sanitizer = ("-O0", "-g", "-fsanitize=address", "-fno-omit-frame-pointer") if sanitize else ()
     command = [_gxx(), *GXX_FLAGS, *sanitizer, f"-I{FOLDER}", "-x", "c++"]
     units = UNITS if with_kernels else ()
     return _build(command, main.stem, units, more_sources=(main,))

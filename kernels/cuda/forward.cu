@@ -123,6 +123,22 @@ extern "C" int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* a) {
     return states * a->batch * a->heads * a->features * (a->head_dim + 1) * int64_t(sizeof(float));
 }
 
+extern "C" int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map) {
+    using namespace hedgehog;
+    const bool maps = feature_map != HEDGEHOG_GIVEN;
+    switch (head_dim * 1000 + features) {
+        case 64128:
+            return maps ? ForwardLayout<64, 128, true>::kBytes : ForwardLayout<64, 128, false>::kBytes;
+        case 64256:
+            return maps ? ForwardLayout<64, 256, true>::kBytes : ForwardLayout<64, 256, false>::kBytes;
+        case 128128:
+            return maps ? ForwardLayout<128, 128, true>::kBytes : ForwardLayout<128, 128, false>::kBytes;
+        case 128256:
+            return maps ? ForwardLayout<128, 256, true>::kBytes : ForwardLayout<128, 256, false>::kBytes;
+    }
+    return 0;
+}
+
 extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
     using namespace hedgehog;
     const HedgehogForwardArguments& a = *arguments;

@@ -364,11 +364,12 @@ class ForwardBlock {
                 if (row >= num_rows) continue;
                 float d = row_sums[row] + p.eps;
                 if (kColumnGroups == 2) d += row_sums[kChunk + row];
+                const float one_over_d = 1.0f / d;
                 uint16_t* to = chunk_out + row * p.out_stride.token;
 #pragma unroll
                 for (int n = 0; n < 2; ++n)
                     *reinterpret_cast<uint32_t*>(to + 8 * n) =
-                        pack_bf16(sums[m][n][2 * r] / d, sums[m][n][2 * r + 1] / d);
+                        pack_bf16(sums[m][n][2 * r] * one_over_d, sums[m][n][2 * r + 1] * one_over_d);
                 if (warp == 0 && lane % 4 == 0) chunk_denominator[row] = d;
             }
     }

@@ -70,6 +70,9 @@ int32_t hedgehog_decode(const HedgehogDecodeArguments* arguments);
 int32_t hedgehog_num_segments(int64_t length, int32_t requested);
 int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* arguments);
 
+// Shared memory that a block of the forward kernel takes; 0 for a shape that there is no kernel for.
+int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map);
+
 const char* hedgehog_error_string(int32_t error);
 int32_t hedgehog_struct_bytes(int32_t which);  // 0: forward, 1: decode
 

@@ -79,6 +79,10 @@ class Library:
         """The segments that really run."""
         return self._c.hedgehog_num_segments(length, requested)
 
+    def shared_bytes(self, head_dim: int, features: int, feature_map: str) -> int:
+        """Shared memory that a block of the forward kernel takes."""
+        return self._c.hedgehog_shared_bytes(head_dim, features, FEATURE_MAP_NUMBERS[feature_map])
+
     def forward(self, arguments: ForwardArguments) -> None:
         self._check(self._c.hedgehog_forward(ctypes.byref(arguments)))
 

@@ -50,7 +50,7 @@ int forward(int head_dim, int features, int feature_map, int64_t length, int seg
     a.head_dim = head_dim, a.features = features, a.feature_map = feature_map, a.segments = segments;
     a.eps = 1e-30f;
     Array<unsigned char> scratch(hedgehog_scratch_bytes(&a));
-    a.scratch = hedgehog_scratch_bytes(&a) ? scratch : nullptr;
+    a.scratch = hedgehog_scratch_bytes(&a) ? scratch.data.get() : nullptr;
     return check(hedgehog_forward(&a), "forward", length);
 }
 

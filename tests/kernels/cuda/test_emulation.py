@@ -50,6 +50,7 @@ def test_sanitizer_sees_a_write_beyond_shared_memory() -> None:
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 
+@pytest.mark.timeout(1800)  # half a minute alone, nearly all of it g++
 def test_kernels_stay_inside_their_arrays() -> None:
     done = run(build_program(HERE / "memory_check.cpp", with_kernels=True, sanitize=True))
     assert done.returncode == 0, done.stderr
