@@ -5,8 +5,8 @@
 
 Stops with exit code 1 where a result is off: times of a wrong kernel mean nothing. Times are medians of CUDA events
 over inputs that take turns, so that a call does not find its own in the cache. Ceilings (bytes/s of a large copy,
-FLOP/s of a large bf16 matrix product) are measured in the same run, and every figure is given as a fraction of the limit
-that they set. Everything goes into one JSON with the GPU's name, versions and the commit.
+FLOP/s of a large bf16 matrix product) are measured in the same run, and every figure is given as a fraction of the
+limit that they set. Everything goes into one JSON with the GPU's name, versions and the commit.
 """
 
 # setuptools maps hedgehog.* onto folders, which pyright does not see from outside the packages

@@ -18,7 +18,8 @@ constexpr float kKeyExponentBound = 40.0f;  // feature_maps.py: KEY_EXPONENT_BOU
 
 __device__ __forceinline__ float bounded_exponent(float z) {
     const float excess = fmaxf(fabsf(z) - kKeyExponentBound, 0.0f);
-    return z - copysignf(excess - log2_approximate(1.0f + excess) * kLn2, z);
+    // The true division keeps the compiler from working on all sixty-four z of a lane at once, which spills registers.
+    return z - copysignf(excess - log2_approximate(1.0f + excess) / kLog2E, z);
 }
 
 // Fragment C of x W: row lane/4 (+8) of the sixteen, columns 8n + 2(lane%4) (+1).

@@ -13,7 +13,7 @@
 
 namespace hedgehog {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 #ifdef __CUDACC__
 
