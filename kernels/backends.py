@@ -2,34 +2,169 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from .attention_state import LinearAttentionState
 from .chunked_attention import chunked_linear_attention
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "cuda", "emulated")
+"""`cuda` insists on the compiled kernels; `emulated` is their source compiled for a CPU: slow, for tests."""
+
+# By name, not by import: this file travels with exports, where the kernels may not be installed.
+_CUDA_MODULE = "hedgehog.kernels.cuda.attention"
 
 
 class Backend(NamedTuple):
-    """An implementation with the signature of `chunked_linear_attention`, its name, and why it was chosen."""
+    """An implementation, its name, and why it was chosen."""
 
     name: str
     reason: str
     causal_attention: Callable
+    """On features φ, with the signature of `chunked_linear_attention`."""
+    fused: FusedAttention | None = None
+    """The same with φ inside the kernel, if the feature map has one."""
+
+
+class FusedAttention:
+    """Linear attention from q and k themselves: φ(q), φ(k) are never stored. k is not repeated for grouped heads.
+
+    `projections` are the maps' weights (H, D, P), rounded to bfloat16 on their way. Everything else as in
+    `chunked_linear_attention`; q (B, H, L, D), k (B, K, L, D), v (B, K, L, V), all bfloat16.
+    """
+
+    def __init__(self, kernels: ModuleType, feature_map: str) -> None:
+        self._kernels, self._feature_map = kernels, feature_map
+
+    def attend(
+        self,
+        q_BHLD: Tensor,
+        k_BKLD: Tensor,
+        v_BKLV: Tensor,
+        projections: tuple[Tensor, Tensor],
+        *,
+        mask_BL: Tensor | None,
+        segment_ids_BL: Tensor | None,
+        initial_state: LinearAttentionState | None,
+        eps: float,
+        return_state: bool,
+    ) -> tuple[Tensor, LinearAttentionState | None]:
+        """(o_BHLV, final state or None)."""
+        out, state = self._kernels.attend(
+            q_BHLD,
+            k_BKLD,
+            v_BKLV,
+            feature_map=self._feature_map,
+            weight_q_HDP=projections[0],
+            weight_k_HDP=projections[1],
+            mask_BL=mask_BL,
+            segment_ids_BL=segment_ids_BL,
+            initial_state=_as_pair(initial_state),
+            eps=eps,
+            return_state=return_state,
+        )
+        return out, None if state is None else LinearAttentionState(*state)
+
+    def attend_token(
+        self,
+        q_BH1D: Tensor,
+        k_BK1D: Tensor,
+        v_BK1V: Tensor,
+        projections: tuple[Tensor, Tensor],
+        *,
+        mask_B1: Tensor | None,
+        state: LinearAttentionState,
+        eps: float,
+    ) -> Tensor:
+        """o_BH1V of one token; `state` is updated in place; no gradient."""
+        return self._kernels.attend_token(
+            q_BH1D,
+            k_BK1D,
+            v_BK1V,
+            feature_map=self._feature_map,
+            weight_q_HDP=projections[0],
+            weight_k_HDP=projections[1],
+            mask_B1=mask_B1,
+            state=_as_pair(state),
+            eps=eps,
+        )
 
 
 def select_attention_backend(
-    requested: str, *, device: torch.device | str, dtype: torch.dtype, num_features: int, value_dim: int
+    requested: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    num_features: int,
+    value_dim: int,
+    feature_map: str | None = None,
 ) -> Backend:
     """The backend called `requested`, or with "auto" the fastest that serves this device, dtype and shape.
 
-    Raises ValueError listing the backends for any other name.
+    With the name of a `feature_map` whose φ the kernels compute, `Backend.fused` is there too. Raises ValueError
+    listing the backends for an unknown name, and with the reason where a backend asked for cannot serve.
     """
+    if requested not in BACKENDS:
+        raise ValueError(f"unknown attention backend '{requested}'; known: {', '.join(BACKENDS)}")
     if requested == "torch":
         return Backend("torch", "requested", chunked_linear_attention)
-    if requested == "auto":
-        what = f"{torch.device(device).type}, {str(dtype).removeprefix('torch.')}, F={num_features}, V={value_dim}"
-        return Backend("torch", f"no compiled kernel for {what}", chunked_linear_attention)
-    raise ValueError(f"unknown attention backend '{requested}'; known: {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    what = f"{device.type}, {str(dtype).removeprefix('torch.')}, F={num_features}, V={value_dim}"
+    kernels, obstacle = None, None
+    if device.type != ("cpu" if requested == "emulated" else "cuda"):
+        obstacle = "it needs a CPU" if requested == "emulated" else "it needs a CUDA GPU"
+    else:
+        try:
+            kernels = importlib.import_module(_CUDA_MODULE)
+            obstacle = kernels.why_not(device, dtype, num_features, value_dim)
+        except ImportError as error:
+            obstacle = f"the kernels are not installed ({error})"
+    if kernels is None or obstacle is not None:
+        if requested == "auto":
+            return Backend("torch", f"no compiled kernel for {what}: {obstacle}", chunked_linear_attention)
+        raise ValueError(f"attention backend '{requested}' cannot serve {what}: {obstacle}")
+    fused = None
+    if feature_map is not None and kernels.fuses(device, num_features, value_dim, feature_map):
+        fused = FusedAttention(kernels, feature_map)
+    name = "cuda" if requested == "auto" else requested
+    reason = "requested" if requested != "auto" else f"compiled for {what}"
+    if feature_map is not None:
+        reason += f"; φ {'inside' if fused else 'outside'} the kernel"
+    return Backend(name, reason, _on_features(kernels), fused)
+
+
+def _on_features(kernels: ModuleType) -> Callable[..., tuple[Tensor, LinearAttentionState | None]]:
+    def causal_attention(
+        phi_q_BHLF: Tensor,
+        phi_k_BHLF: Tensor,
+        v_BKLV: Tensor,
+        *,
+        mask_BL: Tensor | None = None,
+        segment_ids_BL: Tensor | None = None,
+        initial_state: LinearAttentionState | None = None,
+        eps: float,
+        chunk_size: int | None = None,  # the kernels have 64; another one changes nothing but roundings
+        return_state: bool = False,
+    ) -> tuple[Tensor, LinearAttentionState | None]:
+        out, state = kernels.attend(
+            phi_q_BHLF,
+            phi_k_BHLF,
+            v_BKLV,
+            mask_BL=mask_BL,
+            segment_ids_BL=segment_ids_BL,
+            initial_state=_as_pair(initial_state),
+            eps=eps,
+            return_state=return_state,
+        )
+        return out, None if state is None else LinearAttentionState(*state)
+
+    return causal_attention
+
+
+def _as_pair(state: LinearAttentionState | None) -> Any:
+    return None if state is None else (state.kv_state_BHFV, state.k_sum_BHF)

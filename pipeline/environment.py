@@ -86,7 +86,7 @@ def read_environment() -> Environment:
         torch_cuda=torch.version.cuda,
         devices=devices,
         no_device_reason=reason,
-        nvcc=_program("nvcc", "needed only to build flash-attn"),
+        nvcc=_program("nvcc", "needed only to build the CUDA kernels and flash-attn"),
         compiler=_program("g++", "needed only to build flash-attn"),
         attention_backend=f"{backend.name} ({backend.reason})",
         process_group="nccl" if devices else "gloo",

@@ -86,33 +86,98 @@ class HedgehogLlamaAttention(LlamaAttention):
         v_BKLV = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
         q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
 
-        k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
-
+        layer = None if past_key_values is None else past_key_values.layer(self.layer_idx)
+        state = None if layer is None else layer.state
+        assert attention_backend is not None, "the model chooses the backend"
+        attend = self._attend_fused if self._is_fused(attention_backend, q_BHLD, k_BKLD, v_BKLV) else self._attend
         with torch.autocast(hidden_states.device.type, enabled=False):  # it would take φ and the sums to bf16
-            # the same rounded φ in numerator and denominator; fp16 would overflow
-            dtype = torch.float32 if v_BKLV.dtype == torch.float16 else v_BKLV.dtype
-            phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
-            phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)
-            layer = None if past_key_values is None else past_key_values.layer(self.layer_idx)
-            state = None if layer is None else layer.state
-            if L == 1 and state is not None and not torch.is_grad_enabled():
-                o_BHLV, state = self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, attention_mask, state)
-            else:
-                assert attention_backend is not None, "the model chooses the backend"
-                o_BHLV, state = attention_backend.causal_attention(
-                    phi_q_BHLF,
-                    phi_k_BHLF,
-                    v_BKLV,
-                    mask_BL=attention_mask,
-                    segment_ids_BL=segment_ids,
-                    initial_state=state,
-                    eps=self.config.attention_eps,
-                    chunk_size=self.config.chunk_size,
-                    return_state=layer is not None,
-                )
+            o_BHLV, state = attend(
+                q_BHLD,
+                k_BKLD,
+                v_BKLV,
+                attention_backend,
+                mask_BL=attention_mask,
+                position_ids=position_ids,
+                segment_ids=segment_ids,
+                state=state,
+                return_state=layer is not None,
+            )
         if layer is not None:
             layer.store(state, num_new_tokens=L)
         return self.o_proj(o_BHLV.transpose(1, 2).reshape(B, L, -1)), None
+
+    def _attend(
+        self,
+        q_BHLD: torch.Tensor,
+        k_BKLD: torch.Tensor,
+        v_BKLV: torch.Tensor,
+        backend: Backend,
+        *,
+        mask_BL: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        state: LinearAttentionState | None,
+        return_state: bool,
+    ) -> tuple[torch.Tensor, Any]:
+        """φ in PyTorch, then the backend."""
+        k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
+        # the same rounded φ in numerator and denominator; fp16 would overflow
+        dtype = torch.float32 if v_BKLV.dtype == torch.float16 else v_BKLV.dtype
+        phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
+        phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)
+        if _is_decoding(q_BHLD, state):
+            assert state is not None
+            return self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, mask_BL, state)
+        return backend.causal_attention(
+            phi_q_BHLF,
+            phi_k_BHLF,
+            v_BKLV,
+            mask_BL=mask_BL,
+            segment_ids_BL=segment_ids,
+            initial_state=state,
+            eps=self.config.attention_eps,
+            chunk_size=self.config.chunk_size,
+            return_state=return_state,
+        )
+
+    def _is_fused(self, backend: Backend, *q_k_v: torch.Tensor) -> bool:
+        """Whether the backend computes φ itself, from this layer's q, k and v."""
+        return backend.fused is not None and all(x.dtype == torch.bfloat16 for x in q_k_v)
+
+    def _attend_fused(
+        self,
+        q_BHLD: torch.Tensor,
+        k_BKLD: torch.Tensor,
+        v_BKLV: torch.Tensor,
+        backend: Backend,
+        *,
+        mask_BL: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        state: LinearAttentionState | None,
+        return_state: bool,
+    ) -> tuple[torch.Tensor, Any]:
+        """φ inside the backend's kernel; none of its maps looks at positions."""
+        assert backend.fused is not None
+        weight_q, weight_k = self.feature_map_q.projection_HDP, self.feature_map_k.projection_HDP
+        assert weight_q is not None and weight_k is not None
+        projections, eps = (weight_q, weight_k), self.config.attention_eps
+        if _is_decoding(q_BHLD, state):
+            assert state is not None
+            mask_B1, fused = mask_BL, backend.fused
+            o_BH1V = fused.attend_token(q_BHLD, k_BKLD, v_BKLV, projections, mask_B1=mask_B1, state=state, eps=eps)
+            return o_BH1V, state
+        return backend.fused.attend(
+            q_BHLD,
+            k_BKLD,
+            v_BKLV,
+            projections,
+            mask_BL=mask_BL,
+            segment_ids_BL=segment_ids,
+            initial_state=state,
+            eps=eps,
+            return_state=return_state,
+        )
 
     def _one_token(
         self,
@@ -137,6 +202,10 @@ class HedgehogLlamaDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         if config.attention == "linear":
             self.self_attn = HedgehogLlamaAttention(config, layer_idx)
+
+
+def _is_decoding(q_BHLD: torch.Tensor, state: LinearAttentionState | None) -> bool:
+    return q_BHLD.shape[2] == 1 and state is not None and not torch.is_grad_enabled()
 
 
 def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -190,6 +190,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
             dtype=dtype,
             num_features=attention.feature_map_q.num_features,
             value_dim=attention.head_dim,
+            feature_map=self.config.feature_map,
         )
         line = f"linear attention backend: {backend.name} ({backend.reason})"
         if line not in self._logged_backends:

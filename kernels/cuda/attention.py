@@ -1,0 +1,142 @@
+"""The kernels with the calling convention of `chunked_linear_attention`, and the reasons for which they cannot serve.
+
+`backends.py` finds this module by name, so that exported models work without it. States go in and out as plain
+tensors, because an export has a LinearAttentionState of its own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..conventions import run_index_BL
+from .build import BuildError
+from .library import FEATURE_MAP_NUMBERS, KernelError, cuda_library, emulated_library
+from .operators import FEATURES, HEAD_DIMS, linear_attention, linear_attention_token
+
+FUSED_FEATURE_MAPS = tuple(name for name in FEATURE_MAP_NUMBERS if name != "given")
+OLDEST_CAPABILITY = (8, 0)
+_EMULATED_MULTIPROCESSORS = 4  # few, so that small tests use one segment and several
+
+
+@cache
+def why_not(device: torch.device, dtype: torch.dtype, num_features: int, value_dim: int) -> str | None:
+    """Why the kernels cannot serve this, or None. Builds them the first time that nothing else is in the way."""
+    if dtype != torch.bfloat16:
+        return "the kernels take bfloat16"
+    if num_features not in FEATURES or value_dim not in HEAD_DIMS:
+        return f"the kernels have F in {FEATURES} and V in {HEAD_DIMS}"
+    if device.type not in ("cuda", "cpu"):
+        return "the kernels are for CUDA"
+    try:
+        if device.type == "cpu":
+            emulated_library()
+            return None
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+        return _shared_memory_obstacle(device, num_features, value_dim, "given")
+    except (BuildError, KernelError, OSError) as error:
+        return str(error)
+
+
+@cache
+def fuses(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> bool:
+    """Whether the kernels compute this φ here; asked where `why_not` said None. Small GPUs lack the shared memory."""
+    if feature_map not in FUSED_FEATURE_MAPS:
+        return False
+    return device.type == "cpu" or not _shared_memory_obstacle(device, num_features, value_dim, feature_map)
+
+
+def _shared_memory_obstacle(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> str | None:
+    library = cuda_library(torch.cuda.get_device_capability(device))
+    needed = library.shared_bytes(value_dim, num_features, feature_map)
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return f"a block needs {needed} bytes of shared memory, this GPU gives {there}" if needed > there else None
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _EMULATED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_segments(device: torch.device, batch_size: int, num_heads: int) -> int:
+    """Segments of the length, so that blocks fill the GPU; the kernel takes fewer for a short length."""
+    return max(1, _num_multiprocessors(device) // max(1, batch_size * num_heads))
+
+
+def num_splits(device: torch.device, batch_size: int, num_heads: int) -> int:
+    """Blocks a head for one token: the fewest of 1, 2, 4 that fill the GPU."""
+    wanted = _num_multiprocessors(device) / max(1, batch_size * num_heads)
+    return next((splits for splits in (1, 2) if splits >= wanted), 4)
+
+
+def attend(
+    q_BHLX: Tensor,
+    k_BKLX: Tensor,
+    v_BKLV: Tensor,
+    *,
+    feature_map: str = "given",
+    weight_q_HDP: Tensor | None = None,
+    weight_k_HDP: Tensor | None = None,
+    mask_BL: Tensor | None,
+    segment_ids_BL: Tensor | None,
+    initial_state: tuple[Tensor, Tensor] | None,
+    eps: float,
+    return_state: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """(o_BHLV bfloat16, (S, z) or None). Chunks have 64 tokens. See `operators.linear_attention`."""
+    batch, heads = q_BHLX.shape[:2]
+    runs_BL = None if segment_ids_BL is None else run_index_BL(segment_ids_BL, mask_BL).to(torch.int32)
+    initial_kv, initial_k_sum = initial_state if initial_state is not None else (None, None)
+    out, _, kv_state, k_sum = linear_attention(
+        q_BHLX,
+        k_BKLX,
+        v_BKLV,
+        weight_q_HDP,
+        weight_k_HDP,
+        mask_BL,
+        runs_BL,
+        initial_kv,
+        initial_k_sum,
+        feature_map,
+        eps,
+        num_segments(q_BHLX.device, batch, heads),
+        return_state,
+    )
+    return out, (kv_state, k_sum) if return_state else None
+
+
+_ROUNDED_WEIGHTS = WeakTensorKeyDictionary()
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """The weight in bfloat16, kept as long as it is not changed: rounding it costs as much as half a token's work."""
+    version, rounded = _ROUNDED_WEIGHTS.get(weight, (None, None))
+    if rounded is None or version != weight._version or rounded.device != weight.device:
+        rounded = weight.detach().to(torch.bfloat16).contiguous()
+        _ROUNDED_WEIGHTS[weight] = (weight._version, rounded)
+    return rounded
+
+
+def attend_token(
+    q_BH1D: Tensor,
+    k_BK1D: Tensor,
+    v_BK1V: Tensor,
+    *,
+    feature_map: str,
+    weight_q_HDP: Tensor,
+    weight_k_HDP: Tensor,
+    mask_B1: Tensor | None,
+    state: tuple[Tensor, Tensor],
+    eps: float,
+) -> Tensor:
+    """o_BH1V; `state` (S, z) is updated in place. See `operators.linear_attention_token`."""
+    splits = num_splits(q_BH1D.device, *q_BH1D.shape[:2])
+    weights = _rounded(weight_q_HDP), _rounded(weight_k_HDP)
+    return linear_attention_token(q_BH1D, k_BK1D, v_BK1V, *weights, mask_B1, *state, feature_map, eps, splits)

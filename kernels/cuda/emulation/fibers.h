@@ -1,0 +1,277 @@
+// Thread blocks on a CPU: every CUDA thread is a fiber, and only barriers and warp instructions hand over.
+//
+// The order in which fibers run between two meeting points is random, from a seed, and one warp may run far ahead of
+// the others: where a __syncthreads is missing, some order gives wrong numbers. Shared memory starts as NaN. A block
+// that cannot go on (a barrier that not all threads reach, lanes of a warp in different instructions) ends the launch
+// with a message instead of hanging.
+//
+// Under AddressSanitizer every switch is announced to it, and each block's shared memory is an allocation of its own.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <pthread.h>
+#include <sanitizer/common_interface_defs.h>
+#define EMULATION_ASAN 1
+#else
+#define EMULATION_ASAN 0
+#endif
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace emulation {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = EMULATION_ASAN ? 256 * 1024 : 64 * 1024;
+
+// One copy of 16 bytes from global to shared memory that may happen now or as late as the wait for its group.
+struct AsyncCopy {
+    void* destination;
+    const void* source;
+    int num_source_bytes;  // the rest of the 16 bytes becomes zero
+    void perform() const {
+        std::memset(destination, 0, 16);
+        if (num_source_bytes > 0) std::memcpy(destination, source, num_source_bytes);
+    }
+};
+
+struct Fiber {
+    int thread = 0;  // within its block
+    bool started = false, finished = false;
+    std::vector<char> stack;
+    ucontext_t context{};
+    jmp_buf resume_point;
+    void* asan_fake_stack = nullptr;
+    std::vector<AsyncCopy> open_copies;
+    std::vector<std::vector<AsyncCopy>> committed_copies;
+};
+
+// Where the lanes of a warp meet for an instruction that all of them execute together.
+struct Meeting {
+    const char* instruction = nullptr;
+    int num_arrived = 0;
+    void* operands[kWarpSize] = {};
+};
+
+struct Warp {
+    std::vector<int> runnable_threads;
+    Meeting meeting;
+};
+
+class Scheduler {
+   public:
+    static Scheduler& get() {
+        static Scheduler scheduler;
+        return scheduler;
+    }
+
+    // Runs `body` once for each thread of each block, blocks in random order. Throws runtime_error when stuck.
+    void launch(dim3 grid, int num_threads, size_t shared_bytes, const std::function<void()>& body) {
+        if (num_threads % kWarpSize) throw std::runtime_error("the block is not a whole number of warps");
+        std::vector<dim3> blocks;
+        for (unsigned z = 0; z < grid.z; ++z)
+            for (unsigned y = 0; y < grid.y; ++y)
+                for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(x, y, z);
+        for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[random_below(i)]);
+        grid_ = grid;
+        num_threads_ = num_threads;
+        body_ = &body;
+        for (const dim3& block : blocks) run_block(block, shared_bytes);
+    }
+
+    void seed(uint64_t value) { random_.seed(value); }
+    uint64_t random_below(uint64_t bound) { return random_() % bound; }
+    bool coin() { return random_() & 1; }
+
+    Fiber& current() { return *current_; }
+    dim3 block() const { return block_; }
+    dim3 grid() const { return grid_; }
+    int num_threads() const { return num_threads_; }
+    unsigned char* shared_memory() { return shared_; }
+    bool is_shared(const void* address, size_t num_bytes) const {
+        auto* at = static_cast<const unsigned char*>(address);
+        return at >= shared_ && at + num_bytes <= shared_ + shared_bytes_;
+    }
+
+    // __syncthreads
+    void block_barrier() {
+        if (++num_at_barrier_ < num_threads_) {
+            hand_over();
+            return;
+        }
+        num_at_barrier_ = 0;
+        for (int thread = 0; thread < num_threads_; ++thread)
+            if (thread != current_->thread) make_runnable(thread);
+    }
+
+    // All lanes of the warp bring `operands`; the last one runs `compute` on the operands of all, by lane.
+    template <class Operands, class Compute>
+    void warp_meeting(const char* instruction, Operands& operands, Compute compute) {
+        Meeting& meeting = warps_[current_->thread / kWarpSize].meeting;
+        if (meeting.num_arrived == 0) meeting.instruction = instruction;
+        if (std::strcmp(meeting.instruction, instruction) != 0)
+            fail(std::string("lanes of one warp are in ") + meeting.instruction + " and in " + instruction);
+        meeting.operands[current_->thread % kWarpSize] = &operands;
+        if (++meeting.num_arrived < kWarpSize) {
+            hand_over();
+            return;
+        }
+        meeting.num_arrived = 0;
+        Operands* lanes[kWarpSize];
+        for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane] = static_cast<Operands*>(meeting.operands[lane]);
+        compute(lanes);
+        int first_thread = current_->thread / kWarpSize * kWarpSize;
+        for (int thread = first_thread; thread < first_thread + kWarpSize; ++thread)
+            if (thread != current_->thread) make_runnable(thread);
+    }
+
+    // Ends the launch from within a fiber: it is never resumed.
+    [[noreturn]] void fail(const std::string& message) {
+        failure_ = message + " (thread " + std::to_string(current_->thread) + ")";
+        hand_over();
+        std::abort();
+    }
+
+   private:
+    void run_block(dim3 block, size_t shared_bytes) {
+        block_ = block;
+        shared_bytes_ = shared_bytes;
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 1024, shared_bytes ? shared_bytes : 16)) throw std::bad_alloc();
+        shared_ = static_cast<unsigned char*>(memory);
+        std::memset(shared_, 0xff, shared_bytes);  // NaN in every floating-point format
+        fibers_.resize(num_threads_);
+        warps_.assign(num_threads_ / kWarpSize, Warp{});
+        num_at_barrier_ = num_finished_ = burst_ = 0;
+        failure_.clear();
+        for (int thread = 0; thread < num_threads_; ++thread) {
+            Fiber& fiber = fibers_[thread];
+            fiber.thread = thread;
+            fiber.started = fiber.finished = false;
+            fiber.stack.resize(kStackBytes);
+            fiber.open_copies.clear();
+            fiber.committed_copies.clear();
+            make_runnable(thread);
+        }
+        while (num_finished_ < num_threads_ && failure_.empty() && choose()) enter(*current_);
+        std::free(memory);
+        shared_ = nullptr;
+        if (!failure_.empty()) throw std::runtime_error(failure_);
+        if (num_finished_ < num_threads_) throw std::runtime_error(describe_stuck());
+    }
+
+    void make_runnable(int thread) { warps_[thread / kWarpSize].runnable_threads.push_back(thread); }
+
+    // The next fiber: a random lane of a warp that stays the favourite for a burst of random length.
+    bool choose() {
+        if (burst_ == 0 || warps_[favourite_].runnable_threads.empty()) {
+            std::vector<int> candidates;
+            for (size_t warp = 0; warp < warps_.size(); ++warp)
+                if (!warps_[warp].runnable_threads.empty()) candidates.push_back(static_cast<int>(warp));
+            if (candidates.empty()) return false;
+            favourite_ = candidates[random_below(candidates.size())];
+            static constexpr int kBursts[] = {1, 64, 4096, 1 << 20};
+            burst_ = kBursts[random_below(4)];
+        }
+        --burst_;
+        std::vector<int>& threads = warps_[favourite_].runnable_threads;
+        size_t at = random_below(threads.size());
+        current_ = &fibers_[threads[at]];
+        threads[at] = threads.back();
+        threads.pop_back();
+        return true;
+    }
+
+    std::string describe_stuck() const {
+        std::string text = "deadlock: " + std::to_string(num_at_barrier_) + " of " + std::to_string(num_threads_) +
+                           " threads wait at __syncthreads, " + std::to_string(num_finished_) + " have returned";
+        for (size_t warp = 0; warp < warps_.size(); ++warp)
+            if (warps_[warp].meeting.num_arrived)
+                text += "; warp " + std::to_string(warp) + ": " + std::to_string(warps_[warp].meeting.num_arrived) +
+                        " lanes wait in " + warps_[warp].meeting.instruction;
+        return text;
+    }
+
+    static void entry() {
+        Scheduler& scheduler = get();
+#if EMULATION_ASAN
+        __sanitizer_finish_switch_fiber(nullptr, &scheduler.asan_stack_, &scheduler.asan_stack_bytes_);
+#endif
+        (*scheduler.body_)();
+        scheduler.current_->finished = true;
+        ++scheduler.num_finished_;
+        scheduler.hand_over();
+        std::abort();
+    }
+
+    // Two ways to switch: swapcontext, announced to AddressSanitizer; and setjmp/longjmp, which makes no system call
+    // (a warp instruction costs 32 switches, so this is most of the emulation's time).
+#if EMULATION_ASAN
+    void enter(Fiber& fiber) {
+        if (!fiber.started) begin(fiber);
+        void* fake_stack = nullptr;
+        __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.data(), fiber.stack.size());
+        swapcontext(&home_, &fiber.context);
+        __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+    }
+    void hand_over() {
+        Fiber& fiber = *current_;
+        __sanitizer_start_switch_fiber(fiber.finished ? nullptr : &fiber.asan_fake_stack, asan_stack_,
+                                       asan_stack_bytes_);
+        swapcontext(&fiber.context, &home_);
+        __sanitizer_finish_switch_fiber(fiber.asan_fake_stack, &asan_stack_, &asan_stack_bytes_);
+    }
+#else
+    __attribute__((noinline)) void enter(Fiber& fiber) {
+        if (_setjmp(home_point_)) return;
+        if (fiber.started) _longjmp(fiber.resume_point, 1);
+        begin(fiber);
+        setcontext(&fiber.context);
+    }
+    __attribute__((noinline)) void hand_over() {
+        if (_setjmp(current_->resume_point)) return;
+        _longjmp(home_point_, 1);
+    }
+#endif
+
+    void begin(Fiber& fiber) {
+        fiber.started = true;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, &Scheduler::entry, 0);
+    }
+
+    std::mt19937_64 random_;
+    std::vector<Fiber> fibers_;
+    std::vector<Warp> warps_;
+    const std::function<void()>* body_ = nullptr;
+    Fiber* current_ = nullptr;
+    dim3 block_, grid_;
+    int num_threads_ = 0, num_at_barrier_ = 0, num_finished_ = 0, favourite_ = 0, burst_ = 0;
+    unsigned char* shared_ = nullptr;
+    size_t shared_bytes_ = 0;
+    std::string failure_;
+    ucontext_t home_{};
+    jmp_buf home_point_;
+    const void* asan_stack_ = nullptr;
+    size_t asan_stack_bytes_ = 0;
+};
+
+}  // namespace emulation

@@ -1,0 +1,184 @@
+// Host side of the forward kernel: checks, the split into segments, launches. See forward.cuh for the kernel itself.
+//
+// One block a (row, head) leaves most of a GPU idle when there are few of them. Then the length is cut into segments:
+//   1. every segment but the last sums its own state (the kernel with `state_only`),
+//   2. a small kernel adds these up, so that each segment finds the state before it,
+//   3. all segments run at once.
+// Scratch is one state per segment, head and row: it does not grow with the length.
+#include "forward.cuh"
+
+namespace hedgehog {
+
+// Turns each segment's own sum into the state after it. Threads run over the elements of (S, z).
+struct PrefixParameters {
+    float* segment_states;
+    const int32_t* runs;
+    int64_t length, chunks_per_segment;
+    int32_t heads, num_states, state_size;
+};
+
+constexpr int kPrefixThreads = 256;
+
+// What each kernel may take of registers and shared memory. The compiler holds the launch to the shared memory, `make
+// cuda` (compile_check.py) holds every architecture to the registers, without spills. 255 is all there is.
+#define RESOURCES(head_dim, features, map, registers, shared_bytes)                              \
+    static_assert(ForwardLayout<head_dim, features, map == fused>::kBytes <= shared_bytes &&     \
+                      registers <= 255,                                                          \
+                  "linear_attention_forward<" #head_dim "," #features "," #map "> takes more than declared")
+constexpr bool given = false, fused = true;
+RESOURCES(64, 128, fused, 240, 67072);
+RESOURCES(64, 256, fused, 255, 116736);
+RESOURCES(128, 128, fused, 240, 108032);
+RESOURCES(128, 256, fused, 255, 157696);
+RESOURCES(64, 128, given, 160, 50688);
+RESOURCES(64, 256, given, 232, 83968);
+RESOURCES(128, 128, given, 160, 58880);
+RESOURCES(128, 256, given, 232, 92160);
+#undef RESOURCES
+
+__global__ void __launch_bounds__(kPrefixThreads) segment_prefix(const __grid_constant__ PrefixParameters p) {
+    const int element = blockIdx.x * kPrefixThreads + threadIdx.x;
+    if (element >= p.state_size) return;
+    const int64_t row = blockIdx.z, batch_head = row * p.heads + blockIdx.y;
+    float* states = p.segment_states + batch_head * p.num_states * p.state_size + element;
+    const int32_t* runs = p.runs ? p.runs + row * p.length : nullptr;
+    float before = states[0];
+    for (int segment = 1; segment < p.num_states; ++segment) {
+        const int64_t first = segment * p.chunks_per_segment * kChunk, stop = first + p.chunks_per_segment * kChunk;
+        const bool survives = runs == nullptr || runs[first - 1] == runs[stop - 1];
+        float& state = states[int64_t(segment) * p.state_size];
+        before = survives ? before + state : state;
+        state = before;
+    }
+}
+
+namespace {
+
+struct Segments {
+    int64_t num_chunks, chunks_per_segment;
+    int32_t count;
+};
+
+Segments split(int64_t length, int32_t requested) {
+    Segments segments{};
+    segments.num_chunks = (length + kChunk - 1) / kChunk;
+    const int64_t wanted = requested < 1 ? 1 : requested < segments.num_chunks ? requested : segments.num_chunks;
+    segments.chunks_per_segment = (segments.num_chunks + wanted - 1) / wanted;
+    segments.count =
+        static_cast<int32_t>((segments.num_chunks + segments.chunks_per_segment - 1) / segments.chunks_per_segment);
+    return segments;
+}
+
+bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+bool aligned(const HedgehogStrides& stride, int elements) {
+    return stride.batch % elements == 0 && stride.head % elements == 0 && stride.token % elements == 0;
+}
+
+bool valid(const HedgehogForwardArguments& a) {
+    const bool needs_weights = a.feature_map != HEDGEHOG_GIVEN;
+    return a.q && a.k && a.v && a.out && a.denominator && (!needs_weights || (a.weight_q && a.weight_k)) &&
+           a.feature_map >= HEDGEHOG_GIVEN && a.feature_map <= HEDGEHOG_JOINT && a.batch > 0 && a.batch < 65536 &&
+           a.heads > 0 && a.heads < 65536 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.length > 0 &&
+           a.length < int64_t(kChunk) << 30 &&
+           !a.initial_kv == !a.initial_k_sum && !a.final_kv == !a.final_k_sum && aligned(a.q, 16) &&
+           aligned(a.k, 16) && aligned(a.v, 16) && aligned(a.weight_q, 16) && aligned(a.weight_k, 16) &&
+           aligned(a.out, 4) && aligned(a.q_stride, kUnit) && aligned(a.k_stride, kUnit) &&
+           aligned(a.v_stride, kUnit) && aligned(a.out_stride, 2);
+}
+
+template <int kHeadDim, int kFeatures, bool kFused>
+cudaError_t run(ForwardParameters p, int64_t batch, cudaStream_t stream) {
+    using Layout = ForwardLayout<kHeadDim, kFeatures, kFused>;
+    const auto kernel = &linear_attention_forward<kHeadDim, kFeatures, kFused>;
+    const unsigned heads = p.heads, rows = static_cast<unsigned>(batch);
+    if (p.segments > 1) {
+        p.state_only = true;
+        cudaError_t error =
+            launch(kernel, dim3(p.segments - 1, heads, rows), Layout::kThreads, Layout::kBytes, stream, p);
+        if (error != cudaSuccess) return error;
+        const PrefixParameters prefix{p.segment_states, p.runs, p.length, p.chunks_per_segment, p.heads, p.segments - 1,
+                                      kFeatures * (kHeadDim + 1)};
+        const unsigned blocks = (prefix.state_size + kPrefixThreads - 1) / kPrefixThreads;
+        error = launch(&segment_prefix, dim3(blocks, heads, rows), kPrefixThreads, 0, stream, prefix);
+        if (error != cudaSuccess) return error;
+        p.state_only = false;
+    }
+    return launch(kernel, dim3(p.segments, heads, rows), Layout::kThreads, Layout::kBytes, stream, p);
+}
+
+}  // namespace
+}  // namespace hedgehog
+
+#ifndef __CUDACC__
+extern "C" void hedgehog_emulation_seed(uint64_t seed) { emulation::Scheduler::get().seed(seed); }
+#endif
+
+extern "C" int32_t hedgehog_num_segments(int64_t length, int32_t requested) {
+    return hedgehog::split(length, requested).count;
+}
+
+extern "C" int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* a) {
+    const int64_t states = hedgehog::split(a->length, a->segments).count - 1;
+    return states * a->batch * a->heads * a->features * (a->head_dim + 1) * int64_t(sizeof(float));
+}
+
+extern "C" int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map) {
+    using namespace hedgehog;
+    const bool maps = feature_map != HEDGEHOG_GIVEN;
+    switch (head_dim * 1000 + features) {
+        case 64128:
+            return maps ? ForwardLayout<64, 128, true>::kBytes : ForwardLayout<64, 128, false>::kBytes;
+        case 64256:
+            return maps ? ForwardLayout<64, 256, true>::kBytes : ForwardLayout<64, 256, false>::kBytes;
+        case 128128:
+            return maps ? ForwardLayout<128, 128, true>::kBytes : ForwardLayout<128, 128, false>::kBytes;
+        case 128256:
+            return maps ? ForwardLayout<128, 256, true>::kBytes : ForwardLayout<128, 256, false>::kBytes;
+    }
+    return 0;
+}
+
+extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
+    using namespace hedgehog;
+    const HedgehogForwardArguments& a = *arguments;
+    if (!valid(a) || (hedgehog_scratch_bytes(arguments) > 0 && !a.scratch)) return cudaErrorInvalidValue;
+    const Segments segments = split(a.length, a.segments);
+    ForwardParameters p{};
+    p.q = static_cast<const uint16_t*>(a.q);
+    p.k = static_cast<const uint16_t*>(a.k);
+    p.v = static_cast<const uint16_t*>(a.v);
+    p.weight_q = static_cast<const uint16_t*>(a.weight_q);
+    p.weight_k = static_cast<const uint16_t*>(a.weight_k);
+    p.mask = static_cast<const uint8_t*>(a.mask);
+    p.runs = static_cast<const int32_t*>(a.runs);
+    p.initial_kv = static_cast<const float*>(a.initial_kv);
+    p.initial_k_sum = static_cast<const float*>(a.initial_k_sum);
+    p.out = static_cast<uint16_t*>(a.out);
+    p.denominator = static_cast<float*>(a.denominator);
+    p.final_kv = static_cast<float*>(a.final_kv);
+    p.final_k_sum = static_cast<float*>(a.final_k_sum);
+    p.segment_states = static_cast<float*>(a.scratch);
+    p.q_stride = a.q_stride;
+    p.k_stride = a.k_stride;
+    p.v_stride = a.v_stride;
+    p.out_stride = a.out_stride;
+    p.length = a.length;
+    p.num_chunks = static_cast<int32_t>(segments.num_chunks);
+    p.chunks_per_segment = static_cast<int32_t>(segments.chunks_per_segment);
+    p.heads = static_cast<int32_t>(a.heads);
+    p.kv_heads = static_cast<int32_t>(a.kv_heads);
+    p.feature_map = a.feature_map;
+    p.segments = segments.count;
+    p.eps = a.eps;
+    const auto stream = static_cast<cudaStream_t>(a.stream);
+    const bool maps = a.feature_map != HEDGEHOG_GIVEN;
+    const int shape = a.head_dim * 1000 + a.features;
+    if (shape == 64128) return maps ? run<64, 128, true>(p, a.batch, stream) : run<64, 128, false>(p, a.batch, stream);
+    if (shape == 64256) return maps ? run<64, 256, true>(p, a.batch, stream) : run<64, 256, false>(p, a.batch, stream);
+    if (shape == 128128)
+        return maps ? run<128, 128, true>(p, a.batch, stream) : run<128, 128, false>(p, a.batch, stream);
+    if (shape == 128256)
+        return maps ? run<128, 256, true>(p, a.batch, stream) : run<128, 256, false>(p, a.batch, stream);
+    return cudaErrorInvalidValue;
+}

@@ -1,0 +1,91 @@
+// Runs the kernels under AddressSanitizer on arrays of exactly the size they may touch, each an allocation of its own.
+// An access outside of one, or of a block's shared memory, ends the program. Numbers are another test's business.
+#include <memory>
+
+#include "interface.h"
+#include "primitives.cuh"
+
+namespace {
+
+template <class Element>
+struct Array {
+    std::unique_ptr<Element[]> data;
+    explicit Array(int64_t size, Element value = Element()) : data(new Element[size]) {
+        std::fill_n(data.get(), size, value);
+    }
+    operator Element*() const { return data.get(); }
+};
+
+constexpr uint16_t kHalf = 0x3f00;  // 0.5
+
+int check(int32_t error, const char* what, int64_t length) {
+    if (error == 0) return 0;
+    std::fprintf(stderr, "%s, %lld tokens: %s\n", what, static_cast<long long>(length), hedgehog_error_string(error));
+    return 1;
+}
+
+int forward(int head_dim, int features, int feature_map, int64_t length, int segments) {
+    const int64_t batch = 2, heads = 2, kv_heads = 1;
+    const bool given = feature_map == HEDGEHOG_GIVEN;
+    const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
+    Array<uint16_t> q(batch * heads * length * width, kHalf), k(batch * k_heads * length * width, kHalf);
+    Array<uint16_t> v(batch * kv_heads * length * head_dim, kHalf), out(batch * heads * length * head_dim);
+    Array<uint16_t> weight_q(heads * head_dim * features / 2, kHalf), weight_k(heads * head_dim * features / 2, kHalf);
+    Array<uint8_t> mask(batch * length, 1);
+    Array<int32_t> runs(batch * length);
+    Array<float> kv(batch * heads * features * head_dim), k_sum(batch * heads * features);
+    Array<float> final_kv(batch * heads * features * head_dim), final_k_sum(batch * heads * features);
+    Array<float> denominator(batch * heads * length);
+    for (int64_t i = 0; i < batch * length; ++i) runs[i] = int32_t(i % length / 50);
+
+    HedgehogForwardArguments a{};
+    a.q = q, a.k = k, a.v = v, a.mask = mask, a.runs = runs, a.initial_kv = kv, a.initial_k_sum = k_sum;
+    if (!given) a.weight_q = weight_q, a.weight_k = weight_k;
+    a.out = out, a.denominator = denominator, a.final_kv = final_kv, a.final_k_sum = final_k_sum;
+    a.q_stride = {heads * length * width, length * width, width};
+    a.k_stride = {k_heads * length * width, length * width, width};
+    a.v_stride = {kv_heads * length * head_dim, length * head_dim, head_dim};
+    a.out_stride = {heads * length * head_dim, head_dim, heads * head_dim};
+    a.batch = batch, a.heads = heads, a.kv_heads = kv_heads, a.length = length;
+    a.head_dim = head_dim, a.features = features, a.feature_map = feature_map, a.segments = segments;
+    a.eps = 1e-30f;
+    Array<unsigned char> scratch(hedgehog_scratch_bytes(&a));
+    a.scratch = hedgehog_scratch_bytes(&a) ? scratch.data.get() : nullptr;
+    return check(hedgehog_forward(&a), "forward", length);
+}
+
+int decode(int head_dim, int features, int feature_map, int splits) {
+    const int64_t batch = 2, heads = 2, kv_heads = 1;
+    const bool given = feature_map == HEDGEHOG_GIVEN;
+    const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
+    Array<uint16_t> q(batch * heads * width, kHalf), k(batch * k_heads * width, kHalf);
+    Array<uint16_t> v(batch * kv_heads * head_dim, kHalf), out(batch * heads * head_dim);
+    Array<uint16_t> weight_q(heads * head_dim * features / 2, kHalf), weight_k(heads * head_dim * features / 2, kHalf);
+    Array<uint8_t> mask(batch, 1);
+    Array<float> kv(batch * heads * features * head_dim), k_sum(batch * heads * features);
+    Array<int32_t> arrivals(batch * heads);
+    HedgehogDecodeArguments a{};
+    a.q = q, a.k = k, a.v = v, a.mask = mask, a.kv_state = kv, a.k_sum = k_sum, a.out = out, a.arrivals = arrivals;
+    if (!given) a.weight_q = weight_q, a.weight_k = weight_k;
+    a.q_batch_stride = heads * width, a.k_batch_stride = k_heads * width, a.v_batch_stride = kv_heads * head_dim;
+    a.q_head_stride = a.k_head_stride = width, a.v_head_stride = head_dim;
+    a.batch = batch, a.heads = heads, a.kv_heads = kv_heads;
+    a.head_dim = head_dim, a.features = features, a.feature_map = feature_map, a.splits = splits;
+    a.eps = 1e-30f;
+    return check(hedgehog_decode(&a), "decode", 1);
+}
+
+}  // namespace
+
+int main() {
+    int failures = 0;
+    for (int feature_map : {HEDGEHOG_SOFTMAX, HEDGEHOG_GIVEN}) {
+        for (int64_t length : {1, 65}) failures += forward(64, 128, feature_map, length, 1);
+        failures += forward(64, 256, feature_map, 66, 2);
+        failures += forward(128, 128, feature_map, 130, 3);
+        failures += forward(128, 256, feature_map, 63, 1);
+        for (int splits : {1, 2, 4}) failures += decode(128, 256, feature_map, splits);
+        failures += decode(64, 128, feature_map, 4);
+    }
+    return failures != 0;
+}

@@ -1,0 +1,80 @@
+"""The backend as the model uses it: selected by name, with its own choice of segments, against PyTorch's forms."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hedgehog.kernels.backends import select_attention_backend
+from hedgehog.kernels.cuda import attention
+from hedgehog.kernels.cuda.attention import num_segments, num_splits
+from hedgehog.kernels.linear_attention import LinearAttentionState, chunked_linear_attention
+
+from .problems import EPS, random_problem, rms
+
+
+def emulated(feature_map: str):
+    return select_attention_backend(
+        "emulated", device="cpu", dtype=torch.bfloat16, num_features=128, value_dim=64, feature_map=feature_map
+    )
+
+
+def test_fused_where_the_kernel_has_the_map():
+    assert emulated("hedgehog_softmax").reason == "requested; φ inside the kernel"
+    assert emulated("relu").fused is None and emulated("relu").reason == "requested; φ outside the kernel"
+
+
+def test_features_and_fused_give_what_pytorch_gives():
+    problem = random_problem(150, heads=2)
+    ids = torch.tensor([[0] * 60 + [1] * 90])
+    shared = {"mask_BL": torch.ones(1, 150, dtype=torch.bool), "segment_ids_BL": ids, "initial_state": None}
+    phi_q, phi_k = (phi.bfloat16() for phi in problem.features(torch.float32))
+    expected, state = chunked_linear_attention(phi_q, phi_k, problem.v, eps=EPS, return_state=True, **shared)
+    backend = emulated("hedgehog_softmax")
+    on_features = backend.causal_attention(phi_q, phi_k, problem.v, eps=EPS, return_state=True, **shared)
+    weights = problem.weight_q, problem.weight_k
+    fused = backend.fused.attend(problem.q, problem.k, problem.v, weights, eps=EPS, return_state=True, **shared)
+    for out, after in (on_features, fused):
+        assert rms(out.float() - expected.float()) <= 2e-3
+        assert rms(after.kv_state_BHFV - state.kv_state_BHFV) <= 2e-3 * rms(state.kv_state_BHFV)
+
+
+def test_a_gpu_with_less_shared_memory_computes_phi_outside(monkeypatch, emulation):
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(attention, "cuda_library", lambda capability: emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    chosen = {"device": device, "dtype": torch.bfloat16, "feature_map": "hedgehog_softmax"}
+    large = select_attention_backend("auto", num_features=256, value_dim=128, **chosen)
+    assert large.reason == "compiled for cuda, bfloat16, F=256, V=128; φ outside the kernel"
+    assert select_attention_backend("auto", num_features=128, value_dim=64, **chosen).fused is not None
+    properties.shared_memory_per_block_optin = 48 * 1024
+    attention.why_not.cache_clear()
+    reason = select_attention_backend("auto", num_features=256, value_dim=128, **chosen).reason
+    assert "a block needs 92160 bytes of shared memory, this GPU gives 49152" in reason
+    attention.why_not.cache_clear()
+    attention.fuses.cache_clear()
+
+
+def test_decoding_follows_a_weight_that_changes():
+    problem = random_problem(1)
+    fused = emulated("hedgehog_softmax").fused
+    weights = problem.weight_q, problem.weight_k
+
+    def token():
+        state = LinearAttentionState(torch.ones(1, 2, 128, 64).cumsum(2), torch.ones(1, 2, 128))
+        return fused.attend_token(problem.q, problem.k, problem.v, weights, mask_B1=None, state=state, eps=EPS)
+
+    before = token()
+    assert torch.equal(token(), before)
+    problem.weight_q.mul_(-1)
+    assert not torch.equal(token(), before)
+
+
+@pytest.mark.parametrize("heads,segments,splits", [(1, 4, 4), (2, 2, 2), (4, 1, 1), (5, 1, 1)])
+def test_blocks_fill_the_multiprocessors(heads, segments, splits):
+    cpu = torch.device("cpu")  # counts as four
+    assert (num_segments(cpu, 1, heads), num_splits(cpu, 1, heads)) == (segments, splits)

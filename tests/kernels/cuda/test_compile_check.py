@@ -1,0 +1,65 @@
+"""`make cuda` on real nvcc, and what it says of kernels that take too much."""
+
+from __future__ import annotations
+
+import pytest
+
+from hedgehog.kernels.cuda import compile_check
+from hedgehog.kernels.cuda.build import UNITS, find_nvcc
+from hedgehog.kernels.cuda.compile_check import Usage, compile_for, declared_resources, faults, read_usage
+
+NAME = "_ZN8hedgehog24linear_attention_forwardILi128ELi256ELb1EEEvNS_17ForwardParametersE"
+OUTPUT = f"""ptxas info    : 11 bytes gmem
+ptxas info    : Compiling entry function '{NAME}' for 'sm_90'
+ptxas info    : Function properties for {NAME}
+    616 bytes stack frame, 600 bytes spill stores, 900 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 616 bytes cumulative stack size, 16 bytes smem
+ptxas info    : Compiling entry function '_ZN8hedgehog14segment_prefixENS_16PrefixParametersE' for 'sm_90'
+ptxas info    : Function properties for _ZN8hedgehog14segment_prefixENS_16PrefixParametersE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 24 registers, used 0 barriers
+"""
+
+
+@pytest.fixture(autouse=True)
+def emulation():
+    """Not needed here, nor is g++."""
+
+
+def test_reads_what_the_compiler_says():
+    kernel, prefix = read_usage(OUTPUT)
+    assert kernel == Usage("linear_attention_forward<128,256,fused>", "sm_90", 255, 16, 1500)
+    assert prefix == Usage("segment_prefix", "sm_90", 24, 0, 0)
+
+
+def test_names_each_fault():
+    kernel, prefix = read_usage(OUTPUT)
+    assert faults(prefix, {}) == []
+    found = " ".join(faults(kernel, {kernel.kernel: (200, 1000)}))
+    assert "spills 1500 bytes" in found and "255 registers, declared 200" in found and "16 bytes of shared" in found
+    assert "no RESOURCES line declares it" in faults(kernel, {})[0]
+
+
+def test_every_kernel_is_declared():
+    for unit in UNITS:
+        assert len(declared_resources(unit)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute alone; much more beside other work
+@pytest.mark.parametrize("unit", UNITS)
+def test_kernels_compile_within_their_resources(unit):
+    """One architecture; `make cuda` does all of them."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    usages = compile_for(nvcc, unit, "sm_90")
+    declared = declared_resources(unit)
+    assert {usage.kernel for usage in usages} - set(compile_check.PLAIN_KERNELS) == set(declared)
+    assert [fault for usage in usages for fault in faults(usage, declared)] == []
+
+
+def test_main_fails_without_nvcc(monkeypatch, capsys):
+    monkeypatch.setattr(compile_check, "find_nvcc", lambda: None)
+    assert compile_check.main() == 1
+    assert "nvcc was not found" in capsys.readouterr().err

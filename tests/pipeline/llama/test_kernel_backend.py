@@ -1,0 +1,71 @@
+"""The whole model on the kernels (emulated) against the same model on PyTorch, both bf16: roundings apart, the same."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from hedgehog.pipeline.llama.convert import convert_llama
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="the emulated kernels need g++ on Linux"
+)
+
+
+@pytest.fixture
+def models(new_llama):
+    """(on PyTorch, on the emulated kernels), the same weights; two query heads of 64 share a key head."""
+
+    def make(**config):
+        llama = new_llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+        models = []
+        for backend in ("torch", "emulated"):
+            torch.manual_seed(0)
+            model = convert_llama(llama, attention_backend=backend, **config).to(torch.bfloat16).eval()
+            for name, weight in model.named_parameters():
+                if "feature_map" in name:  # bf16 numbers, as the kernel will round them
+                    weight.data.add_(0.05 * torch.randn_like(weight)).copy_(weight.data.bfloat16())
+            models.append(model)
+        return models
+
+    return make
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog_softmax", "relu"])
+def test_logits_of_a_padded_batch(models, feature_map, token_ids, left_padded):
+    on_torch, on_kernels = models(feature_map=feature_map, feature_dim=64 if feature_map != "relu" else 128)
+    ids, mask = left_padded([token_ids(1, 70)[0], token_ids(1, 9, seed=1)[0]])
+    with torch.no_grad():
+        expected, logits = (model(ids, attention_mask=mask).logits.float() for model in (on_torch, on_kernels))
+    real = mask.bool()
+    assert (logits - expected)[real].norm() <= 0.02 * expected[real].norm()
+    backend = on_kernels.model._attention_backend(torch.device("cpu"), torch.bfloat16)
+    assert (backend.name, backend.fused is not None) == ("emulated", feature_map == "hedgehog_softmax")
+
+
+def test_prefill_and_decoding(models, token_ids):
+    on_torch, on_kernels = models(feature_map="hedgehog_exp", feature_dim=64)
+    ids = token_ids(1, 12)
+    logits = []
+    with torch.no_grad():
+        for model in (on_torch, on_kernels):
+            cache = model(ids[:, :9], use_cache=True).past_key_values
+            steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(9, 12)]
+            logits.append(torch.cat(steps, dim=1).float())
+    assert (logits[1] - logits[0]).norm() <= 0.02 * logits[0].norm()
+
+
+def test_training_step(models, token_ids):
+    ids = token_ids(2, 20)
+    gradients = []
+    for model in models(feature_map="hedgehog_softmax", feature_dim=64):
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        layer = model.model.layers[0].self_attn
+        gradients.append([layer.feature_map_q.weight.grad, layer.k_proj.weight.grad, layer.v_proj.weight.grad])
+    for expected, ours in zip(*gradients, strict=True):
+        assert ours.dtype == expected.dtype
+        assert (ours - expected).float().norm() <= 0.1 * expected.float().norm()
