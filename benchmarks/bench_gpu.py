@@ -93,7 +93,12 @@ def correctness(device: torch.device) -> list[dict[str, Any]]:
                 inputs = Inputs(length, features, 2, device, head_dim)
                 expected = quadratic_linear_attention(*inputs.phi(torch.float64), inputs.v.double(), eps=EPS)
                 error = rms(inputs.kernel(segments)[0] - expected)
-                row = {"head_dim": head_dim, "features": features, "length": length, "segments": segments}
+                row: dict[str, Any] = {
+                    "head_dim": head_dim,
+                    "features": features,
+                    "length": length,
+                    "segments": segments,
+                }
                 if length > 1:
                     *_, kv_state, k_sum = prefix_state(inputs)
                     last = [x[:, :, -1:] for x in (inputs.q, inputs.k, inputs.v)]

@@ -117,11 +117,10 @@ _ROUNDED_WEIGHTS = WeakTensorKeyDictionary()
 
 def _rounded(weight: Tensor) -> Tensor:
     """The weight in bfloat16, kept as long as it is not changed: rounding it costs as much as half a token's work."""
-    version, rounded = _ROUNDED_WEIGHTS.get(weight, (None, None))
-    if rounded is None or version != weight._version or rounded.device != weight.device:
-        rounded = weight.detach().to(torch.bfloat16).contiguous()
-        _ROUNDED_WEIGHTS[weight] = (weight._version, rounded)
-    return rounded
+    kept = _ROUNDED_WEIGHTS.get(weight)
+    if kept is None or kept[0] != weight._version or kept[1].device != weight.device:
+        kept = _ROUNDED_WEIGHTS[weight] = (weight._version, weight.detach().to(torch.bfloat16).contiguous())
+    return kept[1]
 
 
 def attend_token(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attention_state import LinearAttentionState
 from ..chunked_attention import chunked_linear_attention
-from ..feature_maps import make_feature_map
+from ..feature_maps import Side, make_feature_map
 from .library import (
     FEATURE_MAP_NUMBERS,
     DecodeArguments,
@@ -253,10 +253,11 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_d: Tensor, grad_kv: Tensor, grad
 def _features(feature_map: str, parts: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
     """φ(q) and φ(k) as the kernel has them: weights rounded to bfloat16, φ rounded once."""
     phi = []
-    for side, x, weight in (
+    sides: tuple[tuple[Side, Tensor, Tensor], ...] = (
         ("query", parts["q"], parts["weight_q"]),
         ("key", parts["k"].expand(-1, group, -1, -1), parts["weight_k"]),
-    ):
+    )
+    for side, x, weight in sides:
         feature_map_module = make_feature_map(feature_map, num_heads=1, head_dim=1, side=side)
         rounded = weight.to(torch.bfloat16).float()
         phi.append(feature_map_module.features(x, rounded).to(torch.bfloat16))

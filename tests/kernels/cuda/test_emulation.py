@@ -50,7 +50,8 @@ def test_sanitizer_sees_a_write_beyond_shared_memory() -> None:
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 
-@pytest.mark.timeout(1800)  # half a minute alone, nearly all of it g++
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # nearly all of it g++
 def test_kernels_stay_inside_their_arrays() -> None:
     done = run(build_program(HERE / "memory_check.cpp", with_kernels=True, sanitize=True))
     assert done.returncode == 0, done.stderr
