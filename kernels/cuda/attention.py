@@ -6,19 +6,25 @@ tensors, because an export has a LinearAttentionState of its own.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..chunked_attention import chunked_linear_attention
 from ..conventions import run_index_BL
+from ..feature_maps import Side, make_feature_map
 from .build import BuildError
 from .library import FEATURE_MAP_NUMBERS, KernelError, cuda_library, emulated_library
 from .operators import FEATURES, HEAD_DIMS, linear_attention, linear_attention_token
 
 FUSED_FEATURE_MAPS = tuple(name for name in FEATURE_MAP_NUMBERS if name != "given")
 OLDEST_CAPABILITY = (8, 0)
+TOLERANCE = 0.02
+"""Relative RMS error at which the kernels count as wrong; bf16 costs about 0.004."""
+logger = logging.getLogger(__name__)
 _EMULATED_MULTIPROCESSORS = 4  # few, so that small tests use one segment and several
 
 
@@ -38,7 +44,8 @@ def why_not(device: torch.device, dtype: torch.dtype, num_features: int, value_d
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
             return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-        return _shared_memory_obstacle(device, num_features, value_dim, "given")
+        obstacle = _shared_memory_obstacle(device, num_features, value_dim, "given")
+        return obstacle or disagreement(device, num_features, value_dim, "given")
     except (BuildError, KernelError, OSError) as error:
         return str(error)
 
@@ -48,7 +55,13 @@ def fuses(device: torch.device, num_features: int, value_dim: int, feature_map: 
     """Whether the kernels compute this φ here; asked where `why_not` said None. Small GPUs lack the shared memory."""
     if feature_map not in FUSED_FEATURE_MAPS:
         return False
-    return device.type == "cpu" or not _shared_memory_obstacle(device, num_features, value_dim, feature_map)
+    if device.type == "cpu":
+        return True
+    obstacle = _shared_memory_obstacle(device, num_features, value_dim, feature_map)
+    obstacle = obstacle or disagreement(device, num_features, value_dim, feature_map)
+    if obstacle:
+        logger.warning("φ is computed outside the kernel: %s", obstacle)
+    return obstacle is None
 
 
 def _shared_memory_obstacle(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> str | None:
@@ -56,6 +69,67 @@ def _shared_memory_obstacle(device: torch.device, num_features: int, value_dim: 
     needed = library.shared_bytes(value_dim, num_features, feature_map)
     there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return f"a block needs {needed} bytes of shared memory, this GPU gives {there}" if needed > there else None
+
+
+def disagreement(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> str | None:
+    """Why the kernels are not to be trusted on this device: they fail, or differ from PyTorch. None: they serve.
+
+    A small random problem, 130 tokens and, with φ inside, one more: a wrong kernel would spoil a model in silence.
+    `feature_map` "given" looks at the kernels that take φ.
+    """
+    try:
+        error = _error_on_a_small_problem(device, num_features, head_dim, feature_map)
+    except RuntimeError as fault:
+        return f"the kernels fail here ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
+    return None if error <= TOLERANCE else f"the kernels differ from PyTorch here by {error:.1%}; please report it"
+
+
+@torch.no_grad()
+def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> float:
+    heads, kv_heads, length, eps = 4, 2, 130, 1e-6
+    random = torch.Generator().manual_seed(0)  # not the caller's random numbers
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).to(device, torch.bfloat16)
+
+    v = draw(1, kv_heads, length + 1, head_dim)
+    weights: dict[str, Tensor] = {}
+    if feature_map == "given":
+        q, k = (draw(1, heads, length + 1, num_features).abs() for _ in range(2))
+        phi_q, phi_k = q, k
+    else:
+        q, k = draw(1, heads, length + 1, head_dim), draw(1, kv_heads, length + 1, head_dim)
+        phis = []
+        sides: tuple[tuple[Side, Tensor], ...] = (("query", q), ("key", k.repeat_interleave(heads // kv_heads, dim=1)))
+        for side, x in sides:
+            module = make_feature_map(
+                feature_map, num_heads=heads, head_dim=head_dim, feature_dim=num_features // 2, side=side
+            ).to(device)
+            weight = module.projection_HDP
+            assert weight is not None
+            rounded = weight.to(torch.bfloat16) + 0.1 * draw(*weight.shape)
+            weight.copy_(rounded)
+            weights[f"weight_{side[0]}_HDP"] = rounded
+            phis.append(module(x.float()))
+        phi_q, phi_k = phis
+    found, state = attend(
+        *(x[:, :, :length] for x in (q, k, v)),
+        feature_map=feature_map,
+        mask_BL=None,
+        segment_ids_BL=None,
+        initial_state=None,
+        eps=eps,
+        return_state=True,
+        **weights,
+    )
+    assert state is not None
+    if weights:
+        last = (x[:, :, length:].contiguous() for x in (q, k, v))
+        token = attend_token(*last, feature_map=feature_map, mask_B1=None, state=state, eps=eps, **weights)
+        found = torch.cat([found, token], dim=2)
+    expected, _ = chunked_linear_attention(phi_q.float(), phi_k.float(), v.float(), eps=eps)
+    expected = expected[:, :, : found.shape[2]]
+    return float((found.float() - expected).norm() / expected.norm())
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,28 @@ def test_features_and_fused_give_what_pytorch_gives():
         assert rms(after.kv_state_BHFV - state.kv_state_BHFV) <= 2e-3 * rms(state.kv_state_BHFV)
 
 
+@pytest.mark.parametrize("feature_map", ["given", "hedgehog_softmax", "hedgehog_exp"])
+def test_kernels_that_are_wrong_or_fail_on_a_device_do_not_serve_there(monkeypatch, emulation, feature_map):
+    look = partial(attention.disagreement, torch.device("cpu"), 128, 64, feature_map)
+    assert look() is None
+    right = attention.attend
+
+    def wrong(*arguments, **options):
+        out, state = right(*arguments, **options)
+        out[0, 1, -1] += 1
+        return out, state
+
+    def failing(*arguments, **options):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(attention, "attend", wrong)
+    assert "differ from PyTorch here by" in (look() or "")
+    monkeypatch.setattr(attention, "attend", failing)
+    assert look() == "the kernels fail here (no kernel image is available)"
+
+
 def test_a_gpu_with_less_shared_memory_computes_phi_outside(monkeypatch, emulation):
+    monkeypatch.setattr(attention, "disagreement", lambda *_: None)
     device = torch.device("cuda", 7)
     monkeypatch.setattr(attention, "cuda_library", lambda capability: emulation)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
