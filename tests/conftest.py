@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton decides when first imported, by whatever library, whether this process compiles kernels or interprets them
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    # as a shell starts what it runs in the background; the tests of Ctrl-C need it back
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NUM_LAYERS = 3
 NUM_STEPS = 4

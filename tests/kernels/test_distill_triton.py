@@ -293,9 +293,12 @@ class TestChoice:
     def choose(self, pair=None, device="cuda", dtype=torch.bfloat16, requested="auto"):
         return distill_backends.select_distill_backend(requested, *(pair or maps()), device=device, dtype=dtype)
 
-    def test_the_kernel_where_it_can_run(self, gpu):
+    def test_the_kernel_where_it_can_run_and_is_right(self, gpu, monkeypatch):
+        monkeypatch.setattr(distill_backends, "disagreement", lambda *_: None)
         chosen = self.choose()
         assert (chosen.name, chosen.reason, chosen.loss) == ("triton", "sm_90, bfloat16", triton_distillation_loss)
+        monkeypatch.setattr(distill_backends, "disagreement", lambda *_: "the kernel differs")
+        assert self.choose()[:2] == ("torch", "the kernel differs")
 
     def test_the_pytorch_form_elsewhere_and_why(self, gpu, monkeypatch):
         plain = [make_feature_map("elu", num_heads=HEADS, head_dim=DIM, side=side) for side in ("query", "key")]

@@ -1,6 +1,6 @@
 """A whole graph whose jobs are killed, cancelled, requeued and warned at random: what it ends in is the same.
 
-HEDGEHOG_SLURM_KILLS says how often (3; fifty take a quarter of an hour), HEDGEHOG_KILL_SEED repeats the choices.
+HEDGEHOG_SLURM_KILLS says how often (2; fifty take half an hour), HEDGEHOG_KILL_SEED repeats the choices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from .conftest import Cluster
 
-NUM_KILLS = int(os.environ.get("HEDGEHOG_SLURM_KILLS", "3"))
+NUM_KILLS = int(os.environ.get("HEDGEHOG_SLURM_KILLS", "2"))
 LONGEST_WAIT_S = 12.0
 """Longer than a job takes to its first step, so that some are met at work."""
 MEASURED = re.compile(r'"(step_s|memory_bytes|tokens_per_s|elapsed_s)": [^,}]+,? ?')
