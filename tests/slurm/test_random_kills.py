@@ -29,7 +29,6 @@ COMPARED = ("evaluate/predictions/", "evaluate/rouge.json", "export/model/config
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.timeout(600 + 60 * NUM_KILLS),
 ]
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),  # one cluster, and its jobs beside one other test at most
     pytest.mark.timeout(900),
 ]
 
