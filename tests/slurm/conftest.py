@@ -139,9 +139,10 @@ class Cluster:
             assert time.monotonic() < deadline, f"{states}\n{self.logs(run)}"
             time.sleep(0.5)
 
-    def logs(self, run: str = "micro") -> str:
+    def logs(self, run: str = "micro", last: int = 1500) -> str:
+        """The ends of all jobs' logs."""
         files = sorted((self.cwd / "runs" / run / "logs").glob("*"))
-        return "\n".join(f"--- {file.name}\n{file.read_text()[-1500:]}" for file in files)
+        return "\n".join(f"--- {file.name}\n{file.read_text()[-last:]}" for file in files)
 
     def job(self, title_: str, run: str = "micro") -> str:
         return next(stage["job"] for stage in self.status(run)["stages"] if title(stage) == title_)

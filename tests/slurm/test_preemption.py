@@ -111,8 +111,8 @@ class Disturbed:
         )
 
     def log(self) -> str:
-        """What the job said, in one line."""
-        return " ".join(self.cluster.logs().split())
+        """All that the jobs said, in one line."""
+        return " ".join(self.cluster.logs(last=1_000_000).split())
 
     def job(self, job: str) -> dict[str, str]:
         """What scontrol shows about a job."""
