@@ -17,8 +17,9 @@ from ..chunked_attention import chunked_linear_attention
 from ..conventions import run_index_BL
 from ..feature_maps import Side, make_feature_map
 from .build import BuildError
+from .checks import FEATURES, HEAD_DIMS
 from .library import FEATURE_MAP_NUMBERS, KernelError, cuda_library, emulated_library
-from .operators import FEATURES, HEAD_DIMS, linear_attention, linear_attention_token
+from .operators import linear_attention, linear_attention_token
 
 FUSED_FEATURE_MAPS = tuple(name for name in FEATURE_MAP_NUMBERS if name != "given")
 OLDEST_CAPABILITY = (8, 0)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-UNITS = ("forward.cu", "decode.cu")
+UNITS = ("forward.cu", "decode.cu", "backward.cu", "backward_queries.cu", "backward_keys.cu")
 NVCC_FLAGS = ("-std=c++17", "-O3")
 GXX_FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off")
 COMPILE_LIMIT_S = 900

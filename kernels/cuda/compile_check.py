@@ -18,13 +18,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import FOLDER, NVCC_FLAGS, UNITS, find_nvcc
+from .build import FOLDER, NVCC_FLAGS, find_nvcc
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_90a")
 _DECLARED = re.compile(r"^RESOURCES\((\d+), (\d+), (fused|given), (\d+), (\d+)\);$", re.MULTILINE)
-KERNELS = {"forward.cu": "linear_attention_forward", "decode.cu": "linear_attention_decode"}
+KERNELS = {
+    "forward.cu": "linear_attention_forward",
+    "decode.cu": "linear_attention_decode",
+    "backward_queries.cu": "linear_attention_query_gradients",
+    "backward_keys.cu": "linear_attention_key_gradients",
+}
 # small helpers beside them, without a template: {name: registers}
-PLAIN_KERNELS = {"segment_prefix": 40}
+PLAIN_KERNELS = {"segment_prefix": 40, "segment_suffix": 40}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -120,7 +125,7 @@ def main() -> int:
         return 1
     wrong: list[str] = []
     for architecture in parser.parse_args().architectures:
-        for unit in UNITS:
+        for unit in KERNELS:
             declared = declared_resources(unit)
             usages = compile_for(nvcc, unit, architecture)
             for usage in usages:

@@ -7,6 +7,7 @@
 // last block of a head to arrive does, and puts the counter back to zero for the next token.
 // Plain launches with fixed addresses: a CUDA graph may hold them.
 #include "feature_map.cuh"
+#include "launches.h"
 
 namespace hedgehog {
 
@@ -220,8 +221,6 @@ cudaError_t run(const DecodeParameters& p, int64_t batch, cudaStream_t stream) {
                   static_cast<int>(sizeof(DecodeShared<kHeadDim, kFeatures>)), stream, p);
 }
 
-bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 bool valid(const HedgehogDecodeArguments& a) {
     const bool fused = a.feature_map != HEDGEHOG_GIVEN;
     return a.q && a.k && a.v && a.kv_state && a.k_sum && a.out && (!fused || (a.weight_q && a.weight_k)) &&
@@ -261,15 +260,10 @@ extern "C" int32_t hedgehog_decode(const HedgehogDecodeArguments* arguments) {
     p.splits = a.splits;
     p.eps = a.eps;
     const auto stream = static_cast<cudaStream_t>(a.stream);
-    const bool fused = a.feature_map != HEDGEHOG_GIVEN;
-    const int shape = a.head_dim * 1000 + a.features;
-    if (shape == 64128) return fused ? run<64, 128, true>(p, a.batch, stream) : run<64, 128, false>(p, a.batch, stream);
-    if (shape == 64256) return fused ? run<64, 256, true>(p, a.batch, stream) : run<64, 256, false>(p, a.batch, stream);
-    if (shape == 128128)
-        return fused ? run<128, 128, true>(p, a.batch, stream) : run<128, 128, false>(p, a.batch, stream);
-    if (shape == 128256)
-        return fused ? run<128, 256, true>(p, a.batch, stream) : run<128, 256, false>(p, a.batch, stream);
-    return cudaErrorInvalidValue;
+    return for_shape(a.head_dim, a.features, a.feature_map, cudaErrorInvalidValue, [&](auto shape) {
+        using Shape = decltype(shape);
+        return run<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>(p, a.batch, stream);
+    });
 }
 
 extern "C" const char* hedgehog_error_string(int32_t error) {
@@ -277,5 +271,7 @@ extern "C" const char* hedgehog_error_string(int32_t error) {
 }
 
 extern "C" int32_t hedgehog_struct_bytes(int32_t which) {
-    return which == 0 ? sizeof(HedgehogForwardArguments) : sizeof(HedgehogDecodeArguments);
+    return which == 0   ? sizeof(HedgehogForwardArguments)
+           : which == 1 ? sizeof(HedgehogDecodeArguments)
+                        : sizeof(HedgehogBackwardArguments);
 }

@@ -96,6 +96,7 @@ __device__ __forceinline__ void activate(float (&z)[kProjected / 8][4], int feat
                                              exp2_approximate(fmaf(-z1, scale, -offset_minus[r])));
             phi.pair(row, column) = keep[r] ? plus : 0u;
             phi.pair(row, kProjected + column) = keep[r] ? minus : 0u;
+            if (r == 1) schedule_barrier();
         }
 }
 

@@ -6,6 +6,7 @@
 //   3. all segments run at once.
 // Scratch is one state per segment, head and row: it does not grow with the length.
 #include "forward.cuh"
+#include "launches.h"
 
 namespace hedgehog {
 
@@ -52,97 +53,21 @@ __global__ void __launch_bounds__(kPrefixThreads) segment_prefix(const __grid_co
     }
 }
 
-namespace {
-
-struct Segments {
-    int64_t num_chunks, chunks_per_segment;
-    int32_t count;
-};
-
-Segments split(int64_t length, int32_t requested) {
-    Segments segments{};
-    segments.num_chunks = (length + kChunk - 1) / kChunk;
-    const int64_t wanted = requested < 1 ? 1 : requested < segments.num_chunks ? requested : segments.num_chunks;
-    segments.chunks_per_segment = (segments.num_chunks + wanted - 1) / wanted;
-    segments.count =
-        static_cast<int32_t>((segments.num_chunks + segments.chunks_per_segment - 1) / segments.chunks_per_segment);
-    return segments;
-}
-
-bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-bool aligned(const HedgehogStrides& stride, int elements) {
-    return stride.batch % elements == 0 && stride.head % elements == 0 && stride.token % elements == 0;
-}
-
-bool valid(const HedgehogForwardArguments& a) {
+bool valid_inputs(const HedgehogForwardArguments& a) {
     const bool needs_weights = a.feature_map != HEDGEHOG_GIVEN;
-    return a.q && a.k && a.v && a.out && a.denominator && (!needs_weights || (a.weight_q && a.weight_k)) &&
+    return a.q && a.k && a.v && a.denominator && (!needs_weights || (a.weight_q && a.weight_k)) &&
            a.feature_map >= HEDGEHOG_GIVEN && a.feature_map <= HEDGEHOG_JOINT && a.batch > 0 && a.batch < 65536 &&
            a.heads > 0 && a.heads < 65536 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.length > 0 &&
            a.length < int64_t(kChunk) << 30 &&
-           !a.initial_kv == !a.initial_k_sum && !a.final_kv == !a.final_k_sum && aligned(a.q, 16) &&
-           aligned(a.k, 16) && aligned(a.v, 16) && aligned(a.weight_q, 16) && aligned(a.weight_k, 16) &&
-           aligned(a.out, 4) && aligned(a.q_stride, kUnit) && aligned(a.k_stride, kUnit) &&
-           aligned(a.v_stride, kUnit) && aligned(a.out_stride, 2);
+           !a.initial_kv == !a.initial_k_sum && aligned(a.q, 16) && aligned(a.k, 16) && aligned(a.v, 16) &&
+           aligned(a.weight_q, 16) && aligned(a.weight_k, 16) && aligned(a.q_stride, kUnit) &&
+           aligned(a.k_stride, kUnit) && aligned(a.v_stride, kUnit) &&
+           (hedgehog_scratch_bytes(&a) == 0 || a.scratch);
 }
 
-template <int kHeadDim, int kFeatures, bool kFused>
-cudaError_t run(ForwardParameters p, int64_t batch, cudaStream_t stream) {
-    using Layout = ForwardLayout<kHeadDim, kFeatures, kFused>;
-    const auto kernel = &linear_attention_forward<kHeadDim, kFeatures, kFused>;
-    const unsigned heads = p.heads, rows = static_cast<unsigned>(batch);
-    if (p.segments > 1) {
-        p.state_only = true;
-        cudaError_t error =
-            launch(kernel, dim3(p.segments - 1, heads, rows), Layout::kThreads, Layout::kBytes, stream, p);
-        if (error != cudaSuccess) return error;
-        const PrefixParameters prefix{p.segment_states, p.runs, p.length, p.chunks_per_segment, p.heads, p.segments - 1,
-                                      kFeatures * (kHeadDim + 1)};
-        const unsigned blocks = (prefix.state_size + kPrefixThreads - 1) / kPrefixThreads;
-        error = launch(&segment_prefix, dim3(blocks, heads, rows), kPrefixThreads, 0, stream, prefix);
-        if (error != cudaSuccess) return error;
-        p.state_only = false;
-    }
-    return launch(kernel, dim3(p.segments, heads, rows), Layout::kThreads, Layout::kBytes, stream, p);
-}
+namespace {
 
-}  // namespace
-}  // namespace hedgehog
-
-#ifndef __CUDACC__
-extern "C" void hedgehog_emulation_seed(uint64_t seed) { emulation::Scheduler::get().seed(seed); }
-#endif
-
-extern "C" int32_t hedgehog_num_segments(int64_t length, int32_t requested) {
-    return hedgehog::split(length, requested).count;
-}
-
-extern "C" int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* a) {
-    const int64_t states = hedgehog::split(a->length, a->segments).count - 1;
-    return states * a->batch * a->heads * a->features * (a->head_dim + 1) * int64_t(sizeof(float));
-}
-
-extern "C" int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map) {
-    using namespace hedgehog;
-    const bool maps = feature_map != HEDGEHOG_GIVEN;
-    switch (head_dim * 1000 + features) {
-        case 64128:
-            return maps ? ForwardLayout<64, 128, true>::kBytes : ForwardLayout<64, 128, false>::kBytes;
-        case 64256:
-            return maps ? ForwardLayout<64, 256, true>::kBytes : ForwardLayout<64, 256, false>::kBytes;
-        case 128128:
-            return maps ? ForwardLayout<128, 128, true>::kBytes : ForwardLayout<128, 128, false>::kBytes;
-        case 128256:
-            return maps ? ForwardLayout<128, 256, true>::kBytes : ForwardLayout<128, 256, false>::kBytes;
-    }
-    return 0;
-}
-
-extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
-    using namespace hedgehog;
-    const HedgehogForwardArguments& a = *arguments;
-    if (!valid(a) || (hedgehog_scratch_bytes(arguments) > 0 && !a.scratch)) return cudaErrorInvalidValue;
+ForwardParameters parameters_of(const HedgehogForwardArguments& a) {
     const Segments segments = split(a.length, a.segments);
     ForwardParameters p{};
     p.q = static_cast<const uint16_t*>(a.q);
@@ -171,14 +96,66 @@ extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
     p.feature_map = a.feature_map;
     p.segments = segments.count;
     p.eps = a.eps;
-    const auto stream = static_cast<cudaStream_t>(a.stream);
-    const bool maps = a.feature_map != HEDGEHOG_GIVEN;
-    const int shape = a.head_dim * 1000 + a.features;
-    if (shape == 64128) return maps ? run<64, 128, true>(p, a.batch, stream) : run<64, 128, false>(p, a.batch, stream);
-    if (shape == 64256) return maps ? run<64, 256, true>(p, a.batch, stream) : run<64, 256, false>(p, a.batch, stream);
-    if (shape == 128128)
-        return maps ? run<128, 128, true>(p, a.batch, stream) : run<128, 128, false>(p, a.batch, stream);
-    if (shape == 128256)
-        return maps ? run<128, 256, true>(p, a.batch, stream) : run<128, 256, false>(p, a.batch, stream);
-    return cudaErrorInvalidValue;
+    return p;
+}
+
+// One pass over `segments` segments of every row and head.
+cudaError_t launch_pass(const HedgehogForwardArguments& a, const ForwardParameters& p, int32_t segments) {
+    return for_shape(a.head_dim, a.features, a.feature_map, cudaErrorInvalidValue, [&](auto shape) {
+        using Shape = decltype(shape);
+        using Layout = ForwardLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>;
+        return launch(&linear_attention_forward<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>,
+                      dim3(segments, p.heads, static_cast<unsigned>(a.batch)), Layout::kThreads, Layout::kBytes,
+                      static_cast<cudaStream_t>(a.stream), p);
+    });
+}
+
+}  // namespace
+
+cudaError_t fill_segment_states(const HedgehogForwardArguments& a) {
+    ForwardParameters p = parameters_of(a);
+    if (p.segments == 1) return cudaSuccess;
+    p.state_only = true;
+    const cudaError_t error = launch_pass(a, p, p.segments - 1);
+    if (error != cudaSuccess) return error;
+    const PrefixParameters prefix{p.segment_states,     p.runs,  p.length,
+                                  p.chunks_per_segment, p.heads, p.segments - 1,
+                                  a.features * (a.head_dim + 1)};
+    const unsigned blocks = (prefix.state_size + kPrefixThreads - 1) / kPrefixThreads;
+    return launch(&segment_prefix, dim3(blocks, p.heads, static_cast<unsigned>(a.batch)), kPrefixThreads, 0,
+                  static_cast<cudaStream_t>(a.stream), prefix);
+}
+
+}  // namespace hedgehog
+
+#ifndef __CUDACC__
+extern "C" void hedgehog_emulation_seed(uint64_t seed) { emulation::Scheduler::get().seed(seed); }
+#endif
+
+extern "C" int32_t hedgehog_num_segments(int64_t length, int32_t requested) {
+    return hedgehog::split(length, requested).count;
+}
+
+extern "C" int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* a) {
+    const int64_t states = hedgehog::split(a->length, a->segments).count - 1;
+    return states * a->batch * a->heads * a->features * (a->head_dim + 1) * int64_t(sizeof(float));
+}
+
+extern "C" int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map) {
+    using namespace hedgehog;
+    return for_shape(head_dim, features, feature_map, 0, [](auto shape) -> int {
+        using Shape = decltype(shape);
+        return ForwardLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>::kBytes;
+    });
+}
+
+extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
+    using namespace hedgehog;
+    const HedgehogForwardArguments& a = *arguments;
+    if (!valid_inputs(a) || !a.out || !a.final_kv != !a.final_k_sum || !aligned(a.out, 4) || !aligned(a.out_stride, 2))
+        return cudaErrorInvalidValue;
+    const cudaError_t error = fill_segment_states(a);
+    if (error != cudaSuccess) return error;
+    const ForwardParameters p = parameters_of(a);
+    return launch_pass(a, p, p.segments);
 }

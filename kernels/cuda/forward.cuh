@@ -17,8 +17,6 @@
 
 namespace hedgehog {
 
-constexpr int kChunk = 64;
-
 struct ForwardParameters {
     const uint16_t *q, *k, *v, *weight_q, *weight_k;
     const uint8_t* mask;
@@ -256,7 +254,10 @@ class ForwardBlock {
             if (!wanted) continue;
             const bool keep[2] = {!is_key || chunk_real[first_row + lane / 4] != 0,
                                   !is_key || chunk_real[first_row + lane / 4 + 8] != 0};
-            activate<kProjected>(z, p.feature_map, is_key, keep, is_key ? phi_k : phi_q, first_row);
+            // not a choice between two tiles: the compiler is to see that this is shared memory
+            const int phi = is_key ? Layout::kPhiK : Layout::kPhiQ;
+            activate<kProjected>(z, p.feature_map, is_key, keep,
+                                 Tile<kFeatures>{reinterpret_cast<uint16_t*>(dynamic_shared_memory() + phi)}, first_row);
         }
     }
 

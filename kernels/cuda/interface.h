@@ -62,18 +62,43 @@ struct HedgehogDecodeArguments {
     int32_t reserved;
 };
 
+// `forward`: what the forward pass was called with, its denominator as it came out; out and final_* are not looked at,
+// scratch is hedgehog_backward_scratch_bytes. bf16: grad_out, grad_q, grad_k, grad_v. The rest is float and contiguous.
+struct HedgehogBackwardArguments {
+    HedgehogForwardArguments forward;
+    const void* grad_out;          // (B, H, T, V)
+    const void* grad_final_kv;     // (B, H, F, V); or null
+    const void* grad_final_k_sum;  // (B, H, F); null together with grad_final_kv
+    void* grad_q;                  // as q
+    void* grad_k;                  // as k
+    void* grad_v;                  // as v
+    void* grad_weight_q;           // (B, segments that run, H, D, F/2), to be summed over the first two; null with GIVEN
+    void* grad_weight_k;           // the same
+    void* grad_initial_kv;         // (B, H, F, V); or null
+    void* grad_initial_k_sum;      // (B, H, F); null together with grad_initial_kv
+    void* grad_denominator;        // (hedgehog_num_slices, B, H, T): scratch, from the first sweep to the second
+    HedgehogStrides grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
+};
+
 // 0, or an error that hedgehog_error_string explains. Launches only: nothing here waits for the GPU.
 int32_t hedgehog_forward(const HedgehogForwardArguments* arguments);
 int32_t hedgehog_decode(const HedgehogDecodeArguments* arguments);
+int32_t hedgehog_backward(const HedgehogBackwardArguments* arguments);
 
 // Segments of the length that really run: at most `requested`, at most one per chunk.
 int32_t hedgehog_num_segments(int64_t length, int32_t requested);
 int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* arguments);
+int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* arguments);
 
-// Shared memory that a block of the forward kernel takes; 0 for a shape that there is no kernel for.
+// Slices of the values that the backward kernels take one after the other.
+int32_t hedgehog_num_slices(int32_t head_dim, int32_t features);
+
+// Shared memory that a block of the forward kernel takes, and of the backward's larger one; 0 for a shape that there is
+// no kernel for.
 int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map);
+int32_t hedgehog_backward_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map);
 
 const char* hedgehog_error_string(int32_t error);
-int32_t hedgehog_struct_bytes(int32_t which);  // 0: forward, 1: decode
+int32_t hedgehog_struct_bytes(int32_t which);  // 0: forward, 1: decode, 2: backward
 
 }  // extern "C"

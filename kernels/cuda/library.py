@@ -45,6 +45,17 @@ class ForwardArguments(ctypes.Structure):
     ]
 
 
+class BackwardArguments(ctypes.Structure):
+    """HedgehogBackwardArguments"""
+
+    _fields_ = [
+        ("forward", ForwardArguments),
+        *_pointers("grad_out", "grad_final_kv", "grad_final_k_sum", "grad_q", "grad_k", "grad_v"),
+        *_pointers("grad_weight_q", "grad_weight_k", "grad_initial_kv", "grad_initial_k_sum", "grad_denominator"),
+        *((f"{name}_stride", Strides) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+    ]
+
+
 class DecodeArguments(ctypes.Structure):
     """HedgehogDecodeArguments"""
 
@@ -65,8 +76,9 @@ class Library:
         self._c = ctypes.CDLL(path)
         self._c.hedgehog_error_string.restype = ctypes.c_char_p
         self._c.hedgehog_scratch_bytes.restype = c_int64
+        self._c.hedgehog_backward_scratch_bytes.restype = c_int64
         self._c.hedgehog_num_segments.argtypes = [c_int64, c_int32]
-        for which, structure in enumerate((ForwardArguments, DecodeArguments)):
+        for which, structure in enumerate((ForwardArguments, DecodeArguments, BackwardArguments)):
             there, here = self._c.hedgehog_struct_bytes(which), ctypes.sizeof(structure)
             if there != here:
                 raise KernelError(f"{structure.__name__} has {here} bytes here and {there} in {path}")
@@ -74,6 +86,18 @@ class Library:
     def scratch_bytes(self, arguments: ForwardArguments) -> int:
         """What `forward` wants at `scratch`."""
         return self._c.hedgehog_scratch_bytes(ctypes.byref(arguments))
+
+    def backward_scratch_bytes(self, arguments: ForwardArguments) -> int:
+        """What `backward` wants at its forward arguments' `scratch`."""
+        return self._c.hedgehog_backward_scratch_bytes(ctypes.byref(arguments))
+
+    def num_slices(self, head_dim: int, features: int) -> int:
+        """Slices of the values that `backward` takes one after the other."""
+        return self._c.hedgehog_num_slices(head_dim, features)
+
+    def backward_shared_bytes(self, head_dim: int, features: int, feature_map: str) -> int:
+        """Shared memory that a block of the larger backward kernel takes."""
+        return self._c.hedgehog_backward_shared_bytes(head_dim, features, FEATURE_MAP_NUMBERS[feature_map])
 
     def num_segments(self, length: int, requested: int) -> int:
         """The segments that really run."""
@@ -85,6 +109,9 @@ class Library:
 
     def forward(self, arguments: ForwardArguments) -> None:
         self._check(self._c.hedgehog_forward(ctypes.byref(arguments)))
+
+    def backward(self, arguments: BackwardArguments) -> None:
+        self._check(self._c.hedgehog_backward(ctypes.byref(arguments)))
 
     def decode(self, arguments: DecodeArguments) -> None:
         self._check(self._c.hedgehog_decode(ctypes.byref(arguments)))

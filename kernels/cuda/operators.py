@@ -3,8 +3,7 @@
 torch.compile and DeepSpeed see plain operators, with fake versions (shapes only) and a gradient. On a CPU tensor the
 same operators run the emulation: slow, and only for tests.
 
-There is no CUDA backward yet. The gradient is PyTorch's: φ is computed again from the saved q and k and goes through
-`chunked_linear_attention`, one key/value head and its query heads at a time. Saved are the inputs alone.
+Saved for the backward are the inputs and the denominator (gradients.py).
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention_state import LinearAttentionState
-from ..chunked_attention import chunked_linear_attention
-from ..feature_maps import Side, make_feature_map
+from .checks import check_side_inputs, checked_sizes, loadable
+from .gradients import linear_attention_gradients
 from .library import (
     FEATURE_MAP_NUMBERS,
     DecodeArguments,
@@ -26,9 +24,6 @@ from .library import (
     current_stream,
     library_for,
 )
-
-HEAD_DIMS = (64, 128)
-FEATURES = (128, 256)
 
 
 @torch.library.custom_op(
@@ -61,10 +56,10 @@ def linear_attention(
     feature_map "given": q, k are φ, (B, H, L, F), and no weights. `mask` (B, L) bool; `runs` (B, L) int32 from
     `run_index_BL`; states float32. Semantics: conventions.py. Raises ValueError for what does not fit together.
     """
-    sizes = _checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
     batch, heads, length, head_dim, features = sizes
-    _check_side_inputs(q, mask, runs, initial_kv, initial_k_sum, sizes)
-    q, k, v = (_loadable(x) for x in (q, k, v))
+    check_side_inputs(q, mask, runs, initial_kv, initial_k_sum, sizes)
+    q, k, v = (loadable(x) for x in (q, k, v))
     weights = [None if w is None else w.to(torch.bfloat16).contiguous() for w in (weight_q, weight_k)]
     mask = None if mask is None else mask.contiguous()
     runs = None if runs is None else runs.contiguous()
@@ -116,7 +111,7 @@ def linear_attention(
 def _(
     q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum, feature_map, eps, segments, return_state
 ):  # fmt: skip
-    return _outputs(v, _checked_sizes(q, k, v, weight_q, weight_k, feature_map), return_state)
+    return _outputs(v, checked_sizes(q, k, v, weight_q, weight_k, feature_map), return_state)
 
 
 def _outputs(v: Tensor, sizes: tuple[int, int, int, int, int], return_state: bool) -> tuple[Tensor, ...]:
@@ -134,134 +129,26 @@ def _outputs(v: Tensor, sizes: tuple[int, int, int, int, int], return_state: boo
     )
 
 
-def _checked_sizes(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor | None, weight_k: Tensor | None, feature_map: str
-) -> tuple[int, int, int, int, int]:
-    """(B, H, L, D, F), or ValueError that names what does not fit."""
-    if feature_map not in FEATURE_MAP_NUMBERS:
-        raise ValueError(f"no kernel for feature map '{feature_map}'; there are: {', '.join(FEATURE_MAP_NUMBERS)}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or x.dtype != torch.bfloat16 or x.device != q.device:
-            raise ValueError(
-                f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must have 4 dimensions and be bfloat16 on {q.device}"
-            )
-    batch, heads, length, width = q.shape
-    kv_heads, head_dim = v.shape[1], v.shape[3]
-    if kv_heads < 1 or heads % kv_heads or (v.shape[0], v.shape[2]) != (batch, length):
-        raise ValueError(f"v {tuple(v.shape)} must be (B, K, L, V) with K a divisor of H, q is {tuple(q.shape)}")
-    if feature_map == "given":
-        if weight_q is not None or weight_k is not None:
-            raise ValueError("q and k are given as features already: no weights")
-        features, k_shape = width, (batch, heads, length, width)
-    else:
-        if weight_q is None or weight_k is None:
-            raise ValueError(f"feature map '{feature_map}' needs weight_q and weight_k")
-        features, k_shape = 2 * weight_q.shape[-1], (batch, kv_heads, length, head_dim)
-        for name, weight in (("weight_q", weight_q), ("weight_k", weight_k)):
-            if tuple(weight.shape) != (heads, head_dim, features // 2) or weight.device != q.device:
-                raise ValueError(
-                    f"{name} {tuple(weight.shape)} on {weight.device} must be (H, D, F/2) = "
-                    f"{(heads, head_dim, features // 2)} on {q.device}"
-                )
-        if width != head_dim:
-            raise ValueError(f"q has {width} dimensions a head and v {head_dim}: the fused kernel wants as many")
-    if tuple(k.shape) != k_shape:
-        raise ValueError(f"k {tuple(k.shape)} must be {k_shape}")
-    if head_dim not in HEAD_DIMS or features not in FEATURES:
-        raise ValueError(f"head dim {head_dim} and {features} features: the kernel has {HEAD_DIMS} and {FEATURES}")
-    return batch, heads, length, head_dim, features
-
-
-def _check_side_inputs(
-    q: Tensor,
-    mask: Tensor | None,
-    runs: Tensor | None,
-    initial_kv: Tensor | None,
-    initial_k_sum: Tensor | None,
-    sizes: tuple[int, int, int, int, int],
-) -> None:
-    batch, heads, length, head_dim, features = sizes
-    if (initial_kv is None) != (initial_k_sum is None):
-        raise ValueError("initial_kv and initial_k_sum come together")
-    wanted = (
-        ("mask", mask, (batch, length), torch.bool),
-        ("runs", runs, (batch, length), torch.int32),
-        ("initial_kv", initial_kv, (batch, heads, features, head_dim), torch.float32),
-        ("initial_k_sum", initial_k_sum, (batch, heads, features), torch.float32),
-    )
-    for name, x, shape, dtype in wanted:
-        if x is not None and (tuple(x.shape) != shape or x.dtype != dtype or x.device != q.device):
-            raise ValueError(f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must be {shape} {dtype} on {q.device}")
-
-
-def _loadable(x: Tensor) -> Tensor:
-    """x, or a copy of it where the kernel's loads of 16 bytes would not be aligned."""
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
-
-
 def _save_inputs(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.feature_map, ctx.eps, _, ctx.return_state = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.feature_map, ctx.eps, ctx.segments, ctx.return_state = inputs
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_d: Tensor, grad_kv: Tensor, grad_k_sum: Tensor) -> tuple:
     """Of q, k, v, the weights and the initial state. The denominator carries none."""
-    q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum = ctx.saved_tensors
-    inputs = {"q": q, "k": k, "v": v, "weight_q": weight_q, "weight_k": weight_k}
-    inputs |= {"initial_kv": initial_kv, "initial_k_sum": initial_k_sum}
-    wanted = [name for name, x in inputs.items() if x is not None]
-    grads = {name: torch.empty_like(inputs[name]) for name in wanted}
-    num_kv_heads = v.shape[1]
-    group = q.shape[1] // num_kv_heads
-    given = ctx.feature_map == "given"
-    for kv_head in range(num_kv_heads):
-        query_heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
-
-        def part(name: str, x: Tensor, query_heads: slice = query_heads, kv_heads: slice = kv_heads) -> Tensor:
-            if name.startswith("weight"):
-                return x[query_heads]
-            return x[:, kv_heads if name == "v" or (name == "k" and not given) else query_heads]
-
-        parts = {name: part(name, inputs[name]).detach().requires_grad_() for name in wanted}
-        with torch.enable_grad():
-            phi_q, phi_k = (parts["q"], parts["k"]) if given else _features(ctx.feature_map, parts, group)
-            state = None
-            if initial_kv is not None:
-                state = LinearAttentionState(parts["initial_kv"], parts["initial_k_sum"])
-            out, final = chunked_linear_attention(
-                phi_q,
-                phi_k,
-                parts["v"],
-                mask_BL=mask,
-                segment_ids_BL=runs,
-                initial_state=state,
-                eps=ctx.eps,
-                return_state=ctx.return_state,
-            )
-        results, incoming = [out], [grad_out[:, query_heads]]
-        if final is not None:
-            results += [final.kv_state_BHFV, final.k_sum_BHF]
-            incoming += [grad_kv[:, query_heads], grad_k_sum[:, query_heads]]
-        found = torch.autograd.grad(results, list(parts.values()), incoming)
-        for name, grad in zip(wanted, found, strict=True):
-            part(name, grads[name]).copy_(grad)
-    order = ("q", "k", "v", "weight_q", "weight_k", "mask", "runs", "initial_kv", "initial_k_sum")
-    return *(grads.get(name) for name in order), None, None, None, None
-
-
-def _features(feature_map: str, parts: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
-    """φ(q) and φ(k) as the kernel has them: weights rounded to bfloat16, φ rounded once."""
-    phi = []
-    sides: tuple[tuple[Side, Tensor, Tensor], ...] = (
-        ("query", parts["q"], parts["weight_q"]),
-        ("key", parts["k"].expand(-1, group, -1, -1), parts["weight_k"]),
+    *inputs, denominator = ctx.saved_tensors
+    given = ctx.return_state
+    grads = linear_attention_gradients(
+        *inputs,
+        denominator,
+        grad_out,
+        grad_kv if given else None,
+        grad_k_sum if given else None,
+        ctx.feature_map,
+        ctx.eps,
+        ctx.segments,
     )
-    for side, x, weight in sides:
-        feature_map_module = make_feature_map(feature_map, num_heads=1, head_dim=1, side=side)
-        rounded = weight.to(torch.bfloat16).float()
-        phi.append(feature_map_module.features(x, rounded).to(torch.bfloat16))
-    return phi[0], phi[1]
+    return *grads, None, None, None, None
 
 
 linear_attention.register_autograd(_gradients, setup_context=_save_inputs)
@@ -293,16 +180,16 @@ def linear_attention_token(
     q (B, H, 1, D), k (B, K, 1, D), v (B, K, 1, V) and the rest as in `linear_attention`; `mask` (B, 1). `splits` in
     1, 2, 4 cuts a head's values into as many blocks. No gradient. Fixed addresses: a CUDA graph may hold it.
     """
-    sizes = _checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
     batch, heads, length, head_dim, features = sizes
     if length != 1:
         raise ValueError(f"one token at a time, not {length}")
     if splits not in (1, 2, 4):
         raise ValueError(f"splits must be 1, 2 or 4, not {splits}")
-    _check_side_inputs(q, mask, None, kv_state, k_sum, sizes)
+    check_side_inputs(q, mask, None, kv_state, k_sum, sizes)
     if not (kv_state.is_contiguous() and k_sum.is_contiguous()):
         raise ValueError("kv_state and k_sum must be contiguous: they are updated in place")
-    q, k, v = (_loadable(x) for x in (q, k, v))
+    q, k, v = (loadable(x) for x in (q, k, v))
     weights = [None if w is None else w.to(torch.bfloat16).contiguous() for w in (weight_q, weight_k)]
     mask = None if mask is None else mask.contiguous()
     out = v.new_empty(batch, heads, 1, head_dim)
@@ -343,5 +230,5 @@ def linear_attention_token(
 
 @linear_attention_token.register_fake
 def _(q, k, v, weight_q, weight_k, mask, kv_state, k_sum, feature_map, eps, splits):
-    batch, heads, _, head_dim, _ = _checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    batch, heads, _, head_dim, _ = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
     return v.new_empty(batch, heads, 1, head_dim)

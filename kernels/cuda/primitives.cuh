@@ -99,11 +99,18 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 __device__ __forceinline__ float exp2_approximate(float x) {
     float y;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-__device__ __forceinline__ float log2_approximate(float x) { return __log2f(x); }
+// The compiler moves no store across it: what is computed for a later one does not wait in registers.
+__device__ __forceinline__ void schedule_barrier() { __syncwarp(); }
+
+__device__ __forceinline__ float log2_approximate(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 #else
 
@@ -130,6 +137,7 @@ inline float float_of_bits(uint32_t bits) { return emulation::bits_to_float(bits
 inline uint32_t pack_bf16(float low, float high) {
     return emulation::float_to_bf16(low) | uint32_t(emulation::float_to_bf16(high)) << 16;
 }
+inline void schedule_barrier() {}
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float log2_approximate(float x) { return std::log2(x); }
 

@@ -8,7 +8,8 @@
 
 namespace hedgehog {
 
-constexpr int kUnit = 8;  // bf16 in 16 bytes
+constexpr int kUnit = 8;    // bf16 in 16 bytes
+constexpr int kChunk = 64;  // tokens that are worked on together
 
 template <int kColumns>
 struct Tile {
@@ -33,13 +34,15 @@ struct Tile {
     }
 
     // A operand, rows row…row+15 and k = k…k+15, from a tile whose rows are k: the operand is the tile's transpose.
-    __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], int row, int k, int lane) const {
-        ldmatrix_x4_transposed(a, unit(k + (lane & 7) + ((lane >> 4) << 3), row / kUnit + ((lane >> 3) & 1)));
+    // With a gap, its last eight rows are those that lie `gap` units after the first eight.
+    __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], int row, int k, int lane, int gap = 1) const {
+        ldmatrix_x4_transposed(a, unit(k + (lane & 7) + ((lane >> 4) << 3), row / kUnit + ((lane >> 3) & 1) * gap));
     }
 
     // Two B operands, k = k…k+15, columns n…n+7 (b[0], b[1]) and n+8…n+15 (b[2], b[3]), from a tile whose rows are k.
-    __device__ __forceinline__ void load_b(uint32_t (&b)[4], int k, int n, int lane) const {
-        ldmatrix_x4_transposed(b, unit(k + (lane & 15), n / kUnit + (lane >> 4)));
+    // With a gap, the second operand's columns are those that lie `gap` units after the first's.
+    __device__ __forceinline__ void load_b(uint32_t (&b)[4], int k, int n, int lane, int gap = 1) const {
+        ldmatrix_x4_transposed(b, unit(k + (lane & 15), n / kUnit + (lane >> 4) * gap));
     }
 
     // The same from a tile whose rows are the operand's columns: the operand is the tile's transpose.

@@ -1,0 +1,101 @@
+// Host side of the backward pass: checks, and the order of its launches. See backward.cuh for the mathematics.
+//
+//   1. S and z before each segment, as for the forward pass        4. R and r after each segment
+//   2. first sweep: dq, dW_q, dd                                   5. second sweep: dk, dv, dW_k
+//
+// 2, and then 4 and 5, come once for each slice of the values, and 5 once for each query head that shares a key head: what
+// several launches give to one address is added up in their order, never by atomics, so that results are the same each time.
+// Beyond inputs and results there is one state per segment, and dd, four bytes a token, head and slice.
+#include "backward.h"
+
+namespace hedgehog {
+namespace {
+
+bool valid(const HedgehogBackwardArguments& b) {
+    const HedgehogForwardArguments& a = b.forward;
+    const bool fused = a.feature_map != HEDGEHOG_GIVEN;
+    return valid_inputs(a) && b.grad_out && b.grad_q && b.grad_k && b.grad_v && b.grad_denominator &&
+           (!fused || (b.grad_weight_q && b.grad_weight_k)) && !b.grad_final_kv == !b.grad_final_k_sum &&
+           !b.grad_initial_kv == !b.grad_initial_k_sum && aligned(b.grad_out, 16) &&
+           aligned(b.grad_out_stride, kUnit) && aligned(b.grad_q, 4) && aligned(b.grad_k, 4) && aligned(b.grad_v, 4) &&
+           aligned(b.grad_q_stride, 2) && aligned(b.grad_k_stride, 2) && aligned(b.grad_v_stride, 2) &&
+           (hedgehog_backward_scratch_bytes(&a) == 0 || a.scratch);
+}
+
+BackwardParameters parameters_of(const HedgehogBackwardArguments& b) {
+    const HedgehogForwardArguments& a = b.forward;
+    const Segments segments = split(a.length, a.segments);
+    BackwardParameters p{};
+    p.q = static_cast<const uint16_t*>(a.q);
+    p.k = static_cast<const uint16_t*>(a.k);
+    p.v = static_cast<const uint16_t*>(a.v);
+    p.weight_q = static_cast<const uint16_t*>(a.weight_q);
+    p.weight_k = static_cast<const uint16_t*>(a.weight_k);
+    p.grad_out = static_cast<const uint16_t*>(b.grad_out);
+    p.mask = static_cast<const uint8_t*>(a.mask);
+    p.runs = static_cast<const int32_t*>(a.runs);
+    p.denominator = static_cast<const float*>(a.denominator);
+    p.initial_kv = static_cast<const float*>(a.initial_kv);
+    p.initial_k_sum = static_cast<const float*>(a.initial_k_sum);
+    p.grad_final_kv = static_cast<const float*>(b.grad_final_kv);
+    p.grad_final_k_sum = static_cast<const float*>(b.grad_final_k_sum);
+    p.grad_q = static_cast<uint16_t*>(b.grad_q);
+    p.grad_k = static_cast<uint16_t*>(b.grad_k);
+    p.grad_v = static_cast<uint16_t*>(b.grad_v);
+    p.grad_weight_q = static_cast<float*>(b.grad_weight_q);
+    p.grad_weight_k = static_cast<float*>(b.grad_weight_k);
+    p.grad_initial_kv = static_cast<float*>(b.grad_initial_kv);
+    p.grad_initial_k_sum = static_cast<float*>(b.grad_initial_k_sum);
+    p.grad_denominator = static_cast<float*>(b.grad_denominator);
+    p.segment_states = static_cast<float*>(a.scratch);
+    p.q_stride = a.q_stride;
+    p.k_stride = a.k_stride;
+    p.v_stride = a.v_stride;
+    p.grad_out_stride = b.grad_out_stride;
+    p.grad_q_stride = b.grad_q_stride;
+    p.grad_k_stride = b.grad_k_stride;
+    p.grad_v_stride = b.grad_v_stride;
+    p.length = a.length;
+    p.num_chunks = static_cast<int32_t>(segments.num_chunks);
+    p.chunks_per_segment = static_cast<int32_t>(segments.chunks_per_segment);
+    p.batch = static_cast<int32_t>(a.batch);
+    p.heads = static_cast<int32_t>(a.heads);
+    p.group = static_cast<int32_t>(a.heads / a.kv_heads);
+    p.feature_map = a.feature_map;
+    p.segments = segments.count;
+    p.eps = a.eps;
+    return p;
+}
+
+}  // namespace
+}  // namespace hedgehog
+
+extern "C" int32_t hedgehog_num_slices(int32_t head_dim, int32_t features) {
+    using namespace hedgehog;
+    return for_shape(head_dim, features, HEDGEHOG_GIVEN, 0, [](auto shape) -> int {
+        using Shape = decltype(shape);
+        return BackwardShape<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>::kSlices;
+    });
+}
+
+extern "C" int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* a) {
+    const int64_t states = (hedgehog::split(a->length, a->segments).count - 1) * a->batch * a->heads;
+    const int64_t slices = hedgehog_num_slices(a->head_dim, a->features);
+    return states * a->features * (a->head_dim + slices) * int64_t(sizeof(float));
+}
+
+extern "C" int32_t hedgehog_backward_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map) {
+    return hedgehog::key_gradients_shared_bytes(head_dim, features, feature_map);
+}
+
+extern "C" int32_t hedgehog_backward(const HedgehogBackwardArguments* arguments) {
+    using namespace hedgehog;
+    if (!valid(*arguments)) return cudaErrorInvalidValue;
+    const HedgehogForwardArguments& a = arguments->forward;
+    const int32_t slices = hedgehog_num_slices(a.head_dim, a.features);
+    BackwardParameters p = parameters_of(*arguments);
+    cudaError_t error = fill_segment_states(a);
+    for (p.slice = 0; error == cudaSuccess && p.slice < slices; ++p.slice) error = launch_query_gradients(a, p);
+    for (p.slice = 0; error == cudaSuccess && p.slice < slices; ++p.slice) error = launch_key_gradients(a, p);
+    return error;
+}

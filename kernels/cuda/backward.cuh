@@ -1,0 +1,465 @@
+// Causal linear attention, backward: what its two sweeps share. See backward_queries.cuh and backward_keys.cuh.
+//
+// With dn = do/d and dd = −dn·o, and R = Σ φ(q) dnᵀ, r = Σ dd φ(q) over the tokens after a chunk, as R and r are to S and z:
+//
+//     dφ(q) = tril(dn vᵀ + dd) φ(k) + dn Sᵀ + dd z        forwards, S and z advancing       (backward_queries.cuh)
+//     dφ(k) = tril(dn vᵀ + dd)ᵀ φ(q) + v Rᵀ + r           backwards, R and r advancing      (backward_keys.cuh)
+//     dv    = tril(φ(q) φ(k)ᵀ)ᵀ dn + φ(k) R
+//
+// Numerics. dφ is a small difference of two large sums as soon as the values share a mean. All of it is unchanged if v
+// becomes v − μ for any μ and dd becomes dd + dn·μ. Here μ is a mean of values: dn (v − μ), S − z μᵀ and r + R μ are
+// taken in float, before anything is rounded to bf16. In the first sweep it is the mean of all values so far: that of a
+// chunk alone, an eighth of their spread off, would leave a part in S − z μᵀ that grows with the length. dd is not taken from o, whose rounding would
+// remain there alone, but from the sums that it is to cancel: φ(q)·dφ(q) is 0, because o does not change with the length
+// of φ(q). dn is rounded to bf16 once, and the rounded dn is what every sum sees.
+//
+// Work. A block has eight warps and takes one slice of the values (all of them, or half where the state would not fit
+// into registers): dq, dk and the weights' gradients are sums over slices, dv is not. Each warp holds its features' rows
+// of the state, for all values of the slice: sixteen or thirty-two features, of each projected column both signs, so that
+// a lane has all it needs to go from dφ to dz. The fragments of the state are B operands at the same time (forward.cuh).
+#pragma once
+
+#include "feature_map.cuh"
+
+namespace hedgehog {
+
+struct BackwardParameters {
+    const uint16_t *q, *k, *v, *weight_q, *weight_k, *grad_out;
+    const uint8_t* mask;
+    const int32_t* runs;
+    const float *denominator, *initial_kv, *initial_k_sum, *grad_final_kv, *grad_final_k_sum;
+    uint16_t *grad_q, *grad_k, *grad_v;
+    float *grad_weight_q, *grad_weight_k;            // (B, segments, H, D, P)
+    float *grad_initial_kv, *grad_initial_k_sum;     // of S and z; or null
+    float* grad_denominator;                         // dd (slices, B, H, T): from the one sweep to the other
+    float* segment_states;                           // forwards as in forward.cuh; backwards (slices, B, H, segments - 1, ·)
+    HedgehogStrides q_stride, k_stride, v_stride, grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
+    int64_t length;
+    int32_t num_chunks, chunks_per_segment, batch, heads, group, feature_map, segments;  // group: heads / kv_heads
+    int32_t slice;       // of the values
+    int32_t member;      // of the query heads that share a key head; launches of members follow each other
+    float eps;
+    bool state_only;     // the pass that only fills segment_states, each segment from zero
+};
+
+template <int kHeadDim_, int kFeatures_, bool kFused_>
+struct BackwardShape {
+    static constexpr int kHeadDim = kHeadDim_, kFeatures = kFeatures_, kProjected = kFeatures / 2;
+    static constexpr bool kFused = kFused_;
+    static constexpr int kWarps = 8, kThreads = 32 * kWarps;
+    static constexpr int kSlice = kFeatures == 256 ? 64 : kHeadDim, kSlices = kHeadDim / kSlice;
+    static constexpr int kPairs = kFeatures / 128;  // of eight features: a warp's share
+    static constexpr int kGap = kFused ? kProjected / kUnit : 1;  // units between the two of a pair
+    static constexpr int kStateSize = kFeatures * (kSlice + 1);   // of one segment's R and r
+
+    static constexpr int kWeightBytes = kFused ? Tile<kProjected>::bytes(kHeadDim) : 0;
+    static constexpr int kInputBytes = Tile<kHeadDim>::bytes(kChunk);
+    static constexpr int kPhiBytes = Tile<kFeatures>::bytes(kChunk);
+    static constexpr int kRawBytes = kFused ? 2 * kInputBytes : 0;
+    static constexpr int kSliceBytes = Tile<kSlice>::bytes(kChunk);
+    static constexpr int kScoresBytes = Tile<kChunk>::bytes(kChunk);
+    // Where things lie in shared memory, as far as both sweeps have them. Raw q and k are where φ(q) will be.
+    static constexpr int kWeightQ = 0, kWeightK = kWeightBytes;
+    static constexpr int kPhiQ = 2 * kWeightBytes, kRawQ = kPhiQ, kRawK = kRawQ + kInputBytes;
+    static constexpr int kPhiK = kPhiQ + (kRawBytes > kPhiBytes ? kRawBytes : kPhiBytes);
+    static constexpr int kValues = kPhiK + kPhiBytes;
+    static constexpr int kGrads = kValues + kSliceBytes;
+    static constexpr int kGradScores = kGrads + kSliceBytes;
+    static constexpr int kMarks = kGradScores + kScoresBytes;
+    static constexpr int kShifts = kMarks + 4 * kChunk;
+    static constexpr int kCommonBytes = kShifts + 4 * kChunk;
+};
+
+// One block's view of its row, head and segment, and the steps that both sweeps take.
+template <class Shape_>
+class BackwardBlock {
+   protected:
+    using Shape = Shape_;
+    static constexpr int kHeadDim = Shape::kHeadDim, kFeatures = Shape::kFeatures, kProjected = Shape::kProjected;
+    static constexpr int kSlice = Shape::kSlice, kPairs = Shape::kPairs, kGap = Shape::kGap;
+    static constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps;
+    static constexpr bool kFused = Shape::kFused;
+
+    __device__ __forceinline__ explicit BackwardBlock(const BackwardParameters& parameters) : p(parameters) {
+        unsigned char* shared = dynamic_shared_memory();
+        weight_q.data = reinterpret_cast<uint16_t*>(shared + Shape::kWeightQ);
+        weight_k.data = reinterpret_cast<uint16_t*>(shared + Shape::kWeightK);
+        raw_q.data = reinterpret_cast<uint16_t*>(shared + Shape::kRawQ);
+        raw_k.data = reinterpret_cast<uint16_t*>(shared + Shape::kRawK);
+        phi_q.data = reinterpret_cast<uint16_t*>(shared + Shape::kPhiQ);
+        phi_k.data = reinterpret_cast<uint16_t*>(shared + Shape::kPhiK);
+        values.data = reinterpret_cast<uint16_t*>(shared + Shape::kValues);
+        grads.data = reinterpret_cast<uint16_t*>(shared + Shape::kGrads);
+        grad_scores.data = reinterpret_cast<uint16_t*>(shared + Shape::kGradScores);
+        marks = reinterpret_cast<int32_t*>(shared + Shape::kMarks);
+        shifts = reinterpret_cast<float*>(shared + Shape::kShifts);
+    }
+
+    __device__ __forceinline__ static int warp() { return thread_index() / 32; }
+    __device__ __forceinline__ static int lane() { return thread_index() % 32; }
+    __device__ __forceinline__ static int member_of_quad() { return thread_index() % 4; }
+    __device__ __forceinline__ static int64_t row() { return block_z(); }
+    __device__ __forceinline__ static int segment() { return block_x(); }
+    __device__ __forceinline__ int first_chunk() const { return segment() * p.chunks_per_segment; }
+    __device__ __forceinline__ int stop_chunk() const {
+        const int whole = (segment() + 1) * p.chunks_per_segment;
+        return whole < p.num_chunks ? whole : p.num_chunks;
+    }
+    __device__ __forceinline__ int64_t start() const { return int64_t(chunk) * kChunk; }
+    __device__ __forceinline__ int num_rows() const {
+        return chunk + 1 < p.num_chunks ? kChunk : static_cast<int>(p.length - start());
+    }
+    __device__ __forceinline__ int64_t batch_head(int64_t head) const { return row() * p.heads + head; }
+    __device__ __forceinline__ const uint8_t* mask() const { return p.mask ? p.mask + row() * p.length : nullptr; }
+    __device__ __forceinline__ const int32_t* runs() const { return p.runs + row() * p.length; }
+    __device__ __forceinline__ int32_t run_before() const { return runs()[chunk > 0 ? start() - 1 : 0]; }
+    __device__ __forceinline__ int32_t run_at_end() const {
+        return runs()[(chunk + 1 < p.num_chunks ? start() + kChunk : p.length) - 1];
+    }
+    __device__ __forceinline__ bool survives() const { return p.runs == nullptr || run_before() == run_at_end(); }
+    __device__ __forceinline__ bool sees_state(int row) const {
+        return p.runs == nullptr || marks[row] >> 1 == run_before();
+    }
+    __device__ __forceinline__ bool enters_state(int row) const {
+        return p.runs == nullptr || marks[row] >> 1 == run_at_end();
+    }
+    __device__ __forceinline__ bool is_real(int row) const { return marks[row] & 1; }
+    __device__ __forceinline__ bool sees(int row, int column) const {
+        return column <= row && (p.runs == nullptr || marks[row] >> 1 == marks[column] >> 1);
+    }
+    template <class Element>
+    __device__ __forceinline__ static Element* at(Element* data, const HedgehogStrides& stride, int64_t head,
+                                                  int64_t token) {
+        return data + row() * stride.batch + head * stride.head + token * stride.token;
+    }
+    // The first of the two units of eight features that make a pair. The other lies kGap units after it.
+    __device__ __forceinline__ static int unit_of(int pair) { return (kFused ? 1 : 2) * (warp() * kPairs + pair); }
+
+    __device__ __forceinline__ void copy_weights(int64_t head) const {
+        const int64_t offset = head * kHeadDim * kProjected;
+        const auto all = [](int) { return true; };
+        weight_q.template copy_rows<kHeadDim, kThreads>(p.weight_q + offset, kProjected, all);
+        weight_k.template copy_rows<kHeadDim, kThreads>(p.weight_k + offset, kProjected, all);
+    }
+
+    // Rows of `from_chunk` into a tile; those beyond the end become zeros.
+    template <int kColumns>
+    __device__ __forceinline__ void copy_chunk(Tile<kColumns> tile, const uint16_t* source,
+                                               const HedgehogStrides& stride, int64_t head, int from_chunk,
+                                               int offset = 0) const {
+        const int64_t from = int64_t(from_chunk) * kChunk, left = p.length - from;
+        tile.template copy_rows<kChunk, kThreads>(at(source, stride, head, from) + offset, stride.token,
+                                                  [left](int row) { return row < left; });
+    }
+
+    __device__ __forceinline__ void copy_inputs(int64_t head, int64_t kv_head, int from_chunk) const {
+        if constexpr (kFused) {
+            copy_chunk(raw_q, p.q, p.q_stride, head, from_chunk);
+            copy_chunk(raw_k, p.k, p.k_stride, kv_head, from_chunk);
+        } else {
+            copy_chunk(phi_q, p.q, p.q_stride, head, from_chunk);
+            const int64_t from = int64_t(from_chunk) * kChunk, left = p.length - from;
+            const uint8_t* mask_from = p.mask ? mask() + from : nullptr;
+            phi_k.template copy_rows<kChunk, kThreads>(
+                at(p.k, p.k_stride, head, from), p.k_stride.token,
+                [left, mask_from](int row) { return row < left && (mask_from == nullptr || mask_from[row]); });
+        }
+        copy_async_commit();
+    }
+
+    __device__ __forceinline__ void copy_values_and_grads(int64_t head, int64_t kv_head, int from_chunk) const {
+        copy_chunk(values, p.v, p.v_stride, kv_head, from_chunk, p.slice * kSlice);
+        copy_chunk(grads, p.grad_out, p.grad_out_stride, head, from_chunk, p.slice * kSlice);
+        copy_async_commit();
+    }
+
+    // Whether each row is a real token, and its run.
+    __device__ __forceinline__ void read_marks() const {
+        const int thread = thread_index();
+        if (thread >= kChunk) return;
+        const int64_t token = start() + thread;
+        const bool exists = token < p.length, real = exists && (p.mask == nullptr || mask()[token]);
+        marks[thread] = (p.runs && exists ? runs()[token] << 1 : 0) | (real ? 1 : 0);
+    }
+
+    // μ, the mean of the chunk's values; with `totals`, of all values so far, `count` of them.
+    __device__ __forceinline__ void find_mean(float* mean, float* totals, float count) const {
+        if (warp() >= kSlice / 16) return;
+        constexpr uint32_t kOnes = 0x3f803f80u;
+        const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+        float sums[2][4] = {};
+#pragma unroll
+        for (int token = 0; token < kChunk; token += 16) {
+            uint32_t b[4];
+            values.load_b(b, token, 16 * warp(), lane());
+            mma(sums[0], ones, b[0], b[1]);
+            mma(sums[1], ones, b[2], b[3]);
+        }
+        if (lane() >= 4) return;
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int column = 16 * warp() + 8 * n + 2 * lane() + i;
+                const float total = sums[n][i] + (totals ? totals[column] : 0.0f);
+                if (totals) totals[column] = total;
+                mean[column] = total / count;
+            }
+    }
+
+    // dn = do/d takes the place of do, and dn·μ goes to `shifts`. A row that sees no key has no gradient. With kCentred
+    // v − μ takes the place of v.
+    template <bool kCentred>
+    __device__ __forceinline__ void divide_grads(const float* mean, int64_t head) const {
+        constexpr int kShare = kSlice / kUnit / 4;  // units: four lanes have a row
+        const int token_row = thread_index() / 4;
+        const float d = token_row < num_rows() ? p.denominator[batch_head(head) * p.length + start() + token_row] : 0.0f;
+        const float one_over_d = d <= p.eps ? 0.0f : 1.0f / d;
+        float shift = 0.0f;
+#pragma unroll 1
+        for (int i = 0; i < kShare; ++i) {
+            const int column = (member_of_quad() * kShare + i) * kUnit;
+#pragma unroll
+            for (int c = 0; c < kUnit; c += 2) {
+                const float left = mean[column + c], right = mean[column + c + 1];
+                uint32_t& dn = grads.pair(token_row, column + c);
+                dn = one_over_d == 0.0f ? 0u : pack_bf16(low_bf16(dn) * one_over_d, high_bf16(dn) * one_over_d);
+                shift += low_bf16(dn) * left + high_bf16(dn) * right;
+                if constexpr (kCentred) {
+                    uint32_t& v = values.pair(token_row, column + c);
+                    v = pack_bf16(low_bf16(v) - left, high_bf16(v) - right);
+                }
+            }
+        }
+        shift = quad_sum(shift);
+        if (member_of_quad() == 0) shifts[token_row] = shift;
+    }
+
+    // φ(k) and φ(q) in the place of raw q and k, sixteen rows in each warp.
+    __device__ __forceinline__ void make_features(bool keys_too) const {
+        const int first_row = 16 * (warp() % 4);
+        const bool is_key = warp() >= 4, wanted = keys_too || !is_key;
+        float z[kProjected / 8][4];
+        if (wanted) project<kHeadDim, kProjected>(z, is_key ? raw_k : raw_q, first_row, is_key ? weight_k : weight_q);
+        __syncthreads();  // all have read q and k
+        if (!wanted) return;
+        const bool keep[2] = {!is_key || is_real(first_row + lane() / 4), !is_key || is_real(first_row + lane() / 4 + 8)};
+        // not a choice between two tiles: the compiler is to see that this is shared memory
+        const int phi = is_key ? Shape::kPhiK : Shape::kPhiQ;
+        activate<kProjected>(z, p.feature_map, is_key, keep,
+                             Tile<kFeatures>{reinterpret_cast<uint16_t*>(dynamic_shared_memory() + phi)}, first_row);
+    }
+
+    // tril(x yᵀ + shift) of the rows' own shift, in bf16; x and y are tiles of kColumns.
+    template <int kColumns>
+    __device__ __forceinline__ void multiply_visible(Tile<kColumns> x, Tile<kColumns> y, const float* shift, float sign,
+                                                     Tile<kChunk> product) const {
+        const int row_tile = warp() % 4, group = warp() / 4;
+        float sums[2][2][4] = {};
+#pragma unroll 1
+        for (int column = 0; column < kColumns; column += 16) {
+            uint32_t a[4];
+            x.load_a(a, 16 * row_tile, column, lane());
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int column_tile = group + 2 * i;
+                if (column_tile > row_tile) continue;
+                uint32_t b[4];
+                y.load_b_transposed(b, column, 16 * column_tile, lane());
+                mma(sums[i][0], a, b[0], b[1]);
+                mma(sums[i][1], a, b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = 16 * row_tile + lane() / 4 + 8 * r;
+            const float add = shift ? sign * shift[row] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    const int column_tile = group + 2 * i;
+                    if (column_tile > row_tile) continue;
+                    const int column = 16 * column_tile + 8 * n + 2 * member_of_quad();
+                    product.pair(row, column) =
+                        pack_bf16(sees(row, column) ? sums[i][n][2 * r] + add : 0.0f,
+                                  sees(row, column + 1) ? sums[i][n][2 * r + 1] + add : 0.0f);
+                }
+        }
+    }
+
+    // state += φᵀ x over the chunk, and sums += Σ weight φ: a lane of each quad has its part of the sum.
+    __device__ __forceinline__ void advance(Tile<kFeatures> phi, Tile<kSlice> x, const float* weight,
+                                            float (&sums)[kPairs][2]) {
+#pragma unroll 1
+        for (int token = 0; token < kChunk; token += 16) {
+            float w[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+            if (weight) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) w[i] = weight[token + 2 * member_of_quad() + (i & 1) + 8 * (i >> 1)];
+            }
+#pragma unroll
+            for (int j = 0; j < kPairs; ++j) {
+                uint32_t a[4];
+                phi.load_a_transposed(a, kUnit * unit_of(j), token, lane(), kGap);
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    sums[j][half] += low_bf16(a[half]) * w[0] + high_bf16(a[half]) * w[1] +
+                                     low_bf16(a[half + 2]) * w[2] + high_bf16(a[half + 2]) * w[3];
+#pragma unroll
+                for (int v = 0; v < kSlice; v += 16) {
+                    uint32_t b[4];
+                    x.load_b(b, token, v, lane());
+                    mma(state[j][v / 8], a, b[0], b[1]);
+                    mma(state[j][v / 8 + 1], a, b[2], b[3]);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) sums[j][half] = quad_sum(sums[j][half]);
+    }
+
+    __device__ __forceinline__ void clear_state() {
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+            for (int n = 0; n < kSlice / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) state[j][n][i] = 0.0f;
+    }
+
+    // Rows of φ whose run is not `run` become zeros.
+    __device__ __forceinline__ void hide_other_runs(Tile<kFeatures> phi, int32_t run) const {
+        for (int index = thread_index(); index < kChunk * kFeatures / 2; index += kThreads) {
+            const int row = index / (kFeatures / 2), column = index % (kFeatures / 2) * 2;
+            if (marks[row] >> 1 != run) phi.pair(row, column) = 0u;
+        }
+    }
+
+    // The lane's share of a state in global memory: (F, columns), of which the slice begins at `source`.
+    template <class Visit>
+    __device__ __forceinline__ void visit_state(Visit visit) {
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int feature = kUnit * (unit_of(j) + half * kGap) + lane() / 4;
+#pragma unroll
+                for (int n = 0; n < kSlice / 8; ++n)
+                    visit(feature, 8 * n + 2 * member_of_quad(), state[j][n][2 * half], state[j][n][2 * half + 1]);
+            }
+    }
+
+    // One row's dz from dφ: the softmaxes' Jacobian with their sums s = Σ φ dφ, or the exponential's derivative.
+    __device__ __forceinline__ float through_map(bool is_key, float plus, float minus, float grad_plus, float grad_minus,
+                                                 float s_plus, float s_minus) const {
+        if (is_key && p.feature_map == HEDGEHOG_EXP) {
+            // exp(±b(z)) with b' = 1/(1 + excess) beyond the bound, where 1 + excess = exp(|b| − bound)
+            const float bend = exp2_approximate(kKeyExponentBound * kLog2E) * fminf(plus, minus);
+            return fminf(bend, 1.0f) * (plus * grad_plus - minus * grad_minus);
+        }
+        const float z = plus * (grad_plus - s_plus) - minus * (grad_minus - s_minus);
+        return p.feature_map == HEDGEHOG_JOINT ? 2.0f * z : z;
+    }
+
+    // dz (in the first half of φ's columns) back through W: rows of dq or dk; added to what is there if `add`.
+    __device__ __forceinline__ void write_input_gradient(Tile<kFeatures> dz, Tile<kProjected> weight, uint16_t* to,
+                                                         int64_t row_stride, bool add) const {
+        const int row_tile = warp() % 4;
+        // thirty-two columns at a time: the registers hold the state and dW already
+#pragma unroll 1
+        for (int part = 0; part < kHeadDim / 64; ++part) {
+            const int first = warp() / 4 * (kHeadDim / 2) + 32 * part;
+            float sums[2][2][4] = {};
+#pragma unroll 1
+            for (int column = 0; column < kProjected; column += 16) {
+                uint32_t a[4];
+                dz.load_a(a, 16 * row_tile, column, lane());
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    uint32_t b[4];
+                    weight.load_b_transposed(b, column, first + 16 * n, lane());
+                    mma(sums[n][0], a, b[0], b[1]);
+                    mma(sums[n][1], a, b[2], b[3]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = 16 * row_tile + lane() / 4 + 8 * r;
+                if (row >= num_rows()) continue;
+#pragma unroll
+                for (int n = 0; n < 4; ++n)
+                    add_pair(to + row * row_stride + first + 8 * n + 2 * member_of_quad(), sums[n / 2][n % 2][2 * r],
+                             sums[n / 2][n % 2][2 * r + 1], add);
+            }
+        }
+    }
+
+    // The same where φ was given: dφ itself, which lies in φ's place.
+    __device__ __forceinline__ void write_feature_gradient(Tile<kFeatures> grad, uint16_t* to, int64_t row_stride,
+                                                           bool add) const {
+        for (int index = thread_index(); index < kChunk * kFeatures / 2; index += kThreads) {
+            const int row = index / (kFeatures / 2), column = index % (kFeatures / 2) * 2;
+            if (row >= num_rows()) continue;
+            const uint32_t pair = grad.pair(row, column);
+            add_pair(to + row * row_stride + column, low_bf16(pair), high_bf16(pair), add);
+        }
+    }
+
+    __device__ __forceinline__ static void add_pair(uint16_t* to, float left, float right, bool add) {
+        uint32_t& pair = *reinterpret_cast<uint32_t*>(to);
+        if (add) {
+            left += low_bf16(pair);
+            right += high_bf16(pair);
+        }
+        pair = pack_bf16(left, right);
+    }
+
+    // dW += xᵀ dz. A warp has sixteen of the D rows, and of the columns all or half.
+    static constexpr int kWeightRowTiles = kHeadDim / 16, kWeightColumns = kProjected * kWeightRowTiles / kWarps;
+    __device__ __forceinline__ static int weight_row() { return 16 * (warp() % kWeightRowTiles); }
+    __device__ __forceinline__ static int weight_column() { return warp() / kWeightRowTiles * kWeightColumns; }
+
+    __device__ __forceinline__ void add_weight_gradient(Tile<kHeadDim> x, Tile<kFeatures> dz) {
+#pragma unroll 1
+        for (int token = 0; token < kChunk; token += 16) {
+            uint32_t a[4];
+            x.load_a_transposed(a, weight_row(), token, lane());
+#pragma unroll
+            for (int n = 0; n < kWeightColumns / 8; n += 2) {
+                uint32_t b[4];
+                dz.load_b(b, token, weight_column() + 8 * n, lane());
+                mma(grad_weight[n], a, b[0], b[1]);
+                mma(grad_weight[n + 1], a, b[2], b[3]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write_weight_gradient(float* all, int64_t head) const {
+        float* to = all + ((row() * p.segments + segment()) * p.heads + head) * (kHeadDim * kProjected);
+#pragma unroll
+        for (int n = 0; n < kWeightColumns / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int d = weight_row() + lane() / 4 + 8 * (i >> 1);
+                float& element = to[d * kProjected + weight_column() + 8 * n + 2 * member_of_quad() + (i & 1)];
+                element = p.slice > 0 ? element + grad_weight[n][i] : grad_weight[n][i];
+            }
+    }
+
+    const BackwardParameters& p;
+    int chunk = 0;
+    Tile<kFused ? kProjected : 64> weight_q, weight_k;
+    Tile<kHeadDim> raw_q, raw_k;
+    Tile<kFeatures> phi_q, phi_k;
+    Tile<kSlice> values, grads;
+    Tile<kChunk> grad_scores;  // tril(dn vᵀ + dd), or without dd
+    int32_t* marks;            // run << 1 | is it a real token
+    float* shifts;             // dn·μ of each row
+    float state[kPairs][kSlice / 8][4];
+    float grad_weight[kFused ? kWeightColumns / 8 : 1][4];
+};
+
+}  // namespace hedgehog
