@@ -24,8 +24,8 @@ int check(int32_t error, const char* what, int64_t length) {
     return 1;
 }
 
-int forward(int head_dim, int features, int feature_map, int64_t length, int segments) {
-    const int64_t batch = 2, heads = 2, kv_heads = 1;
+int sequence(int head_dim, int features, int feature_map, int64_t length, int segments, bool backwards) {
+    const int64_t batch = 1, heads = 2, kv_heads = 1;
     const bool given = feature_map == HEDGEHOG_GIVEN;
     const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
     Array<uint16_t> q(batch * heads * length * width, kHalf), k(batch * k_heads * length * width, kHalf);
@@ -51,7 +51,26 @@ int forward(int head_dim, int features, int feature_map, int64_t length, int seg
     a.eps = 1e-30f;
     Array<unsigned char> scratch(hedgehog_scratch_bytes(&a));
     a.scratch = hedgehog_scratch_bytes(&a) ? scratch.data.get() : nullptr;
-    return check(hedgehog_forward(&a), "forward", length);
+    const int failures = check(hedgehog_forward(&a), "forward", length);
+    if (!backwards) return failures;
+
+    Array<uint16_t> grad_out(batch * heads * length * head_dim, kHalf), grad_q(batch * heads * length * width);
+    Array<uint16_t> grad_k(batch * k_heads * length * width), grad_v(batch * kv_heads * length * head_dim);
+    const int64_t weights = hedgehog_num_segments(length, segments) * batch * heads * head_dim * features / 2;
+    Array<float> grad_weight_q(weights), grad_weight_k(weights);
+    Array<float> grad_kv(batch * heads * features * head_dim), grad_k_sum(batch * heads * features);
+    Array<float> grad_denominator(hedgehog_num_slices(head_dim, features) * batch * heads * length);
+    Array<unsigned char> more_scratch(hedgehog_backward_scratch_bytes(&a));
+    HedgehogBackwardArguments b{};
+    b.forward = a;
+    b.forward.scratch = hedgehog_backward_scratch_bytes(&a) ? more_scratch.data.get() : nullptr;
+    b.grad_out = grad_out, b.grad_final_kv = final_kv, b.grad_final_k_sum = final_k_sum;
+    b.grad_q = grad_q, b.grad_k = grad_k, b.grad_v = grad_v, b.grad_denominator = grad_denominator;
+    if (!given) b.grad_weight_q = grad_weight_q, b.grad_weight_k = grad_weight_k;
+    b.grad_initial_kv = grad_kv, b.grad_initial_k_sum = grad_k_sum;
+    b.grad_out_stride = {heads * length * head_dim, length * head_dim, head_dim};
+    b.grad_q_stride = a.q_stride, b.grad_k_stride = a.k_stride, b.grad_v_stride = a.v_stride;
+    return failures + check(hedgehog_backward(&b), "backward", length);
 }
 
 int decode(int head_dim, int features, int feature_map, int splits) {
@@ -80,12 +99,15 @@ int decode(int head_dim, int features, int feature_map, int splits) {
 int main() {
     int failures = 0;
     for (int feature_map : {HEDGEHOG_SOFTMAX, HEDGEHOG_GIVEN}) {
-        for (int64_t length : {1, 65}) failures += forward(64, 128, feature_map, length, 1);
-        failures += forward(64, 256, feature_map, 66, 2);
-        failures += forward(128, 128, feature_map, 130, 3);
-        failures += forward(128, 256, feature_map, 63, 1);
+        failures += sequence(64, 128, feature_map, 1, 1, true);
+        failures += sequence(64, 128, feature_map, 65, 1, false);
+        failures += sequence(64, 256, feature_map, 66, 2, feature_map == HEDGEHOG_GIVEN);
+        failures += sequence(128, 128, feature_map, 130, 3, false);
+        failures += sequence(128, 256, feature_map, 63, 1, false);
         for (int splits : {1, 2, 4}) failures += decode(128, 256, feature_map, splits);
         failures += decode(64, 128, feature_map, 4);
     }
+    failures += sequence(128, 256, HEDGEHOG_SOFTMAX, 66, 2, true);
+    failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 3, 1, true);
     return failures != 0;
 }
