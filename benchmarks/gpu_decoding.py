@@ -134,5 +134,5 @@ def measure(method: str, token: Token, in_graph: bool, meter: CudaMeter, ceiling
     calls = [make(token, meter.device) for _ in range(token.num_states())]
     row = meter.seconds([meter.graph(calls)] if in_graph else calls)
     if in_graph:
-        row["seconds"] /= len(calls)
+        row |= {name: row[name] / len(calls) for name in ("seconds", "fastest_s", "slowest_s")}
     return row | rates(token.work(), row["seconds"], ceilings)

@@ -13,7 +13,6 @@ softmax, cudnn       the same with cuDNN's
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_environment import version_of
 from gpu_timing import Call, CudaMeter, NotAvailable
 from gpu_work import Ceilings, Work, limit_s, linear_attention_work, softmax_work, total_bytes, total_flop
 from torch import Tensor
@@ -126,16 +126,6 @@ def find_fla() -> SimpleNamespace:
         )
     except Exception as error:  # it looks for a GPU and for Triton when it is imported
         raise NotAvailable(f"flash-linear-attention: {type(error).__name__}: {error}") from error
-
-
-def version_of(*names: str) -> str | None:
-    """Of the first of these packages that is installed."""
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def fla_map(found: SimpleNamespace, weight: Tensor) -> torch.nn.Module:

@@ -80,6 +80,14 @@ def start(script: Path, *, device: str = "cuda") -> list[Running]:
     return running
 
 
+def stop(running: list[Running]) -> None:
+    """The tools and what runs under them."""
+    for one in running:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait()
+
+
 def verdict(returncode: int, output: str) -> str:
     """ "clean", "errors", or "no verdict" where the tool or the program under it did not come to its end."""
     counts = [int(count) for count in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)]
@@ -98,8 +106,7 @@ def collect(running: list[Running], limit_s: float = LIMIT_S) -> list[dict[str, 
         try:
             one.process.wait(timeout=max(0.0, limit_s - (time.monotonic() - one.started)))
         except subprocess.TimeoutExpired:
-            os.killpg(one.process.pid, signal.SIGKILL)
-            one.process.wait()
+            stop([one])
             row["why"] = f"stopped after {limit_s:.0f} s"
         one.output.seek(0)
         text = one.output.read().decode(errors="replace")

@@ -43,14 +43,19 @@ class CudaMeter:
         self._flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
 
     def seconds(self, calls: Sequence[Call]) -> dict[str, Any]:
-        """{"seconds", "rounds"} of one call."""
+        """The median, the fastest, the slowest and the number of timed calls."""
         for call in calls:
             call()
         self._synchronize()
         times = [self._once(calls[0])]
         rounds = 1 if times[0] > 1 else min(self.max_rounds, max(3, round(MEASUREMENT_S / times[0])))
         times += [self._once(calls[index % len(calls)]) for index in range(1, rounds)]
-        return {"seconds": statistics.median(times), "rounds": rounds}
+        return {
+            "seconds": statistics.median(times),
+            "fastest_s": min(times),
+            "slowest_s": max(times),
+            "rounds": rounds,
+        }
 
     def extra_bytes(self, call: Callable[[], Tensor | tuple[Tensor, ...]]) -> int:
         """The most that a call holds at once beyond its inputs and what it returns. Call it once before: what a first
