@@ -261,6 +261,7 @@ def obstacle(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability()
         if capability < OLDEST_CAPABILITY:
             return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    print("building the kernels, unless they are there ...", flush=True)
     try:
         library_for(device)
     except (BuildError, KernelError, OSError) as error:

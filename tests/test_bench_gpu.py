@@ -134,7 +134,8 @@ def test_wrong_kernels_are_named_and_not_timed(which, tmp_path, monkeypatch, cap
 
 
 def test_not_a_number_is_a_fault_and_unwritten_memory_is_not_a_number():
-    assert gpu_problems.faults({"gradient q": math.nan, "forward relative": 3e-3}) == ["gradient q"]
+    errors = {"gradient q": math.nan, "forward relative": 3e-3, "forward repeated": 1e-9}
+    assert gpu_problems.faults(errors) == ["gradient q", "forward repeated"]
     one = {"feature_map": "given", "head_dim": 64, "features": 128, "kind": "plain"}
     rows = [{**one, "errors": {"gradient q": error}} for error in (0.1, 0.3, math.nan, 0.2)]
     assert gpu_problems.worst(rows[:2]) == [rows[1]]
@@ -147,7 +148,7 @@ def test_not_a_number_is_a_fault_and_unwritten_memory_is_not_a_number():
 @needs_emulation
 def test_the_long_problem_agrees_with_the_short_ones():
     for row in gpu_problems.check_long(CASE, CPU, (1, 2)):
-        assert row["faults"] == [] and len(row["errors"]) == 7
+        assert row["faults"] == [] and row["errors"]["forward repeated"] == 0 and len(row["errors"]) == 8
 
 
 def fake_program(folder: Path, script: str) -> None:
@@ -315,3 +316,9 @@ def test_flash_linear_attention_is_called_as_it_asks(features, monkeypatch):
     if features == 128:  # as few as the kernels have
         cell = gpu_methods.Cell(2, 70, features, 64)
         assert gpu_methods.fla_difference(CPU, cell)["difference_from_kernel"] < 0.01
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_it_says_what_there_is_instead(capsys):
+    assert bench_gpu.main([]) == 1
+    assert "--device cpu" in capsys.readouterr().err
