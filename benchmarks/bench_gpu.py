@@ -119,6 +119,9 @@ class Run:
         most_shared = None
         if self.on_gpu:
             most_shared = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+        if self.on_gpu and not self.quick:
+            maps = product(("hedgehog_softmax", "hedgehog_exp"), self.sizes.features)
+            cases = [*cases, *(Case(128, features, name, gpu_problems.LONG) for name, features in maps)]
         group = None
         for case in cases:
             if group != (group := (case.head_dim, case.features, case.feature_map)):
@@ -128,9 +131,6 @@ class Run:
                 skipped.append({**asdict(case), "why": f"a block needs {needed} bytes of shared memory"})
                 continue
             rows += self._checked(case)
-        if self.on_gpu and not self.quick:
-            for feature_map, features in product(("hedgehog_softmax", "hedgehog_exp"), self.sizes.features):
-                rows += self._checked(Case(128, features, feature_map, gpu_problems.LONG))
         return {
             "limits": gpu_problems.LIMITS,
             "num_results": len(rows),
