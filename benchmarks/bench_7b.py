@@ -270,8 +270,12 @@ def distill_rows(bench: Bench, lengths: list[int]) -> list[dict[str, Any]]:
                     engine.backward(engine(batch)[0])
                     engine.step(1.0)
 
-                step()
                 row = {"length": length, "loss": "materialised" if direct else "tiled"}
+                try:
+                    step()  # compiles and allocates what stays
+                except torch.OutOfMemoryError:
+                    rows.append(show("distill", row | {"out_of_memory": True}))
+                    break
                 row |= measured(bench, step, length, flops)
                 if not direct and "seconds" in row:
                     row["teacher_seconds"] = bench.seconds(lambda b=batch: teacher(b, False, lambda seen: None), 0.5)
@@ -432,16 +436,17 @@ def main() -> None:
         "commit": commit(),
         "load": os.getloadavg(),
     }
-    sections = arguments.sections.split(",")
-    if "distill" in sections:
-        result["distill"] = distill_rows(bench, lengths)
-    if "finetune" in sections:
-        result["finetune"] = finetune_rows(bench, lengths)
-    if "generate" in sections:
-        few = arguments.quick or device.type == "cpu"
-        result["generate"] = generate_rows(bench, [64, lengths[-1] if few else 4096], [1, 16], 4 if few else 32)
+    few = arguments.quick or device.type == "cpu"
+    measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "distill": lambda: distill_rows(bench, lengths),
+        "finetune": lambda: finetune_rows(bench, lengths),
+        "generate": lambda: generate_rows(bench, [64, lengths[-1] if few else 4096], [1, 16], 4 if few else 32),
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for section in measure:
+        if section in arguments.sections.split(","):
+            result[section] = measure[section]()
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut off leaves what it had
     print(f"written to {arguments.out}")
 
 

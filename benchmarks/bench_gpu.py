@@ -1,12 +1,15 @@
-"""The CUDA kernels on a GPU, correctness first, then times: `make bench-gpu`.
+"""The CUDA kernels on a GPU, correctness first, then times: `make bench-gpu`, under eight minutes.
 
-    python benchmarks/bench_gpu.py [--out FILE.json] [--max-tokens 131072]
-    python benchmarks/bench_gpu.py --device cpu       # the correctness part alone, through the emulation; no GPU needed
+    python benchmarks/bench_gpu.py [--out FILE.json] [--budget-s 480] [--even-if-wrong]
+    python benchmarks/bench_gpu.py --quick            # tiny sizes: shows that it runs, measures nothing
+    python benchmarks/bench_gpu.py --device cpu       # a few correctness cases through the emulation; no GPU needed
+    python benchmarks/gpu_report.py FILE.json         # tables and plots from what a run wrote
 
-Stops with exit code 1 where a result is off: times of a wrong kernel mean nothing. Times are medians of CUDA events
-over inputs that take turns, so that a call does not find its own in the cache. Ceilings (bytes/s of a large copy,
-FLOP/s of a large bf16 matrix product) are measured in the same run, and every figure is given as a fraction of the
-limit that they set. Everything goes into one JSON with the GPU's name, versions and the commit.
+In this order, as long as time is left: the kernels against float64 (gpu_problems.py) beside compute-sanitizer
+(gpu_sanitizer.py); the GPU's ceilings; forward and forward + backward at 4k and 32k tokens, each way to do it
+(gpu_methods.py); decoding (gpu_decoding.py); the other lengths. Where a result is off, exit code 1 and no times: times
+of a wrong kernel mean nothing. The JSON is written again after every shape, with what failed, what was skipped and
+what was left out for want of time.
 """
 
 # setuptools maps hedgehog.* onto folders, which pyright does not see from outside the packages
@@ -15,237 +18,295 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import gpu_decoding
+import gpu_methods
+import gpu_problems
+import gpu_sanitizer
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from gpu_decoding import Token
+from gpu_environment import environment
+from gpu_methods import Cell
+from gpu_problems import Case
+from gpu_report import tables
+from gpu_timing import Budget, CudaMeter, HostMeter, attempt, free_memory, measure_ceilings
+from gpu_work import PASSES, Ceilings
 
-from hedgehog.kernels.cuda.attention import num_segments, num_splits, why_not
-from hedgehog.kernels.cuda.operators import linear_attention, linear_attention_token
-from hedgehog.kernels.feature_maps import make_feature_map
-from hedgehog.kernels.linear_attention import chunked_linear_attention, quadratic_linear_attention
+from hedgehog.kernels.cuda.attention import OLDEST_CAPABILITY, num_segments
+from hedgehog.kernels.cuda.build import BuildError
+from hedgehog.kernels.cuda.library import KernelError, library_for
 
-EPS = 1e-30
-RMS_LIMIT = 2e-3
-CHUNK = 64
-FEATURE_MAP = "hedgehog_softmax"
-RESULTS = Path(__file__).parent / "results"
-
-
-class Inputs:
-    """Random q, k, v (bf16, as a model strides them) and weights for one call; B·H heads, one row."""
-
-    def __init__(self, length: int, features: int, heads: int, device: torch.device, head_dim: int = 128) -> None:
-        def tokens() -> Tensor:
-            x = torch.randn(1, length, heads, head_dim, device=device, dtype=torch.bfloat16)
-            return x.transpose(1, 2)
-
-        self.q, self.k, self.v = tokens(), tokens(), tokens()
-        shape = heads, head_dim, features // 2
-        weights = [torch.randn(shape, device=device) / head_dim**0.5 for _ in range(2)]
-        self.weights = [weight.bfloat16().float() for weight in weights]
-        self.features, self.heads, self.head_dim, self.length, self.device = features, heads, head_dim, length, device
-
-    def kernel(self, segments: int | None = None, return_state: bool = False) -> tuple[Tensor, ...]:
-        """(o, d, S, z) by the kernel; as many segments as fill the GPU unless told."""
-        if segments is None:
-            segments = num_segments(self.device, 1, self.heads)
-        nothing = None, None, None, None
-        return linear_attention(
-            self.q, self.k, self.v, *self.weights, *nothing, FEATURE_MAP, EPS, segments, return_state
-        )
-
-    def phi(self, dtype: torch.dtype) -> list[Tensor]:
-        """φ(q), φ(k)."""
-        return [
-            make_feature_map(FEATURE_MAP, num_heads=1, head_dim=1, side=side).features(x.to(dtype), w.to(dtype))
-            for side, x, w in (("query", self.q, self.weights[0]), ("key", self.k, self.weights[1]))
-        ]
-
-    def chunked(self) -> Tensor:
-        """The PyTorch form, φ included."""
-        phi_q, phi_k = (phi.bfloat16() for phi in self.phi(torch.float32))
-        return chunked_linear_attention(phi_q, phi_k, self.v, eps=EPS)[0]
-
-    def softmax(self) -> Tensor:
-        """What it replaces: torch's SDPA, whichever backend torch takes."""
-        return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=True)
+HERE = Path(__file__).resolve()
+RESULTS = HERE.parent / "results"
+RESERVE_S = 40.0
+"""Nothing begins with less than this left: compiling a competitor's kernels, or softmax at 128k tokens, may take it."""
 
 
-def rms(x: Tensor) -> float:
-    return x.double().pow(2).mean().sqrt().item()
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. `headline` lengths come first, with every method; `lengths` are the others."""
+
+    heads: tuple[int, ...] = (32, 128)
+    features: tuple[int, ...] = (256, 128)
+    headline: tuple[int, ...] = (4096, 32768)
+    lengths: tuple[int, ...] = (1024, 16384, 65536, 8192, 2048, 131072)
+    head_dim: int = 128
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    positions: tuple[int, ...] = (1024, 8192, 32768)
+    copy_bytes: int = 2**30
+    matrix_size: int = 8192
 
 
-def correctness(device: torch.device) -> list[dict[str, Any]]:
-    """RMS error of o against the quadratic form in float64, and of decoding against the last row of it."""
-    rows = []
-    for head_dim in (64, 128):
-        for features in (128, 256):
-            for length, segments in ((1, 1), (64, 1), (65, 1), (130, 1), (290, 4)):
-                torch.manual_seed(length)
-                inputs = Inputs(length, features, 2, device, head_dim)
-                expected = quadratic_linear_attention(*inputs.phi(torch.float64), inputs.v.double(), eps=EPS)
-                error = rms(inputs.kernel(segments)[0] - expected)
-                row: dict[str, Any] = {
-                    "head_dim": head_dim,
-                    "features": features,
-                    "length": length,
-                    "segments": segments,
-                }
-                if length > 1:
-                    *_, kv_state, k_sum = prefix_state(inputs)
-                    last = [x[:, :, -1:] for x in (inputs.q, inputs.k, inputs.v)]
-                    out = linear_attention_token(
-                        *last, *inputs.weights, None, kv_state, k_sum, FEATURE_MAP, EPS, num_splits(device, 1, 2)
-                    )
-                    row["decoding_rms_error"] = rms(out - expected[:, :, -1:])
-                rows.append({**row, "rms_error": error})
-    return rows
+QUICK = Sizes((2,), (128,), (70,), (40,), 64, (1, 2), (16,), 4096, 64)
 
 
-def prefix_state(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The kernel's results for all tokens but the last."""
-    before = [x[:, :, :-1] for x in (inputs.q, inputs.k, inputs.v)]
-    return linear_attention(*before, *inputs.weights, None, None, None, None, FEATURE_MAP, EPS, 1, True)
+class Run:
+    """What is measured on and with, and the report, which is written again after every shape."""
+
+    def __init__(self, device: torch.device, sizes: Sizes, budget: Budget, out: Path, quick: bool) -> None:
+        self.device, self.sizes, self.budget, self.out, self.quick = device, sizes, budget, out, quick
+        self.on_gpu = device.type == "cuda"
+        self.ceilings = Ceilings(1.0, 1.0)
+        self.meter: CudaMeter | None = None
+        self.report: dict[str, Any] = {
+            **environment(device),
+            "command": " ".join(sys.argv),
+            "quick": quick,
+            "correctness": {},
+            "sanitizer": [],
+            "ceilings": {},
+            "fla": {},
+            "times": [],
+            "decoding": [],
+            "left_out": [],
+            "seconds": {},
+        }
+
+    def save(self, section: str) -> None:
+        """Whole or not at all: a run that is cut off leaves what it had."""
+        self.report["seconds"][section] = round(self.budget.spent_s(), 1)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.out.with_suffix(".part")
+        unfinished.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.out)
+
+    def may_begin(self, what: dict[str, Any]) -> bool:
+        if self.budget.left_s() >= RESERVE_S:
+            return True
+        self.report["left_out"].append(what)
+        return False
+
+    def check(self, cases: list[Case]) -> None:
+        """Correctness, with compute-sanitizer at work beside it."""
+        sanitizers = gpu_sanitizer.start(HERE) if self.on_gpu else []
+        try:
+            self.report["correctness"] = self._correctness(cases)
+        except BaseException:  # Ctrl-C too: they have a session of their own
+            gpu_sanitizer.stop(sanitizers)
+            raise
+        self.report["sanitizer"] = gpu_sanitizer.collect(sanitizers) if self.on_gpu else []
+        self.save("correctness")
+
+    def _correctness(self, cases: list[Case]) -> dict[str, Any]:
+        library, rows, skipped = library_for(self.device), [], []
+        most_shared = None
+        if self.on_gpu:
+            most_shared = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+        if self.on_gpu and not self.quick:
+            maps = product(("hedgehog_softmax", "hedgehog_exp"), self.sizes.features)
+            cases = [*cases, *(Case(128, features, name, gpu_problems.LONG) for name, features in maps)]
+        group = None
+        for case in cases:
+            if group != (group := (case.head_dim, case.features, case.feature_map)):
+                print(f"head dim {case.head_dim}, F={case.features}, {case.feature_map}", flush=True)  # where it hangs
+            needed = library.shared_bytes(case.head_dim, case.features, case.feature_map)
+            if most_shared is not None and needed > most_shared:
+                skipped.append({**asdict(case), "why": f"a block needs {needed} bytes of shared memory"})
+                continue
+            rows += self._checked(case)
+        return {
+            "limits": gpu_problems.LIMITS,
+            "num_results": len(rows),
+            "wrong": [row for row in rows if row["faults"]],
+            "skipped": skipped,
+            "worst": gpu_problems.worst(rows),
+        }
+
+    def _checked(self, case: Case) -> list[dict[str, Any]]:
+        try:
+            if case.length == gpu_problems.LONG:
+                return gpu_problems.check_long(case, self.device, (1, num_segments(self.device, 1, 2)))
+            return gpu_problems.check(case, self.device)
+        except Exception as error:  # a kernel that fails is a wrong one; the other cases tell where it is right
+            return [{**asdict(case), "faults": [f"{type(error).__name__}: {error}"]}]
+
+    def wrong(self) -> list[Any]:
+        """Everything that is off, the times' own failures included."""
+        found = [*self.report["correctness"]["wrong"]]
+        found += [row for row in self.report["sanitizer"] if row["verdict"] == "errors"]
+        for row in [*self.report["times"], *self.report["decoding"]]:
+            if row["method"].startswith("kernel") and row.get("failed", "out of memory") != "out of memory":
+                found.append(row)
+        return found
+
+    def measure_ceilings(self) -> None:
+        self.meter = CudaMeter(self.device) if self.on_gpu else HostMeter()
+        self.ceilings = measure_ceilings(self.meter, self.sizes.copy_bytes, self.sizes.matrix_size)
+        self.report["ceilings"] = asdict(self.ceilings)
+        self.save("ceilings")
+
+    def time_cell(self, cell: Cell, methods: list[str]) -> None:
+        """Each method, forward and forward + backward, on the same inputs."""
+        assert self.meter is not None
+        sets: list[gpu_methods.Inputs] = []
+        meter = self.meter
+        for method, passes in product(methods, PASSES):
+            row: dict[str, Any] = {"method": method, "pass": passes, **asdict(cell)}
+            if not self.may_begin(row):
+                continue
+
+            def one(method: str = method, passes: str = passes) -> dict[str, Any]:
+                if not sets:
+                    sets.extend(gpu_methods.make_sets(cell, self.device))
+                return gpu_methods.measure(method, sets, passes, meter, self.ceilings)
+
+            row |= attempt(one)
+            self.report["times"].append(row)
+            show(row)
+        del sets[:]
+        free_memory()
+        self.save("times")
+
+    def time_decoding(self, token: Token, methods: list[str]) -> None:
+        """Each method, as called and in a graph."""
+        assert self.meter is not None
+        meter = self.meter
+        for method, in_graph in product(methods, (False, True)):
+            row: dict[str, Any] = {"method": method, "graph": in_graph, **asdict(token)}
+            if not self.may_begin(row):
+                continue
+
+            def one(method: str = method, in_graph: bool = in_graph) -> dict[str, Any]:
+                return gpu_decoding.measure(method, token, in_graph, meter, self.ceilings)
+
+            row |= attempt(one)
+            self.report["decoding"].append(row)
+            show(row)
+        self.save("decoding")
+
+    def compare_fla(self) -> None:
+        cell = Cell(self.sizes.heads[0], self.sizes.headline[0], self.sizes.features[0], self.sizes.head_dim)
+        self.report["fla"] = attempt(lambda: gpu_methods.fla_difference(self.device, cell))
+        self.save("fla")
+
+    def time_everything(self) -> None:
+        """The most telling first. Compiling flash-linear-attention's kernels takes long, so it comes by itself."""
+        ours = [name for name in gpu_methods.LINEAR if name != "fla"]
+        for cell in self._linear_cells(self.sizes.headline):
+            self.time_cell(cell, ours)
+        for cell in self._softmax_cells(self.sizes.headline):
+            self.time_cell(cell, list(gpu_methods.SOFTMAX))
+        for token in self._tokens():
+            methods = gpu_decoding.SOFTMAX if token.features is None else gpu_decoding.LINEAR
+            self.time_decoding(token, [name for name in methods if name != "fla"])
+        self.compare_fla()
+        for cell in self._linear_cells(self.sizes.headline):
+            self.time_cell(cell, ["fla"])
+        for length in self.sizes.lengths:
+            for cell in self._linear_cells((length,)):
+                self.time_cell(cell, list(gpu_methods.LINEAR))
+            for cell in self._softmax_cells((length,)):
+                self.time_cell(cell, list(gpu_methods.SOFTMAX))
+        for token in self._tokens():
+            if token.features is not None:
+                self.time_decoding(token, ["fla"])
+
+    def _linear_cells(self, lengths: tuple[int, ...]) -> Iterator[Cell]:
+        for length, heads, features in product(lengths, self.sizes.heads, self.sizes.features):
+            yield Cell(heads, length, features, self.sizes.head_dim)
+
+    def _softmax_cells(self, lengths: tuple[int, ...]) -> Iterator[Cell]:
+        for length, heads in product(lengths, self.sizes.heads):
+            yield Cell(heads, length, None, self.sizes.head_dim)
+
+    def _tokens(self) -> Iterator[Token]:
+        heads, head_dim = self.sizes.heads[0], self.sizes.head_dim
+        for batch in self.sizes.batches:
+            for features in self.sizes.features:
+                yield Token(batch, features=features, heads=heads, head_dim=head_dim)
+        for batch, positions in product(self.sizes.batches, self.sizes.positions):
+            yield Token(batch, positions=positions, heads=heads, head_dim=head_dim)
 
 
-def median_seconds(calls: list[Callable[[], Any]], rounds: int = 20) -> float:
-    """Median over `rounds` of the calls in turn, each between two CUDA events, after a warm-up."""
-    for call in calls:
-        call()
-    times = []
-    for index in range(rounds):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        calls[index % len(calls)]()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1000)
-    return statistics.median(times)
+def show(row: dict[str, Any]) -> None:
+    """One line, as soon as it is there."""
+    words = [f"{name} {value}" for name, value in row.items() if isinstance(value, (str, int)) and name != "rounds"]
+    if "seconds" in row:
+        words += [f"{1000 * row['seconds']:.4g} ms", f"{row['fraction_of_limit']:.1%} of the limit"]
+    print("  ".join(words), flush=True)
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """Bytes a second of a large copy (read and write) and FLOP a second of a large bf16 product."""
-    x = torch.empty(2**30, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return {
-        "copy_bytes_per_s": 2 * x.numel() / median_seconds([lambda: y.copy_(x)]),
-        "matmul_flop_per_s": 2 * 8192**3 / median_seconds([lambda: a @ b]),
-    }
-
-
-def forward_limit_s(inputs: Inputs, limits: dict[str, float]) -> float:
-    """The longer of arithmetic and memory: φ of q and k, causal scores, A v, φ(q) S, S += φ(k)ᵀ v; q, k, v, o once."""
-    d, f, c = inputs.head_dim, inputs.features, CHUNK
-    flop = 2 * (2 * d * (f // 2)) + c * f + c * d + 2 * (2 * f * d)
-    num_bytes = 4 * 2 * d + 4
-    tokens = inputs.length * inputs.heads
-    return tokens * max(flop / limits["matmul_flop_per_s"], num_bytes / limits["copy_bytes_per_s"])
-
-
-def forward_times(device: torch.device, limits: dict[str, float], max_tokens: int) -> list[dict[str, Any]]:
-    """Forward, B·H 32 and 128, beside PyTorch's chunked form and softmax; seconds, None where it was not run."""
-    rows = []
-    for heads in (32, 128):
-        for features in (128, 256):
-            length = 1024
-            while length <= max_tokens and length * heads <= 2**23:
-                inputs = [Inputs(length, features, heads, device) for _ in range(2)]
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                inputs[0].kernel()
-                row: dict[str, Any] = {"heads": heads, "features": features, "length": length}
-                row["peak_bytes_with_outputs"] = torch.cuda.max_memory_allocated() - before
-                row["kernel_s"] = median_seconds([x.kernel for x in inputs])
-                row["one_segment_s"] = median_seconds([lambda x=x: x.kernel(1) for x in inputs])
-                row["limit_s"] = forward_limit_s(inputs[0], limits)
-                row["fraction_of_limit"] = row["limit_s"] / row["kernel_s"]
-                row["softmax_s"] = median_seconds([x.softmax for x in inputs], 10) if length <= 32768 else None
-                row["pytorch_s"] = median_seconds([inputs[0].chunked], 3) if length <= 4096 else None
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                length *= 2
-    return rows
-
-
-def decoding_call(batch: int, features: int, splits: int, device: torch.device) -> Callable[[], Tensor]:
-    """One token for 32 heads of 128 on a state of its own."""
-    x = [torch.randn(batch, 32, 1, 128, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    weights = [torch.randn(32, 128, features // 2, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    state = torch.rand(batch, 32, features, 128, device=device), torch.rand(batch, 32, features, device=device)
-    return lambda: linear_attention_token(*x, *weights, None, *state, FEATURE_MAP, EPS, splits)
-
-
-def decoding_times(device: torch.device, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """One token, 32 heads of 128, batches of 1 to 64: the state is read and written once."""
-    rows = []
-    for features in (128, 256):
-        for batch in (1, 4, 16, 64):
-            splits = num_splits(device, batch, 32)
-            calls = [decoding_call(batch, features, splits, device) for _ in range(4)]
-            row: dict[str, Any] = {"batch": batch, "features": features, "splits": splits}
-            row["kernel_s"] = median_seconds(calls, 40)
-            row["limit_s"] = 2 * 4 * batch * 32 * features * 129 / limits["copy_bytes_per_s"]
-            row["fraction_of_limit"] = row["limit_s"] / row["kernel_s"]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
-
-
-def commit() -> str | None:
-    """The commit of the working tree this file lies in."""
+def obstacle(device: torch.device) -> str | None:
+    """Why nothing can run, or None; builds the kernels."""
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device: --device cpu runs a few correctness cases through the emulation"
+        capability = torch.cuda.get_device_capability()
+        if capability < OLDEST_CAPABILITY:
+            return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    print("building the kernels, unless they are there ...", flush=True)
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+        library_for(device)
+    except (BuildError, KernelError, OSError) as error:
+        return str(error)
+    return None
 
 
-def main() -> int:
-    """Correctness; on a GPU then the times. Returns 1 if a result is off."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 1 if a result is off or nothing can run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--max-tokens", type=int, default=131072)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: --device cpu runs the correctness part through the emulation", file=sys.stderr)
+    parser.add_argument("--out", type=Path, help="JSON to write; by default results/bench_gpu_DEVICE.json beside this")
+    parser.add_argument("--budget-s", type=float, default=480.0, help=f"nothing begins in the last {RESERVE_S:.0f} s")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes of everything: shows that it runs")
+    parser.add_argument("--even-if-wrong", action="store_true", help="times of kernels that are wrong, too")
+    parser.add_argument("--commit", help="for the report, where the files lie without their repository")
+    parser.add_argument("--sanitizer-target", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    budget = Budget(chosen.budget_s)
+    device = torch.device(chosen.device)
+    why = obstacle(device)
+    if why:
+        print(why, file=sys.stderr)
         return 1
-    device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
-    obstacle = why_not(device, torch.bfloat16, 256, 128)
-    if obstacle:
-        print(f"the kernels cannot serve this device: {obstacle}", file=sys.stderr)
-        return 1
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "emulation",
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "commit": commit(),
-        "correctness": correctness(device),
-    }
-    wrong = [
-        row
-        for row in report["correctness"]
-        if not (row["rms_error"] <= RMS_LIMIT and row.get("decoding_rms_error", 0) <= RMS_LIMIT)
-    ]
-    print(f"correctness: {len(report['correctness'])} cases, {len(wrong)} wrong")
-    if device.type == "cuda" and not wrong:
-        report["ceilings"] = ceilings(device)
-        report["forward"] = forward_times(device, report["ceilings"], arguments.max_tokens)
-        report["decoding"] = decoding_times(device, report["ceilings"])
-    out = arguments.out or RESULTS / f"bench_gpu_{arguments.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for row in wrong:
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    if chosen.sanitizer_target:
+        gpu_sanitizer.run_target(device)
+        return 0
+    out = chosen.out or RESULTS / f"bench_gpu_{chosen.device}.json"
+    run = Run(device, QUICK if chosen.quick else Sizes(), budget, out, chosen.quick)
+    run.report["commit"] = chosen.commit or run.report["commit"]
+    run.save("build")
+    few = gpu_problems.few_cases()
+    run.check(few[:1] if chosen.quick else few if device.type == "cpu" else gpu_problems.all_cases())
+    wrong = run.wrong()
+    print(f"correctness: {run.report['correctness']['num_results']} results, {len(wrong)} wrong", flush=True)
+    if (device.type == "cuda" or chosen.quick) and (chosen.even_if_wrong or not wrong):
+        run.measure_ceilings()
+        run.time_everything()
+        print(tables(run.report))
+    for row in run.wrong():
         print(f"WRONG {row}", file=sys.stderr)
-    return 1 if wrong else 0
+    print(f"written to {out}; {len(run.report['left_out'])} measurements left out for want of time")
+    return 1 if run.wrong() else 0
 
 
 if __name__ == "__main__":

@@ -90,3 +90,37 @@ def test_the_estimate_of_training_is_within_a_tenth(bench_7b: ModuleType, gradie
         estimate = row["estimate"]
         # without the weights, which are easy to count
         assert estimate["estimated_bytes"] - weights == pytest.approx(estimate["allocated_bytes"] - weights, rel=0.1)
+
+
+def test_a_first_step_without_memory_is_a_row(bench_7b: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    def backward(engine, loss):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_7b.TrainingEngine, "backward", backward)
+    bench = bench_7b.Bench(GROUPED, torch.device("cpu"), 1e9)
+    assert bench_7b.distill_rows(bench, [64, 128]) == [
+        {"length": 64, "loss": loss, "out_of_memory": True} for loss in ("tiled", "materialised")
+    ]
+
+
+def test_plot(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    measured = {"seconds": 1.5, "peak_bytes": 2e9}
+    report = {
+        "device": "a GPU",
+        "dtype": "torch.bfloat16",
+        "distill": [
+            {"length": 1024, "loss": "tiled", "teacher_seconds": 0.5, **measured},
+            {"length": 2048, "loss": "materialised", "out_of_memory": True},
+        ],
+        "generate": [{"position": 64, "attention": "linear", "batch": 16, "ms_per_token": 20.0}],
+    }
+    file = tmp_path / "bench_7b.json"
+    file.write_text(json.dumps(report))
+    script = SCRIPT.with_name("plot_7b.py")
+    done = subprocess.run([sys.executable, str(script), str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "bench_7b.png").stat().st_size > 5_000
+    file.write_text(json.dumps({"device": "a GPU", "dtype": "torch.bfloat16"}))
+    done = subprocess.run([sys.executable, str(script), str(file)], capture_output=True, text=True)
+    assert done.returncode == 1 and "nothing to plot" in done.stderr
