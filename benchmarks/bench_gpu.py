@@ -41,6 +41,7 @@ from gpu_work import PASSES, Ceilings
 
 from hedgehog.kernels.cuda.attention import OLDEST_CAPABILITY, num_segments
 from hedgehog.kernels.cuda.build import BuildError
+from hedgehog.kernels.cuda.gradients import backward_obstacle
 from hedgehog.kernels.cuda.library import KernelError, library_for
 
 HERE = Path(__file__).resolve()
@@ -137,6 +138,16 @@ class Run:
             "wrong": [row for row in rows if row["faults"]],
             "skipped": skipped,
             "worst": gpu_problems.worst(rows),
+            "gradients_by": self._who_differentiates(cases),
+        }
+
+    def _who_differentiates(self, cases: list[Case]) -> dict[str, str]:
+        """The kernels, or PyTorch and why: times of a backward pass are of the one or the other."""
+        shapes = sorted({(case.head_dim, case.features, case.feature_map) for case in cases})
+        return {
+            f"head dim {head_dim}, F={features}, {name}": backward_obstacle(self.device, features, head_dim, name)
+            or "the kernels"
+            for head_dim, features, name in shapes
         }
 
     def _checked(self, case: Case) -> list[dict[str, Any]]:

@@ -32,42 +32,44 @@ GRADIENT_TOLERANCE = 0.03
 """Relative RMS error at which the backward kernels count as wrong; bf16 costs about 0.005."""
 logger = logging.getLogger(__name__)
 
-Gradients = tuple[Tensor | None, ...]
-"""Of q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum: the operator's tensors in their order."""
+Tensors = tuple[Tensor | None, ...]
+"""q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum as the operator takes them, or their gradients."""
 
 
 def linear_attention_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor | None,
-    weight_k: Tensor | None,
-    mask: Tensor | None,
-    runs: Tensor | None,
-    initial_kv: Tensor | None,
-    initial_k_sum: Tensor | None,
-    denominator: Tensor,
-    grad_out: Tensor,
-    grad_final_kv: Tensor | None,
-    grad_final_k_sum: Tensor | None,
-    feature_map: str,
-    eps: float,
-    segments: int,
-) -> Gradients:
-    """Gradients of the inputs of `linear_attention`, None for those that have none. Shapes as there."""
-    inputs = q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum
+    inputs: Tensors, denominator: Tensor, grads_of_results: Tensors, feature_map: str, eps: float, segments: int
+) -> Tensors:
+    """Gradients of the inputs of `linear_attention`, None for those that have none.
+
+    `grads_of_results` are those of o (B, H, L, V) and of the final state S and z, or None for these two.
+    """
+    q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum = inputs
+    grad_out, grad_final_kv, grad_final_k_sum = grads_of_results
+    assert q is not None and k is not None and v is not None and grad_out is not None
     features = q.shape[-1] if weight_q is None else 2 * weight_q.shape[-1]
     if backward_obstacle(q.device, features, v.shape[-1], feature_map) is not None:
-        grads_of_results = grad_out, grad_final_kv, grad_final_k_sum
         return gradients_in_pytorch(inputs, grads_of_results, feature_map, eps)
     found = linear_attention_backward(
-        *inputs, denominator, grad_out, grad_final_kv, grad_final_k_sum, feature_map, eps, segments
+        q,
+        k,
+        v,
+        weight_q,
+        weight_k,
+        mask,
+        runs,
+        initial_kv,
+        initial_k_sum,
+        denominator,
+        grad_out,
+        grad_final_kv,
+        grad_final_k_sum,
+        feature_map,
+        eps,
+        segments,
     )
     wanted = q, k, v, weight_q, weight_k, initial_kv, initial_k_sum
-    grad_q, grad_k, grad_v, grad_weight_q, grad_weight_k, grad_kv, grad_k_sum = (
-        None if x is None else grad for x, grad in zip(wanted, found, strict=True)
-    )
-    return grad_q, grad_k, grad_v, grad_weight_q, grad_weight_k, None, None, grad_kv, grad_k_sum
+    grads = [None if x is None else grad for x, grad in zip(wanted, found, strict=True)]
+    return *grads[:5], None, None, *grads[5:]
 
 
 @cache
@@ -276,10 +278,8 @@ def _results(
     )
 
 
-def gradients_in_pytorch(
-    inputs: tuple[Tensor | None, ...], grads_of_results: tuple[Tensor | None, ...], feature_map: str, eps: float
-) -> Gradients:
-    """The same through `chunked_linear_attention`; `grads_of_results` are those of o and of the final state, if any."""
+def gradients_in_pytorch(inputs: Tensors, grads_of_results: Tensors, feature_map: str, eps: float) -> Tensors:
+    """The same through `chunked_linear_attention`."""
     q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum = inputs
     grad_out, grad_kv, grad_k_sum = grads_of_results
     assert q is not None and k is not None and v is not None and grad_out is not None

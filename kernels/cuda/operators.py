@@ -137,18 +137,10 @@ def _save_inputs(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: Any, grad_out: Tensor, grad_d: Tensor, grad_kv: Tensor, grad_k_sum: Tensor) -> tuple:
     """Of q, k, v, the weights and the initial state. The denominator carries none."""
     *inputs, denominator = ctx.saved_tensors
-    given = ctx.return_state
-    grads = linear_attention_gradients(
-        *inputs,
-        denominator,
-        grad_out,
-        grad_kv if given else None,
-        grad_k_sum if given else None,
-        ctx.feature_map,
-        ctx.eps,
-        # its second sweep has one block for all query heads of a key head
-        ctx.segments * (inputs[0].shape[1] // inputs[2].shape[1]),
-    )
+    grads_of_results = (grad_out, grad_kv, grad_k_sum) if ctx.return_state else (grad_out, None, None)
+    # its second sweep has one block for all query heads of a key head
+    segments = ctx.segments * (inputs[0].shape[1] // inputs[2].shape[1])
+    grads = linear_attention_gradients(tuple(inputs), denominator, grads_of_results, ctx.feature_map, ctx.eps, segments)
     return *grads, None, None, None, None
 
 

@@ -92,12 +92,15 @@ def test_segments(segments, feature_map):
     check(random_problem(290, feature_map=feature_map, batch=2), segments=segments)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (6, 2)])
+@pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("feature_map", ["hedgehog_softmax", "given"])
-@pytest.mark.parametrize(("head_dim", "features"), [(64, 128), (128, 256)])
-def test_grouped_heads(heads, kv_heads, feature_map, head_dim, features):
-    sizes = {"head_dim": head_dim, "features": features, "heads": heads, "kv_heads": kv_heads}
-    check(random_problem(66, feature_map=feature_map, batch=2, **sizes))
+def test_grouped_heads(heads, kv_heads, feature_map):
+    check(random_problem(66, feature_map=feature_map, batch=2, heads=heads, kv_heads=kv_heads))
+
+
+def test_grouped_heads_and_slices_of_the_values():
+    """dk is a sum over both."""
+    check(random_problem(66, head_dim=128, features=256, heads=4, kv_heads=2))
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -112,16 +115,14 @@ def test_padding(feature_map):
 @pytest.mark.parametrize("padded", [False, True])
 def test_packed_sequences(borders, padded):
     left, right = (12, 7) if padded else (0, 0)
-    problem = packed(random_problem(140, batch=2, heads=4, kv_heads=2), borders, left=left, right=right)
-    check(problem)
-    check(problem, segments=3)
+    problem = packed(random_problem(140, batch=2), borders, left=left, right=right)
+    check(problem, segments=1 if borders == [10] else 3)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_values_that_share_a_mean(feature_map):
     """dφ is a small difference of large sums then; a dd from the rounded o would be some ten times off."""
-    problem = random_problem(300, feature_map=feature_map)
-    check(replace(problem, v=problem.v + 8))
+    problem = random_problem(200, feature_map=feature_map)
     check(replace(problem, v=problem.v + 8), segments=2)
 
 
@@ -144,16 +145,16 @@ def test_keys_beyond_the_exponents_bound():
 
 
 def test_a_long_sequence():
-    check(random_problem(2000, heads=1))
+    check(random_problem(1500, heads=1))
 
 
-@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize(("head_dim", "features"), [(64, 128), (128, 256)])
 def test_states(segments, head_dim, features):
     """Gradients of an initial state, and through the final one, against PyTorch's."""
-    problem = random_problem(140, heads=4, kv_heads=2, batch=2, head_dim=head_dim, features=features)
+    problem = random_problem(130, batch=2, head_dim=head_dim, features=features)
     _, _, *start = problem.cut(0, 50).run()
-    problem = packed(problem.cut(50, 140, LinearAttentionState(*start)), [60])
+    problem = packed(problem.cut(50, 130, LinearAttentionState(*start)), [60])
     grads = [grad_of_out(problem), 0.1 * torch.randn_like(start[0]), 0.1 * torch.randn_like(start[1])]
     leaves = [x.detach().clone().requires_grad_() for x in (*(getattr(problem, name) for name in NAMES), *start)]
     q, k, v, weight_q, weight_k, kv, k_sum = leaves
@@ -176,9 +177,9 @@ def test_gradients_of_the_states_alone():
         results = linear_attention(
             problem.q, problem.k, problem.v, *weights, None, runs, kv, k_sum, "hedgehog_softmax", EPS, 1, True
         )
-        (results[2].sum() + 3 * results[3].sum()).backward()
-        assert torch.allclose(kv.grad, torch.full_like(kv, expected))
-        assert torch.allclose(k_sum.grad, torch.full_like(k_sum, 3 * expected))
+        grad_kv, grad_k_sum = torch.autograd.grad(results[2].sum() + 3 * results[3].sum(), (kv, k_sum))
+        assert torch.allclose(grad_kv, torch.full_like(kv, expected))
+        assert torch.allclose(grad_k_sum, torch.full_like(k_sum, 3 * expected))
 
 
 def test_no_tokens_hand_the_final_states_gradient_on():
@@ -202,9 +203,9 @@ def test_nan_comes_out_as_nan(name):
 
 
 def test_the_order_of_threads_does_not_matter(emulation):
-    problem = packed(random_problem(130, head_dim=128, features=256, heads=2, batch=2), [70], left=3)
+    problem = packed(random_problem(130, features=256, batch=2), [70], left=3)
     first = by_kernels(problem, grad_of_out(problem), segments=2)
-    for seed in range(3):
+    for seed in range(2):
         emulation.seed_emulation(seed)
         again = by_kernels(problem, grad_of_out(problem), segments=2)
         for name, grad in first.items():
@@ -244,10 +245,10 @@ def test_the_operator_keeps_pytorchs_rules():
     )
 
 
-@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize("feature_map", ["hedgehog_exp", "given"])
 def test_kernels_that_are_wrong_or_fail_on_a_device_do_not_serve_there(monkeypatch, feature_map):
     def look():
-        return gradients.gradient_disagreement(CPU, 256, 64, feature_map)
+        return gradients.gradient_disagreement(CPU, 128, 64, feature_map)
 
     assert look() is None
     right = gradients.linear_attention_backward
