@@ -6,7 +6,7 @@
 
 Prepares the run in a temporary folder, distills it in one job, then in the groups of layers that `hedgehog submit`
 would choose for each number of elements, one after the other, so that a machine with one free core measures an array.
-Predicted is what `submit --dry-run` would say; measured are the training steps, and whole jobs with their start.
+Predicted is what `submit --dry-run` would say; measured is each job's CPU time, with its start and without.
 """
 
 # setuptools maps hedgehog.* onto folders, which pyright does not see from outside the packages
@@ -17,10 +17,10 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def hedgehog(stage: str, config: str, overrides: list[str]) -> float:
-    """Run one stage on one core; its seconds, start included."""
+    """Run one stage on one core; the seconds of CPU it took, start included. Other work does not count in them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "hedgehog.pipeline.cli", stage, config, *overrides, "engine.cpu_threads=1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return time.perf_counter() - started
-
-
-def step_seconds(folder: Path) -> float:
-    """Seconds of all training steps but the first, which warms up, and the last, which validates."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return sum(record["step_s"] for record in records[1:-1])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def measure(config_file: str, overrides: list[str], group_counts: list[int]) -> dict[str, Any]:
@@ -61,33 +56,40 @@ def measure(config_file: str, overrides: list[str], group_counts: list[int]) -> 
         train = prepared.summary["splits"]["train"]
         cost = distill_cost(config, shape, train["tokens"] / train["used"])
         everything = cost.of(range(shape.num_layers))
+        # one step, thrown away, is what starting a job costs
+        start_s = hedgehog("distill", config_file, [*overrides, "distill.max_steps=1"])
+        (run / "distill").rename(Path(scratch) / "start")
         rows = []
         for count in group_counts:
             elements = []
             for group in balanced_groups(range(shape.num_layers), count, cost):
                 layers = layers_text(group)
                 whole = len(group) == shape.num_layers
-                job_s = hedgehog("distill", config_file, [*overrides, *([] if whole else [f"distill.layers={layers}"])])
+                cpu_s = hedgehog("distill", config_file, [*overrides, *([] if whole else [f"distill.layers={layers}"])])
                 folder = run / "distill" if whole else run / "distill" / f"layers-{layers}"
-                elements.append({"layers": layers, "predicted": cost.of(group) / everything, "job_s": round(job_s, 2)})
-                elements[-1]["steps_s"] = round(step_seconds(folder), 2)
+                share = cost.of(group) / everything
+                elements.append({"layers": layers, "predicted": round(share, 3), "cpu_s": round(cpu_s, 2)})
                 # the next count's groups are measured from the beginning
                 folder.rename(Path(scratch) / f"{count}-{layers}")
             rows.append({"elements": elements, "asked": count})
-    return {"rows": rows, "trained_layer_cost": cost.own / cost.forward}
+    return {"rows": rows, "trained_layer_cost": cost.own / cost.forward, "start_cpu_s": start_s}
 
 
 def describe(result: dict[str, Any]) -> None:
-    print("| elements | layers | share of one job | steps, s | job, s | speed-up: predicted | steps | whole job |")
-    print("|--:|:--|:--|:--|:--|--:|--:|--:|")
+    print(
+        "| elements | layers | share of one job | job, CPU s | speed-up: predicted | whole jobs | without their start |"
+    )
+    print("|--:|:--|:--|:--|--:|--:|--:|")
+    start_s = result["start_cpu_s"]
     one = result["rows"][0]["elements"][0]
     for row in result["rows"]:
         elements = row["elements"]
-        longest = {key: max(element[key] for element in elements) for key in ("predicted", "steps_s", "job_s")}
+        predicted, cpu_s = (max(element[key] for element in elements) for key in ("predicted", "cpu_s"))
         cells = [" ".join(str(element["layers"]) for element in elements)]
         cells.append(", ".join(f"{element['predicted']:.0%}" for element in elements))
-        cells += [", ".join(f"{element[key]:.1f}" for element in elements) for key in ("steps_s", "job_s")]
-        cells += [f"{one[key] / longest[key]:.2f}×" for key in ("predicted", "steps_s", "job_s")]
+        cells.append(", ".join(f"{element['cpu_s']:.1f}" for element in elements))
+        gains = 1 / predicted, one["cpu_s"] / cpu_s, (one["cpu_s"] - start_s) / (cpu_s - start_s)
+        cells += [f"{gain:.2f}×" for gain in gains]
         print(f"| {len(elements)} | " + " | ".join(cells) + " |")
 
 

@@ -74,6 +74,7 @@ def attention_distillation_loss(
 
     `scale` is 1/√D by default. `mask_BL` (bool, True = real) and `segment_ids_BL` as in `conventions`; padding is
     neither query nor key. Row weights w_i are by default 1/number of real tokens; those of padding count as zero.
+    Blocks of rows that weigh nothing are passed over (`map_training.sampled_row_weights`).
     `grad=False` leaves the gradient out (evaluation). Computes in float32 (float64 for float64 q): g is formed before
     any rounding. Raises ValueError where shapes do not fit.
     """
@@ -124,8 +125,13 @@ def _pass_over_tiles(
     tiles = [q_NTD.new_empty(num * block_size * length) for _ in range(3)]
     grad_q, grad_k = torch.empty_like(phi_q_NTF), torch.zeros_like(phi_k_NTF)
     cross_entropy, entropy = q_NTD.new_zeros(num), q_NTD.new_zeros(num)
-    for start in range(0, length, block_size):
+    starts = range(0, length, block_size)
+    wanted = torch.stack([weights_NT[:, start : start + block_size].any() for start in starts]).tolist()
+    for start, is_wanted in zip(starts, wanted, strict=True):
         stop = min(start + block_size, length)
+        if not is_wanted:  # no row of it has a weight
+            grad_q[:, start:stop] = 0
+            continue
         rows, size = slice(start, stop), stop - start
         t, a, s = (tile[: num * size * stop].view(num, size, stop) for tile in tiles)
         w = weights_NT[:, rows]

@@ -32,8 +32,8 @@ FLOP and 64·F exponentials for each tile of queries, a third more arithmetic an
 
 Shape letters: B batch, L length, G heads at hand, D head dim, P projected dim, F = 2P. Every kernel's second grid axis
 is b·G + g. Masks come as `visible_ranges`: padding has start = L and end = 0. Tile sizes: BLOCK_Q, BLOCK_K, powers of
-two of at least 16, like D and P. UPCAST widens the operands of products, for Triton's interpreter, which cannot
-multiply bfloat16.
+two of at least 16, like D and P. SAMPLED: many rows weigh nothing, and tiles of only such rows are passed over. UPCAST
+widens the operands of products, for Triton's interpreter, which cannot multiply bfloat16.
 """
 
 # Inside a kernel names stand for Triton's own types, which a type checker does not know.
@@ -183,6 +183,7 @@ def row_statistics(
     start,  # (B, L)
     end,
     count,
+    row_weight,  # (B, L), float32
     log2_sum,  # out unless given: (B, G, L), L_i in bits
     z,  # out: (B, G, L), Z_i
     q_stride_batch,
@@ -201,9 +202,11 @@ def row_statistics(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
     WITH_LOG_SUM: tl.constexpr,
+    SAMPLED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """L_i by an online sum over all keys; Z_i from the sums of whole chunks before this one, and one tile."""
+    """L_i by an online sum over all keys (0 where no row of the chunk weighs anything); Z_i from the sums of whole
+    chunks before this one, and one tile."""
     num_chunks = tl.num_programs(0)
     chunk = num_chunks - 1 - tl.program_id(0)  # the longest loops first
     problem = tl.program_id(1).to(tl.int64)
@@ -239,7 +242,11 @@ def row_statistics(
         queries = _rows(q, rows, length, D, q_stride_row)
         highest = tl.zeros([BLOCK], dtype=tl.float32) + _FAR_BELOW
         mass = tl.zeros([BLOCK], dtype=tl.float32)
-        for key_start in range(first // BLOCK * BLOCK, tl.minimum((chunk + 1) * BLOCK, length), BLOCK):
+        stop = tl.minimum((chunk + 1) * BLOCK, length)
+        if SAMPLED:
+            weights = tl.load(row_weight + batch * length + rows, mask=rows < length, other=0.0)
+            stop = tl.where(tl.max(tl.abs(weights), axis=0) > 0, stop, 0)
+        for key_start in range(first // BLOCK * BLOCK, stop, BLOCK):
             columns = key_start + offsets
             keys = _rows(k, columns, length, D, k_stride_row)
             ends = tl.load(end + columns, mask=columns < length, other=0)
@@ -249,8 +256,9 @@ def row_statistics(
             mass = mass * tl.exp2(highest - higher)
             mass += tl.sum(tl.where(visible, tl.exp2(t - higher[:, None]), 0.0), axis=1)
             highest = higher
-        result = highest + tl.log2(tl.where(real, mass, 1.0))
-        tl.store(log2_sum + problem * length + rows, tl.where(real, result, 0.0), mask=rows < length)
+        reached = real & (mass > 0)
+        result = highest + tl.log2(tl.where(reached, mass, 1.0))
+        tl.store(log2_sum + problem * length + rows, tl.where(reached, result, 0.0), mask=rows < length)
 
 
 @triton.jit
@@ -284,6 +292,7 @@ def sweep_queries(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WITH_GRAD: tl.constexpr,
+    SAMPLED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """BLOCK_Q queries of one head against all keys that any of them sees."""
@@ -310,7 +319,11 @@ def sweep_queries(
     teacher_t = tl.zeros([BLOCK_Q], dtype=tl.float32)
     grad = tl.zeros([BLOCK_Q, F], dtype=tl.float32)
     first_key = tl.min(starts, axis=0) // BLOCK_K * BLOCK_K
-    for key_start in range(first_key, tl.minimum((tile + 1) * BLOCK_Q, length), BLOCK_K):
+    weights = tl.load(row_weight + batch * length + rows, mask=inside, other=0.0)
+    stop = tl.minimum((tile + 1) * BLOCK_Q, length)
+    if SAMPLED:
+        stop = tl.where(tl.max(tl.abs(weights), axis=0) > 0, stop, 0)
+    for key_start in range(first_key, stop, BLOCK_K):
         columns = key_start + tl.arange(0, BLOCK_K)
         keys = _rows(k, columns, length, D, k_stride_row)
         phi_keys = _rows(phi_k, columns, length, F, F)
@@ -325,13 +338,35 @@ def sweep_queries(
             g = tl.where(visible, inverse_z[:, None] - a / s, 0.0)
             grad += _dot(g.to(phi_keys.dtype), phi_keys, UPCAST)
 
-    weights = tl.load(row_weight + batch * length + rows, mask=inside, other=0.0)
     log2_z = tl.log2(z_rows)
     tl.store(cross_entropy + statistics, weights * (log2_z - teacher_log2_s) * _LN_2, mask=inside)
     tl.store(entropy + statistics, weights * (log2_sums - teacher_t) * _LN_2, mask=inside)
     if WITH_GRAD:
         places = grad_phi + problem * length * F + rows[:, None] * F + tl.arange(0, F)[None, :]
         tl.store(places, grad * weights[:, None], mask=inside[:, None])
+
+
+@triton.jit
+def _gradient_of_keys(
+    keys, phi_keys, columns, ends, weights, rows, start, q, phi_q, log2_sum, z, q_stride_row, length, scale, eps,
+    D: tl.constexpr, F: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What the queries `rows` add to dφ of a tile of keys."""
+    inside = rows < length
+    starts = tl.load(start + rows, mask=inside, other=length)
+    seen_from = tl.where(starts < length, rows, -1)
+    queries = _rows(q, rows, length, D, q_stride_row)
+    phi_rows = _rows(phi_q, rows, length, F, F)
+    log2_sums = tl.load(log2_sum + rows, mask=inside, other=0.0)
+    inverse_z = 1.0 / tl.load(z + rows, mask=inside, other=1.0)
+    visible = (columns[:, None] <= seen_from[None, :]) & (seen_from[None, :] < ends[:, None])
+    t = _dot(keys, tl.trans(queries), UPCAST) * (scale * _LOG2_E)
+    s = _dot(phi_keys, tl.trans(phi_rows), UPCAST) + eps
+    a = tl.exp2(t - log2_sums[None, :])
+    # a weight of 0 is no factor: in a row without one, L is not known and a may be infinite
+    counts = visible & (weights != 0)[None, :]
+    g = tl.where(counts, (inverse_z[None, :] - a / s) * weights[None, :], 0.0)
+    return _dot(g.to(phi_rows.dtype), phi_rows, UPCAST)
 
 
 @triton.jit
@@ -362,6 +397,7 @@ def sweep_keys(
     F: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SAMPLED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """BLOCK_K keys of one head against all queries that see any of them; tiles are (keys, queries)."""
@@ -384,19 +420,18 @@ def sweep_keys(
     for row_start in range(tile * BLOCK_K // BLOCK_Q * BLOCK_Q, tl.max(ends, axis=0), BLOCK_Q):
         rows = row_start + tl.arange(0, BLOCK_Q)
         inside = rows < length
-        starts = tl.load(start + rows, mask=inside, other=length)
-        seen_from = tl.where(starts < length, rows, -1)
-        queries = _rows(q, rows, length, D, q_stride_row)
-        phi_rows = _rows(phi_q, rows, length, F, F)
-        log2_sums = tl.load(log2_sum + rows, mask=inside, other=0.0)
-        inverse_z = 1.0 / tl.load(z + rows, mask=inside, other=1.0)
         weights = tl.load(row_weight + rows, mask=inside, other=0.0)
-        visible = (columns[:, None] <= seen_from[None, :]) & (seen_from[None, :] < ends[:, None])
-        t = _dot(keys, tl.trans(queries), UPCAST) * (scale * _LOG2_E)
-        s = _dot(phi_keys, tl.trans(phi_rows), UPCAST) + eps
-        a = tl.exp2(t - log2_sums[None, :])
-        g = tl.where(visible, (inverse_z[None, :] - a / s) * weights[None, :], 0.0)
-        grad += _dot(g.to(phi_rows.dtype), phi_rows, UPCAST)
+        if SAMPLED:
+            if tl.max(tl.abs(weights), axis=0) > 0:
+                grad += _gradient_of_keys(
+                    keys, phi_keys, columns, ends, weights, rows, start, q, phi_q, log2_sum, z, q_stride_row, length,
+                    scale, eps, D, F, UPCAST,
+                )  # fmt: skip
+        else:
+            grad += _gradient_of_keys(
+                keys, phi_keys, columns, ends, weights, rows, start, q, phi_q, log2_sum, z, q_stride_row, length,
+                scale, eps, D, F, UPCAST,
+            )  # fmt: skip
     places = grad_phi + problem * length * F + columns[:, None] * F + tl.arange(0, F)[None, :]
     tl.store(places, grad, mask=(columns < length)[:, None])
 

@@ -131,7 +131,8 @@ def triton_distillation_loss(
         raise ValueError(f"log_sum_exp_BHL {tuple(log_sum_exp_BHL.shape)} must be (B, H, L) {tuple(q_BHLD.shape[:3])}")
     batch, num_heads, length, _ = q_BHLD.shape
     ranges = visible_ranges(batch, length, mask_BL, segment_ids_BL, q_BHLD.device)
-    launches = _Launches(q_BHLD, k_BKLD, work, (map_q, map_k), ranges, eps, tiles)
+    sampled = row_weights_BL is not None  # not looked at: that would wait for the GPU
+    launches = _Launches(q_BHLD, k_BKLD, work, (map_q, map_k), ranges, eps, tiles, sampled)
     loss_H = torch.zeros(num_heads, dtype=torch.float32, device=q_BHLD.device)
     entropy_H = torch.zeros_like(loss_H)
     bytes_per_head = batch * length * map_q.num_features * (2 * launches.operand_dtype.itemsize + 4)
@@ -155,6 +156,7 @@ class _Launches:
         ranges: VisibleRanges,
         eps: float,
         tiles: Tiles | None,
+        sampled: bool,
     ) -> None:
         # rows of D adjoining numbers; every other stride may be anything
         self.q, self.k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q_BHLD, k_BKLD))
@@ -171,6 +173,7 @@ class _Launches:
             tiles = pinned_tiles(10 * major + minor)
         self.tiles = tiles
         self.upcast = INTERPRETED
+        self.sampled = sampled
         self.options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
     def run(self, heads: slice, log_sum_exp_BHL: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -225,6 +228,7 @@ class _Launches:
             phi_k=phi_k,
             tail=tail,
             count=self.ranges.count_BL,
+            row_weight=self.row_weights,
             log2_sum=log2_sum,
             z=z,
             BLOCK=self.tiles.chunk,
@@ -336,6 +340,7 @@ class _Launches:
             "eps": self.eps,
             "D": self.head_dim,
             "F": self.num_features,
+            "SAMPLED": self.sampled,
             "UPCAST": self.upcast,
         }
 

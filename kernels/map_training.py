@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -129,6 +130,23 @@ class MapTraining:
         """Σ_i w_i x_i per head → weighted mean over rows, float32; 0 where there is no real token at all."""
         total = self.weights_BL.sum()
         return (sum_H / torch.where(total == 0, torch.ones_like(total), total)).float()
+
+
+def sampled_row_weights(mask_BL: Tensor, fraction: float, block: int, place: float) -> Tensor:
+    """Row weights (B, L), float32, for a loss over a sample of the query rows: unbiased for that over all of them.
+
+    The loss is a mean over rows, and a row costs as much alone as among others. Of the n blocks of `block` rows m =
+    ceil(fraction·n) are taken, evenly spread, from `place` in [0, 1) on: with a uniform `place` each is taken with
+    probability m/n. Rows taken weigh n/m times 1/number of real tokens, all others 0. `mask_BL`: True = real.
+    """
+    length = mask_BL.shape[1]
+    num_blocks = -(-length // block)
+    taken = math.ceil(fraction * num_blocks - 1e-9)
+    chosen = (torch.arange(taken, dtype=torch.float64) + place) * num_blocks / taken
+    weights = torch.zeros(num_blocks)
+    weights[chosen.long().clamp_max(num_blocks - 1)] = num_blocks / taken
+    rows = weights.repeat_interleave(block)[:length].to(mask_BL.device)
+    return rows * mask_BL / mask_BL.sum().clamp_min(1)
 
 
 def row_weights(q_BHLD: Tensor, mask_BL: Tensor | None, row_weights_BL: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -171,6 +171,8 @@ class DistillConfig(ScheduleConfig):
     """epsilon of s' = s + eps in the loss: keeps a gradient where the student's similarity is zero."""
     query_block: int = Field(default=64, ge=16)
     """Query rows a tile of the loss."""
+    query_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of the query rows that the loss looks at in a step, drawn anew each time: less work where rows are long."""
 
     @field_validator("layers", mode="before")
     @classmethod

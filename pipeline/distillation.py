@@ -17,6 +17,7 @@ from torch import nn
 
 from ..kernels.distill_backends import DistillBackend, select_distill_backend
 from ..kernels.distill_loss import output_mse_loss
+from ..kernels.map_training import sampled_row_weights
 from ..kernels.precomputed_gradient import attach_gradient
 from .errors import ConfigError
 from .llama.convert import feature_map_modules
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
+
+LONG_ROWS_BLOCK = 128
+"""Rows that `distill.query_fraction` takes or leaves together where rows are long: a tile of the GPU kernel."""
 
 
 class Teacher(nn.Module):
@@ -110,8 +114,10 @@ class FeatureMapDistillation(nn.Module):
         parameters: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
 
+        row_weights_BL = self._draw_rows(batch)
+
         def learn(seen: TeacherLayer) -> None:
-            loss, kl_H = self._layer_loss(seen, batch)
+            loss, kl_H = self._layer_loss(seen, batch, row_weights_BL)
             weights = list(self.layers[str(seen.layer_index)].parameters())
             grads = torch.autograd.grad(loss, weights)
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
@@ -160,13 +166,25 @@ class FeatureMapDistillation(nn.Module):
         options = self._loss_options(seen, batch, packed=False)
         return self._backend(seen).loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=False, **options).kl_H
 
-    def _layer_loss(self, seen: TeacherLayer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw_rows(self, batch: Batch) -> torch.Tensor | None:
+        """Row weights (B, L) of `distill.query_fraction`; None: all rows. One draw for all layers."""
+        if self._config.query_fraction == 1:
+            return None
+        length = batch["mask"].shape[1]
+        block = LONG_ROWS_BLOCK if length >= 8 * LONG_ROWS_BLOCK else self._config.query_block
+        return sampled_row_weights(batch["mask"], self._config.query_fraction, block, float(torch.rand(())))
+
+    def _layer_loss(
+        self, seen: TeacherLayer, batch: Batch, row_weights_BL: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self._config
         map_q, map_k = self._maps(seen)
         options = self._loss_options(seen, batch, packed=config.packing)
         # with the cross-entropy switched off its KL is still recorded, without a gradient
         wanted = config.cross_entropy_weight > 0
-        distilled = self._backend(seen).loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=wanted, **options)
+        distilled = self._backend(seen).loss(
+            seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=wanted, row_weights_BL=row_weights_BL, **options
+        )
         loss = distilled.loss * config.cross_entropy_weight
         if config.output_mse_weight > 0:
             for name in ("eps", "block_size"):

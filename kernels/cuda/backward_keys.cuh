@@ -346,7 +346,6 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
 
     // R += φ(q)ᵀ dn and r += Σ dd φ(q), of the queries that saw the state before the chunk.
     __device__ __forceinline__ void advance_state() {
-        __syncthreads();
         if (p.runs) {
             this->hide_other_runs(phi_q, this->run_before());
             __syncthreads();

@@ -75,9 +75,11 @@ def compile_all(
     form = {"FORM": distill_tiles.TWO_SOFTMAXES.value}
     jobs: list[tuple[str, dict[str, Any]]] = [
         ("map_features", {**form, "WITH_TAIL": True}),
-        ("row_statistics", {"WITH_LOG_SUM": True}),
-        ("sweep_queries", {"BLOCK_Q": tiles.rows, "BLOCK_K": tiles.passing, "WITH_GRAD": True}),
-        ("sweep_keys", {"BLOCK_Q": tiles.passing, "BLOCK_K": tiles.rows}),
+        ("row_statistics", {"WITH_LOG_SUM": True, "SAMPLED": True}),
+        ("sweep_queries", {"BLOCK_Q": tiles.rows, "BLOCK_K": tiles.passing, "WITH_GRAD": True, "SAMPLED": False}),
+        ("sweep_queries", {"BLOCK_Q": tiles.rows, "BLOCK_K": tiles.passing, "WITH_GRAD": True, "SAMPLED": True}),
+        ("sweep_keys", {"BLOCK_Q": tiles.passing, "BLOCK_K": tiles.rows, "SAMPLED": False}),
+        ("sweep_keys", {"BLOCK_Q": tiles.passing, "BLOCK_K": tiles.rows, "SAMPLED": True}),
         ("weight_gradient", {**form, "BLOCK": tiles.weight_rows}),
     ]
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}

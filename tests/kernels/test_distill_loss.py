@@ -310,6 +310,40 @@ def test_row_weights_scale_and_select_rows():
         torch.testing.assert_close(selected, loss(q[:, :, :5], k[:, :, :5], *pair).loss)
 
 
+@pytest.mark.parametrize("length,fraction,block", [(70, 0.25, 8), (70, 0.5, 16), (10, 0.1, 16), (33, 1.0, 8)])
+def test_sampled_rows_weigh_on_average_what_all_rows_do(length, fraction, block):
+    mask = padding(length, "left")
+    places = 960  # divisible by all that the numbers of blocks divide into
+    drawn = torch.stack(
+        [map_training.sampled_row_weights(mask, fraction, block, (i + 0.5) / places) for i in range(places)]
+    )
+    real = mask.float() / mask.sum()
+    torch.testing.assert_close(drawn.double().mean(0), real.double(), rtol=0.03, atol=0)
+    taken = (drawn > 0).any(dim=1).float().sum(dim=1) / length  # of the rows' places
+    assert (taken - fraction).abs().max() <= block / length + 1e-6
+    if fraction == 1:
+        torch.testing.assert_close(drawn[0], real)
+
+
+def test_blocks_without_a_weight_are_passed_over(monkeypatch):
+    q, k, _ = teacher(96)
+    pair = maps("hedgehog_softmax")
+    weights = map_training.sampled_row_weights(padding(96, "right"), 0.3, 16, 0.4).double()
+    options = {"mask_BL": padding(96, "right"), "row_weights_BL": weights}
+    tiles = []
+    softmax = torch.softmax
+
+    def seen(t, **kwargs):
+        tiles.append(t.shape)
+        return softmax(t, **kwargs)
+
+    monkeypatch.setattr(torch, "softmax", seen)
+    tiled = attention_distillation_loss(q, k, *pair, block_size=16, **options)
+    monkeypatch.undo()
+    assert_same_loss(tiled, materialised_distillation_loss(q, k, *pair, **options), pair)
+    assert sum(shape[-2] == 16 for shape in tiles) == 3, "of the six and four that the two rows have"
+
+
 def test_gradient_scales_with_what_comes_in_and_is_off_on_request():
     q, k, _ = teacher(9)
     pair = maps()

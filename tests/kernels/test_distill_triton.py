@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from hedgehog.kernels import distill_triton  # noqa: E402
 from hedgehog.kernels.distill_triton import Tiles, pinned_tiles, triton_distillation_loss  # noqa: E402
+from hedgehog.kernels.map_training import sampled_row_weights  # noqa: E402
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 2, 1, 16
 SMALL = Tiles(chunk=16, rows=32, passing=16, weight_rows=32)
@@ -214,6 +215,20 @@ def test_row_weights_scale_and_the_given_log_sum():
     assert_agrees(given, pair, q, k, **options)
     shifted = triton_distillation_loss(q, k, *pair, log_sum_exp_BHL=torch.logsumexp(t, dim=-1) + 1, **options)
     assert (shifted.loss - given.loss).abs() > 0.1, "the given sum is what is used"
+
+
+@pytest.mark.parametrize("place", [0.0, 0.7])
+def test_tiles_without_a_weight_are_passed_over(place):
+    """Half of the rows in blocks of eight: tiles of sixteen are taken whole, by half, or not at all."""
+    q, k = inputs(90)
+    mask = mask_of("left and right", 90)
+    weights = sampled_row_weights(mask, 0.4, 8, place)
+    assert 0.3 < (weights == 0).float().mean() < 0.8
+    pair = maps()
+    tiles = Tiles(chunk=16, rows=32, passing=16, weight_rows=16)
+    options = {"mask_BL": mask, "row_weights_BL": weights}
+    result = triton_distillation_loss(q, k, *pair, tiles=tiles, **options)
+    assert_agrees(result, pair, q, k, **options)
 
 
 def test_a_frozen_map_gets_no_gradient_and_the_other_one_its_own():

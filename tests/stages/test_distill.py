@@ -197,3 +197,21 @@ def test_packed_sequences_and_output_error(new_run: Callable[..., Run]) -> None:
     assert summary["kl_mean"] > 0
     # the output error is counted in the outputs' variance, so it cannot be far from 1 at the start
     assert 0 < run.losses("distill")[0] < 10
+
+
+def test_a_part_of_the_query_rows(finished: Run, new_run: Callable[..., Run], interrupt: Callable[..., None]) -> None:
+    """Other losses than with all rows, but near them; a layer alone draws the same rows, a resumed run too."""
+    sampling = {"distill__query_fraction": 0.5, "distill__query_block": 16}
+    run = new_run(**sampling)
+    run.stage("distill")
+    assert run.losses("distill") != finished.losses("distill")
+    assert run.losses("distill") == pytest.approx(finished.losses("distill"), rel=0.2)
+    resumed = new_run(**sampling)
+    interrupt(resumed, "distill")
+    resumed.stage("distill")
+    assert_equal(resumed, run)
+    subset = new_run(**sampling)
+    for layers in ("0,2", "1"):
+        subset.changed(distill__layers=layers).stage("distill")
+    merge_layers(subset.config)
+    assert_equal(subset, run)
