@@ -234,10 +234,9 @@ def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(
     finally:
         local_slurm("start-node", node)
     assert run.steps(1) == [3, 4, 5, 6] and run.steps(0)[:3] == [1, 2, 3]
-    assert f"takes over from an earlier start of this job (job {job}, restart 0" in run.log()
+    assert f"takes over from an earlier start of this job (job {job} of cluster local, restart 0" in run.log()
     # Slurm has cut the lost node's output off the log
     said = (run.program / "stderr-0").read_text()
-    assert (
-        f"error: {run.runs.relative_to(run.cluster.cwd)}/finetune: another process has taken over (job {job}, " in said
-    )
-    assert "restart 1" in said and "This older one stops and writes nothing more." in said
+    place = f"{run.runs.relative_to(run.cluster.cwd)}/finetune"
+    assert f"error: {place}: another process has taken over (job {job} of cluster local, restart 1, " in said
+    assert "This older one stops and writes nothing more." in said
