@@ -14,6 +14,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from .slurm.scheduler import command_environment
+
 REQUEUE_FILE = "HEDGEHOG_REQUEUE_FILE"
 """Names a file that asks the job's script to queue the job again: it runs on the node itself and has Slurm's commands,
 while a program in a container often has none."""
@@ -72,6 +74,9 @@ def _number(text: str | None) -> int:
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:
+    environment = command_environment(os.environ)
+    # a job belongs to the cluster of its node, whichever its submitter has named for other commands
+    environment.pop("SLURM_CLUSTERS", None)
     try:
         done = subprocess.run(
             ["scontrol", *arguments],
@@ -81,6 +86,7 @@ def _scontrol(*arguments: str) -> tuple[int, str]:
             text=True,
             errors="replace",
             timeout=_TIMEOUT_S,
+            env=environment,
         )
     except FileNotFoundError:
         return _NOT_FOUND, "scontrol is not on the PATH"

@@ -45,7 +45,9 @@ _KEYS = (
 """What Slurm's complaint mentions, and the keys under `slurm` that it may be about."""
 _RUN_WIDE_KEYS = ("layer_groups", "evaluate_shards")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "HEDGEHOG_SUBMITTED_CONFIG")
-_SITE_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+_DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
+"""Slurm sets them in an allocation with GPUs, and a job without GPUs would inherit them."""
+_SITE_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 _DEFAULT_VARIABLES = {
     "SBATCH_ACCOUNT": ("--account", "-A"),
     "SBATCH_PARTITION": ("--partition", "-p"),
@@ -56,8 +58,10 @@ _DEFAULT_VARIABLES = {
 }
 """What a user's environment may decide where the script does not. sbatch ranks its variables above `#SBATCH` lines, and
 the others (SBATCH_EXPORT, SBATCH_SIGNAL, SBATCH_NO_REQUEUE, SBATCH_WAIT, …) change what the scripts rely on."""
-_FILTER_VARIABLES = ("SQUEUE_", "SACCT_", "SCANCEL_")
+_FILTER_VARIABLES = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_")
 """They hide jobs, change columns, or ask before they cancel."""
+_FORMAT_VARIABLES = ("SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_JSON", "SLURM_YAML", "SLURM_DEBUG_FLAGS")
+"""They change what several commands print."""
 _DOUBTFUL = re.compile(r"timed out|zero bytes|connection (reset|refused|closed)|communication", re.IGNORECASE)
 """sbatch lost the controller, which may have taken the job all the same."""
 _ALREADY_ENDED = re.compile(r"already completing or completed|invalid job id", re.IGNORECASE)
@@ -190,10 +194,19 @@ def submission_environment(environment: Mapping[str, str], decided: Collection[s
         options = _DEFAULT_VARIABLES.get(name)
         if options is None or any(option in decided for option in options):
             del kept[name]
-    if "SLURM_JOB_ID" in kept:  # submitted from inside a job
-        own = ("SLURM_", "SLURMD_", "SRUN_")
+    if "SLURM_JOB_ID" in kept:  # submitted from inside a job, or an allocation of salloc
+        own = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", *_DEVICE_VARIABLES)
         kept = {name: value for name, value in kept.items() if name in _SITE_VARIABLES or not name.startswith(own)}
     return kept
+
+
+def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for Slurm's commands: without what makes them show less than all, or in another form."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_FILTER_VARIABLES) and name not in _FORMAT_VARIABLES
+    }
 
 
 def queue_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobState]:
@@ -303,7 +316,6 @@ class _NoAnswerError(SchedulerError):
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ if environment is None else environment
     try:
         return subprocess.run(
             command,
@@ -311,7 +323,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
-            env={name: value for name, value in environment.items() if not name.startswith(_FILTER_VARIABLES)},
+            env=command_environment(os.environ if environment is None else environment),
         )
     except FileNotFoundError:
         raise SchedulerError(f"{command[0]}: not found on the path.") from None

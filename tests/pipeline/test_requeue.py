@@ -61,6 +61,21 @@ def test_what_slurm_has_decided_stays(
     assert ("requeue 7" in calls.read_text()) is asks
 
 
+def test_the_users_variables_do_not_change_what_scontrol_does(
+    scontrol: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scontrol()
+    program = tmp_path / "scontrol"
+    program.write_text(program.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\nenv > {tmp_path}/seen\n"))
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JOB_ID": "7"}
+    dropped = ("SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JSON", "SCONTROL_ALL", "SCONTROL_FEDERATION")
+    for name, value in {**kept, **dict.fromkeys(dropped, "x")}.items():
+        monkeypatch.setenv(name, value)
+    assert requeue("7")[0]
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert seen.items() >= kept.items() and not seen.keys() & set(dropped)
+
+
 def test_a_refusal_is_told_in_slurms_words(scontrol: Callable[..., Path]) -> None:
     scontrol(refuses="Requested operation is presently disabled for job 7")
     done, message = requeue("7")
