@@ -8,8 +8,8 @@ from __future__ import annotations
 import shlex
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,12 +18,13 @@ from ..config import RunConfig
 from ..config_checks import world_errors
 from ..config_loading import apply_variant, dump_resolved, load_config
 from ..errors import ConfigError
-from ..lease import Lease, acquire
+from ..lease import Lease
 from ..run_folder import STAGES, RunFolder, atomic_write, fenced, storage_errors
 from .dry_run import describe_graph, describe_scripts
 from .frozen_config import differences, freeze
 from .job_graph import Job, JobGraph, Queued, build_graph
 from .job_records import JobRecord, JobRecords, read_records, write_records
+from .queue_lease import changing_the_queue
 from .scheduler import (
     ENDING_STATE,
     FAILED_STATES,
@@ -108,7 +109,7 @@ def submit(
 
     Raises:
         ConfigError: the config, the sweep or the run folder is wrong, there is no Slurm, or Slurm refuses a job.
-        LeaseError: another `submit` is at work on one of the runs.
+        LeaseError: another `submit` or `cancel` is at work on one of the runs.
         SchedulerError: Slurm does not answer.
         CheckpointError, ModelError, ResourceError: the run folder or the base model cannot be read or written.
     """
@@ -120,7 +121,7 @@ def submit(
         plans = []
         for run in runs:
             config = load_run(path, (*overrides, *run.overrides))
-            lease = None if dry_run else held.enter_context(_submitting_alone(RunFolder.of(config)))
+            lease = None if dry_run else held.enter_context(changing_the_queue(RunFolder.of(config), "submit"))
             plan = look_at_run(config, path, (*overrides, *run.overrides), stages, dry_run=dry_run)
             plan.lease = lease
             plans.append(plan)
@@ -146,18 +147,6 @@ def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
     _check_times(config)
     _check_clusters(config)
     return config
-
-
-@contextmanager
-def _submitting_alone(folder: RunFolder) -> Iterator[Lease]:
-    """Two submits at the same time would both find the same jobs missing."""
-    with storage_errors("submit"):
-        lease = acquire(folder.slurm, print)
-    lease.keep_alive()
-    try:
-        yield lease
-    finally:
-        lease.release()
 
 
 def look_at_run(
@@ -267,7 +256,7 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
     Raises:
         ConfigError: Slurm refuses a job.
         SchedulerError: Slurm does not answer.
-        LeaseError: another `submit` has taken over meanwhile.
+        LeaseError: another `submit` or `cancel` has taken over meanwhile.
     """
     with ExitStack() as held:
         if plan.lease is not None:
