@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,8 +157,53 @@ def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(distur
     run.cluster.hedgehog("cancel", "micro")
 
 
-def test_a_job_of_a_higher_partition_comes_first(disturbed: Callable[[str], Disturbed]):
+def test_two_ranks_save_together_at_their_time_limit_and_queue_themselves(disturbed: Callable[[str], Disturbed]):
+    """As above; another run of two ranks, which nothing happens to, goes through meanwhile."""
+    run, calm = disturbed("distill"), disturbed("distill")
+    for either in (run, calm):  # these nodes' names are in no DNS
+        either.cluster = either.cluster.under(MASTER_ADDR="127.0.0.1")
+    two_ranks = {"layer_groups": 1, "tasks_per_node": 2, "grace_period_s": 50}
+    run.hold()
+    job = run.submit(**two_ranks)
+    run.wait_for_step(HELD_AT)
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    calm.submit(**two_ranks)
+    run.wait(lambda: run.job(job).get("Restarts") == "1")
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    calm.cluster.wait(lambda states: states["distill"] == "done")
+    run.whole = calm.runs
+    run.finish()
+    assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "both ranks stopped after the same step"
+    assert json.loads((run.runs / "distill" / "manifest.json").read_text())["world_size"] == 2
+    assert "stopped by SIGUSR2: saved after step 4 of 6" in run.log()
+
+
+@pytest.fixture
+def preempting_by(slurm_conf: Path) -> Iterator[Callable[[Cluster, str], None]]:
+    """`preempting_by(cluster, "TERM")`: a Slurm as most sites have it, which sends jobs no signal of theirs."""
+    original = slurm_conf.read_text()
+    parameter = "SlurmctldParameters=preempt_send_user_signal\n"
+    assert parameter in original
+    clusters = []
+
+    def reconfigure(cluster: Cluster, name: str) -> None:
+        if name == "TERM":
+            clusters.append(cluster)
+            slurm_conf.write_text(original.replace(parameter, ""))
+            cluster.run("scontrol", "reconfigure")
+
+    yield reconfigure
+    slurm_conf.write_text(original)
+    for cluster in clusters:
+        cluster.run("scontrol", "reconfigure")
+
+
+@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def test_a_job_of_a_higher_partition_comes_first(
+    disturbed: Callable[[str], Disturbed], preempting_by: Callable[[Cluster, str], None], name: str
+):
     run = disturbed("finetune")
+    preempting_by(run.cluster, name)
     run.hold()
     job = run.submit()
     run.wait_for_step(HELD_AT)
@@ -173,6 +218,7 @@ def test_a_job_of_a_higher_partition_comes_first(disturbed: Callable[[str], Dist
     run.wait(lambda: run.job(job).get("Restarts") == "1")
     run.finish()
     assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "the signal came before the end"
+    assert f"stopped by SIG{name}: saved after step 4 of 6" in run.log()
     assert run.job(other)["JobState"] == "COMPLETED"
 
 
