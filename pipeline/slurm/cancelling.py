@@ -52,7 +52,7 @@ def _cancel_recorded(folder: RunFolder, records: JobRecords) -> None:
     if not records.jobs:
         print(f"{folder.root}: nothing was submitted to Slurm.")
         return
-    states = queue_states([job.job_id for job in records.jobs])
+    states = queue_states([job.submitted for job in records.jobs])
     live = {
         job_id if index is None else f"{job_id}_{index}": state.state
         for (job_id, index), state in states.items()

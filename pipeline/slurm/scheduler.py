@@ -76,6 +76,24 @@ class DoubtfulSubmission(SchedulerError):
 
 
 @dataclass(frozen=True)
+class SubmittedJob:
+    """A job as it was submitted: what tells it from a job of another cluster that has the same id."""
+
+    job_id: str
+    token: str = ""
+    """Last word of its comment. Empty: not known."""
+    name: str = ""
+    """Its name in Slurm, for sites that write comments of their own. Empty: not known, and any job with the id is
+    taken for it."""
+
+    def is_shown_as(self, name: str, comment: str | None = None) -> bool:
+        """Whether a job of this id with this name and comment (None: not shown) is this one."""
+        if comment is not None and self.token and comment.split()[-1:] == [self.token]:
+            return True
+        return not self.name or name == self.name
+
+
+@dataclass(frozen=True)
 class JobState:
     """A job, or one element of an array, as Slurm sees it."""
 
@@ -209,17 +227,18 @@ def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def queue_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobState]:
-    """What squeue shows of these jobs, jobs that ended a few minutes ago included.
+def queue_states(jobs: Iterable[SubmittedJob]) -> dict[tuple[str, int | None], JobState]:
+    """What squeue shows of these jobs, jobs that ended a few minutes ago included. Other jobs with the same ids, as a
+    second cluster on the same file system may have them, are left out.
 
     Raises:
         SchedulerError: squeue is missing or fails.
     """
-    wanted = list(dict.fromkeys(job_ids))
+    wanted = {job.job_id: job for job in jobs}
     if not wanted:
         return {}
-    # %F array's id, %K index (or N/A), %T state, %r reason; -r: one line an element
-    columns = "--format=%F|%K|%T|%r"
+    # %F array's id, %K index (or N/A), %T state, %r reason, %j name, %k comment; -r: one line an element
+    columns = "--format=%F|%K|%T|%r|%j|%k"
     # --all: jobs in hidden partitions too
     done = _run(["squeue", "--noheader", "--all", "--array", "--states=all", columns, f"--jobs={','.join(wanted)}"])
     if done.returncode != 0:
@@ -228,8 +247,8 @@ def queue_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobStat
         raise SchedulerError(f"squeue does not answer: {_words(done)}")
     states = {}
     for line in done.stdout.splitlines():
-        job_id, index, state, reason = (*line.strip().split("|", 3), "", "", "")[:4]
-        if job_id in wanted:
+        job_id, index, state, reason, name, comment = (*line.strip().split("|", 5), *[""] * 5)[:6]
+        if job_id in wanted and wanted[job_id].is_shown_as(name, comment):
             states[job_id, int(index) if index.isdigit() else None] = JobState(
                 state, "" if reason == "None" else reason
             )
@@ -257,23 +276,25 @@ def jobs_by_token(tokens: Collection[str]) -> dict[str, str]:
     return found
 
 
-def accounted_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobState]:
-    """What sacct has recorded about these jobs.
+def accounted_states(jobs: Iterable[SubmittedJob]) -> dict[tuple[str, int | None], JobState]:
+    """What sacct has recorded about these jobs. It rarely keeps comments: a job of another name is another job.
 
     Raises:
         SchedulerError: sacct is missing or refuses, as it does on clusters without accounting.
     """
-    wanted = list(dict.fromkeys(job_ids))
+    wanted = {job.job_id: job for job in jobs}
     if not wanted:
         return {}
-    columns = "--format=JobID,State,ExitCode"
+    columns = "--format=JobID,State,ExitCode,JobName"
     done = _run(["sacct", "--noheader", "--parsable2", "--allocations", columns, f"--jobs={','.join(wanted)}"])
     if done.returncode != 0 or "disabled" in done.stderr:
         raise SchedulerError(f"sacct does not answer: {_words(done)}")
     states = {}
     for line in done.stdout.splitlines():
-        name, state, exit_code = (*line.split("|"), "", "", "")[:3]
-        job_id, _, index = name.partition("_")
+        shown_id, state, exit_code, name = (*line.split("|"), "", "", "")[:4]
+        job_id, _, index = shown_id.partition("_")
+        if job_id not in wanted or not wanted[job_id].is_shown_as(name):
+            continue
         if index and not index.isdigit():  # the elements that wait, in one row: squeue has them
             continue
         reason = "" if exit_code in ("0:0", "") else f"exit code {exit_code.removesuffix(':0')}"
@@ -281,9 +302,9 @@ def accounted_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], Job
     return states
 
 
-def observe(job_ids: Iterable[str]) -> Observation:
+def observe(jobs: Iterable[SubmittedJob]) -> Observation:
     """What both commands know; squeue is the fresher one. Never raises: a missing source is a note."""
-    wanted = list(job_ids)
+    wanted = list(jobs)
     seen = Observation()
     for source in (accounted_states, queue_states):
         try:

@@ -33,6 +33,7 @@ from .scheduler import (
     DoubtfulSubmission,
     JobState,
     SchedulerError,
+    SubmittedJob,
     line_options,
     queue_states,
     require_slurm,
@@ -164,7 +165,7 @@ def look_at_run(
     ending: list[Live] = []
     try:
         adopted = records.adopt()
-        states = _settled_states(records.job_ids, 0.0 if dry_run else _ENDING_S)
+        states = _settled_states(records.submitted, 0.0 if dry_run else _ENDING_S)
     except SchedulerError:
         if not dry_run:
             raise
@@ -195,12 +196,12 @@ def look_at_run(
     return plan
 
 
-def _settled_states(job_ids: Sequence[str], patience_s: float) -> dict[tuple[str, int | None], JobState]:
+def _settled_states(jobs: Sequence[SubmittedJob], patience_s: float) -> dict[tuple[str, int | None], JobState]:
     """What squeue shows once no job is COMPLETING: one that is being queued again looks like one that ends."""
     started = time.monotonic()
     told = False
     while True:
-        states = queue_states(job_ids)
+        states = queue_states(jobs)
         ending = [key for key, state in states.items() if state.state == ENDING_STATE]
         if not ending or time.monotonic() - started >= patience_s:
             return states
@@ -317,6 +318,7 @@ def _submit_plan(plan: Plan, command: list[str]) -> None:
             script=str(script_file(job, folder)),
             submitted_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             token=f"hedgehog:{uuid.uuid4().hex}",
+            slurm_name=_name_in_slurm(script_file(job, folder)),
         )
         try:
             job_id = _submit_job(plan, job, options, intent)
@@ -366,6 +368,12 @@ def _submit_job(plan: Plan, job: Job, options: Sequence[str], intent: JobRecord)
         plan.records.jobs.append(intent.model_copy(update={"job_id": job_id}))
     write_records(plan.folder, plan.records)
     return job_id
+
+
+def _name_in_slurm(script: Path) -> str:
+    """A line of the user's may give the job another name than ours."""
+    options = script_options(script)
+    return options.get("-J", options["--job-name"])
 
 
 def _say(job: Job, what: str) -> None:

@@ -203,6 +203,33 @@ def test_in_an_allocation_of_salloc_a_submit_stays_its_own(slurm, write_config, 
     assert slurm.environment["SLURM_CONF"] == "/etc/slurm.conf" and not slurm.environment.keys() & allocation.keys()
 
 
+def test_another_clusters_job_with_the_same_id_is_left_alone(slurm, write_config):
+    submit("trial.yaml", ONE, last="prepare")
+    slurm.belongs_to_somebody_else("101")
+    slurm.set(_101="RUNNING")
+    assert read_status("trial").stages[0].state == "not started"
+    cancel("trial")
+    assert slurm.calls("scancel") == []
+    submit("trial.yaml", ONE, last="prepare")
+    assert [job["job_id"] for job in recorded()["jobs"]] == ["101", "102"]
+
+
+@pytest.mark.parametrize("changed", [{"name": "trial.prepare"}, {"comment": "SAME"}], ids=["comment", "name"])
+def test_a_job_whose_name_or_comment_was_changed_is_still_ours(slurm, write_config, changed):
+    submit("trial.yaml", ONE, last="prepare")
+    comment = recorded()["jobs"][0]["token"] if "comment" in changed else "a site's own"
+    slurm.belongs_to_somebody_else("101", name=changed.get("name", "renamed"), comment=comment)
+    submit("trial.yaml", ONE, last="prepare")
+    assert len(slurm.calls("sbatch")) == 1
+    cancel("trial")
+    assert slurm.calls("scancel") == [["101"]]
+
+
+def test_a_users_own_job_name_is_known(slurm, write_config):
+    submit("trial.yaml", [*ONE, "slurm.sbatch_lines=[-J mine]"], last="prepare")
+    assert recorded()["jobs"][0]["slurm_name"] == "mine"
+
+
 @pytest.mark.parametrize("line", ["--clusters=far", "-M far", "--mail-type=FAIL -Mfar", "--cluster far"])
 def test_another_cluster_is_refused(slurm, write_config, line):
     write_config(slurm={"sbatch_lines": [line]})
