@@ -1,7 +1,7 @@
 """Jobs on a real Slurm that meet a time limit, a preemption, a lost node, a user's scancel or a copy of themselves.
 
-Each is held after its third step of six, with the last checkpoint after the second. Whatever comes then, the losses and
-files are those of the run that nothing happened to, bit for bit.
+Most are held after the third step of six, with the last checkpoint after the second. Whatever comes then, the losses
+and files are those of the run that nothing happened to, bit for bit.
 """
 
 from __future__ import annotations
@@ -179,18 +179,16 @@ def test_two_ranks_save_together_at_their_time_limit_and_queue_themselves(distur
 
 
 @pytest.fixture
-def preempting_by(slurm_conf: Path) -> Iterator[Callable[[Cluster, str], None]]:
-    """`preempting_by(cluster, "TERM")`: a Slurm as most sites have it, which sends jobs no signal of theirs."""
-    original = slurm_conf.read_text()
+def without_user_signal(slurm_conf: Path) -> Iterator[Callable[[Cluster], None]]:
+    """`without_user_signal(cluster)`: Slurm as most sites have it, which announces a preemption by TERM alone."""
+    original, clusters = slurm_conf.read_text(), []
     parameter = "SlurmctldParameters=preempt_send_user_signal\n"
     assert parameter in original
-    clusters = []
 
-    def reconfigure(cluster: Cluster, name: str) -> None:
-        if name == "TERM":
-            clusters.append(cluster)
-            slurm_conf.write_text(original.replace(parameter, ""))
-            cluster.run("scontrol", "reconfigure")
+    def reconfigure(cluster: Cluster) -> None:
+        clusters.append(cluster)
+        slurm_conf.write_text(original.replace(parameter, ""))
+        cluster.run("scontrol", "reconfigure")
 
     yield reconfigure
     slurm_conf.write_text(original)
@@ -198,28 +196,33 @@ def preempting_by(slurm_conf: Path) -> Iterator[Callable[[Cluster, str], None]]:
         cluster.run("scontrol", "reconfigure")
 
 
-@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def preempt(run: Disturbed, job: str) -> None:
+    """Let a job of the higher partition take the node, and wait until ours is in the queue again."""
+    restarts = int(run.job(job)["Restarts"])
+    higher = ["--partition=high", f"--nodelist={run.job(job)['NodeList']}", "--exclusive", "--output=/dev/null"]
+    other = run.cluster.run("sbatch", "--parsable", *higher, "--wrap=sleep 1").stdout.strip()
+    run.wait(lambda: run.job(job).get("Restarts") == str(restarts + 1))
+    run.wait(lambda: run.job(other)["JobState"] == "COMPLETED")
+
+
 def test_a_job_of_a_higher_partition_comes_first(
-    disturbed: Callable[[str], Disturbed], preempting_by: Callable[[Cluster, str], None], name: str
+    disturbed: Callable[[str], Disturbed], without_user_signal: Callable[[Cluster], None]
 ):
+    """Twice: announced by the job's own signal, and by TERM."""
     run = disturbed("finetune")
-    preempting_by(run.cluster, name)
-    run.hold()
+    run.hold(step=2)
+    run.hold(restart=1, step=4)
     job = run.submit()
-    run.wait_for_step(HELD_AT)
-    higher = [
-        "--partition=high",
-        f"--nodelist={run.job(job)['NodeList']}",
-        "--exclusive",
-        "--output=/dev/null",
-        "--parsable",
-    ]
-    other = run.cluster.run("sbatch", *higher, "--wrap=sleep 1").stdout.strip()
-    run.wait(lambda: run.job(job).get("Restarts") == "1")
+    run.wait_for_step(2)
+    preempt(run, job)
+    without_user_signal(run.cluster)
+    run.wait_for_step(4, restart=1)
+    preempt(run, job)
     run.finish()
-    assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "the signal came before the end"
-    assert f"stopped by SIG{name}: saved after step 4 of 6" in run.log()
-    assert run.job(other)["JobState"] == "COMPLETED"
+    assert [run.steps(start) for start in (0, 1, 2)] == [[1, 2, 3], [4, 5], [6]], "the signals came before the end"
+    said = run.log()
+    assert "stopped by SIGUSR2: saved after step 3 of 6" in said
+    assert "stopped by SIGTERM: saved after step 5 of 6" in said
 
 
 def test_a_node_goes_down(disturbed: Callable[[str], Disturbed]):
