@@ -2,7 +2,7 @@
 
 Every stage gets its share: on a slow machine a job rarely comes to its end as long as it may be disturbed.
 
-HEDGEHOG_SLURM_KILLS says how often (2; fifty take half an hour), HEDGEHOG_KILL_SEED repeats the choices.
+HEDGEHOG_SLURM_KILLS says how often (2; fifty take a quarter of an hour), HEDGEHOG_KILL_SEED repeats the choices.
 """
 
 from __future__ import annotations
