@@ -1,7 +1,7 @@
 """Signals that ask a run to stop. A handler only notes them; the stage stops where nothing is lost.
 
     $HEDGEHOG_INTERRUPT_SIGNAL (USR2)   save, have Slurm queue the job again (requeue.py), leave with 75
-    TERM                                save, leave with 75
+    TERM                                the same if Slurm preempts the job, else save, leave with 75
     INT (Ctrl-C)                        save, leave with 130; a second one aborts at once
 
 The signal is a property of the job script, which asks Slurm for it, so it comes from the environment and not from the

@@ -8,11 +8,11 @@ there is a higher token; then it stops. Nothing here needs locks, equal clocks, 
 that a link or an exclusive creation succeeds once and that a folder opened anew shows what is in it.
 
 Who comes to a folder that is held:
-- a later restart of the same Slurm job takes over at once, an earlier one is refused: Slurm may think a job dead that
-  still runs;
+- a later restart of the same Slurm job (its id and its cluster's name) takes over at once, an earlier one is refused:
+  Slurm may think a job dead that still runs;
 - a holder that released the lease, or whose process is gone from this machine, is replaced at once;
 - a heartbeat that goes on refuses the newcomer; one that stands still for STALE_AFTER_S, as the newcomer's own clock
-  measures it, is replaced. On the holder's machine its process and clock tell at once.
+  measures it, is replaced. On the holder's machine its process and clock tell at once, unless /proc hides them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Holder:
     """Who holds a lease, and the last sign of life."""
 
     job: str | None
-    """SLURM_JOB_ID; a requeued job keeps it."""
+    """SLURM_JOB_ID; a requeued job keeps it. None outside Slurm, and for a command that submits or cancels jobs."""
     restart: int
     """SLURM_RESTART_COUNT."""
     host: str
@@ -64,15 +64,23 @@ class Holder:
     beat_clock_s: float = 0.0
     """The machine's monotonic clock at the last heartbeat."""
     released: bool = False
+    cluster: str | None = None
+    """SLURM_CLUSTER_NAME: clusters that share a file system number their jobs each for itself."""
 
     def __str__(self) -> str:
-        job = f"job {self.job}, restart {self.restart}, " if self.job else ""
+        cluster = f" of cluster {self.cluster}" if self.cluster else ""
+        job = f"job {self.job}{cluster}, restart {self.restart}, " if self.job else ""
         return f"{job}process {self.pid} on {self.host}, since {self.since}"
 
-    @property
-    def cure(self) -> str:
-        """The command that ends it."""
-        return f"`scancel {self.job}`" if self.job else f"`kill {self.pid}` on {self.host}"
+    def same_job(self, other: Holder) -> bool:
+        """Whether both work for one Slurm job, be it in different starts of it."""
+        return self.job is not None and (self.job, self.cluster) == (other.job, other.cluster)
+
+    def cure_for(self, newcomer: Holder) -> str:
+        """The command that ends it, but not the newcomer with it: both may be in one interactive allocation."""
+        if self.job is None or self.same_job(newcomer):
+            return f"`kill {self.pid}` on {self.host}"
+        return f"`scancel {self.job}`" + (f" on cluster {self.cluster}" if self.cluster != newcomer.cluster else "")
 
 
 class Lease:
@@ -165,8 +173,12 @@ def leased(folder: Path, world: World, say: Callable[[str], None]) -> Iterator[L
             own.release()
 
 
-def acquire(folder: Path, say: Callable[[str], None] = lambda _: None) -> Lease:
+def acquire(folder: Path, say: Callable[[str], None] = lambda _: None, *, for_job: bool = True) -> Lease:
     """Claim the next token of a stage's folder, as soon as that is allowed.
+
+    Args:
+        for_job: whether this is the work of the Slurm job that the process is in, if any. A command that a user types
+            in an interactive allocation is not: it neither ends nor starts again with it.
 
     Raises:
         LeaseError: the folder is in use, or a later restart of this job was here.
@@ -174,7 +186,7 @@ def acquire(folder: Path, say: Callable[[str], None] = lambda _: None) -> Lease:
     """
     leases = folder / LEASE
     leases.mkdir(parents=True, exist_ok=True)
-    me = _this_process()
+    me = _this_process(for_job=for_job)
     while True:
         newest = _newest(leases)
         if newest is not None and not _may_replace(leases, newest, me, folder, say):
@@ -191,8 +203,8 @@ def _may_replace(leases: Path, token: int, me: Holder, folder: Path, say: Callab
     """Whether the holder of `token` may be replaced; False: it has changed meanwhile, look again."""
     holder = _read(leases, token)
     if holder is None:
-        return _stands_still(leases, token, None, folder, say)
-    same_job = me.job is not None and holder.job == me.job
+        return _stands_still(leases, token, None, me, folder, say)
+    same_job = me.same_job(holder)
     if same_job and holder.restart > me.restart:
         raise LeaseError(
             f"{folder}: a later start of this job works here ({holder}). This is restart {me.restart} of job {me.job}, "
@@ -204,14 +216,19 @@ def _may_replace(leases: Path, token: int, me: Holder, folder: Path, say: Callab
         say(f"takes over from an earlier start of this job ({holder})")
         return True
     if holder.machine == me.machine:
-        if _process_start(holder.pid) != holder.process_start:
+        start = _process_start(holder.pid)
+        # where one of them is not known, the process may be the holder or not: its heartbeat will tell
+        is_known = bool(start and holder.process_start)
+        if start is None or (is_known and start != holder.process_start):
             return True
-        if time.monotonic() - holder.beat_clock_s < STALE_AFTER_S:
-            raise _in_use(folder, holder)
-    return _stands_still(leases, token, holder, folder, say)
+        if is_known and time.monotonic() - holder.beat_clock_s < STALE_AFTER_S:
+            raise _in_use(folder, holder, me)
+    return _stands_still(leases, token, holder, me, folder, say)
 
 
-def _stands_still(leases: Path, token: int, holder: Holder | None, folder: Path, say: Callable[[str], None]) -> bool:
+def _stands_still(
+    leases: Path, token: int, holder: Holder | None, me: Holder, folder: Path, say: Callable[[str], None]
+) -> bool:
     """Watch a heartbeat for STALE_AFTER_S seconds of this process's clock. False: the holder is another meanwhile."""
     whom = holder or "an unknown process"
     say(f"{folder} is held by another ({whom}): watches for up to {STALE_AFTER_S:.0f} s whether it lives")
@@ -225,15 +242,15 @@ def _stands_still(leases: Path, token: int, holder: Holder | None, folder: Path,
         if seen != holder:
             if seen is None or seen.released or holder is None:
                 return False
-            raise _in_use(folder, seen)
+            raise _in_use(folder, seen, me)
     say(f"takes over: there was no sign of life ({whom})")
     return True
 
 
-def _in_use(folder: Path, holder: Holder) -> LeaseError:
+def _in_use(folder: Path, holder: Holder, me: Holder) -> LeaseError:
     return LeaseError(
-        f"{folder} is in use ({holder}), and its heartbeat goes on. Wait until it is done, or end it ({holder.cure}) "
-        "and run the same command again; or choose another name=…."
+        f"{folder} is in use ({holder}), and its heartbeat goes on. Wait until it is done, or end it "
+        f"({holder.cure_for(me)}) and run the same command again; or choose another name=…."
     )
 
 
@@ -295,10 +312,11 @@ def _write_over(leases: Path, token: int, holder: Holder) -> None:
     os.replace(temporary, _file(leases, token))
 
 
-def _this_process() -> Holder:
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+def _this_process(*, for_job: bool = True) -> Holder:
+    job = os.environ.get("SLURM_JOB_ID") or None if for_job else None
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0") if job else "0"
     return Holder(
-        job=os.environ.get("SLURM_JOB_ID") or None,
+        job=job,
         restart=int(restart) if restart.isdigit() else 0,
         host=socket.gethostname(),
         machine=_machine(),
@@ -306,6 +324,7 @@ def _this_process() -> Holder:
         process_start=_process_start(os.getpid()) or "",
         since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         beat_clock_s=time.monotonic(),
+        cluster=os.environ.get("SLURM_CLUSTER_NAME") or None,
     )
 
 
@@ -320,19 +339,23 @@ def _machine() -> str:
 def _process_start(pid: int) -> str | None:
     """When a process of this machine began, as the kernel counts; None where it is gone.
 
-    "" on a system without /proc, for a process that is there.
+    "" for a process that is there, but does not show it: on a system without /proc, and where /proc is mounted with
+    hidepid and the process is another user's.
     """
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return ""
     try:
         # after the name in parentheses, which may hold anything: state, …, start time
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
+    except OSError:
+        return "" if _exists(pid) else None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _exists(pid: int) -> bool:
+    """Asks the kernel itself, which hidepid does not keep from answering."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

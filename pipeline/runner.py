@@ -37,7 +37,7 @@ from .lease import leased
 from .manifest import Manifest, StageInput, describe_artifact, fingerprint, read_manifest
 from .metrics import Reporter, format_bytes, format_duration, peak_memory_bytes, reset_peak_memory
 from .out_of_memory import out_of_memory_explained
-from .requeue import requeue, slurm_job
+from .requeue import requeue, requeue_if_preempted, slurm_job
 from .run_folder import (
     LEASE,
     PREVIOUS_SUFFIX,
@@ -437,7 +437,7 @@ def _run_held(
 
 
 def _leave(stop: Interrupted, attempt: _Attempt) -> Interrupted:
-    """Queue the Slurm job again if the signal asked for it; the error with which all ranks leave. Collective.
+    """Queue the Slurm job again if the signal or a preemption asks for it; the error with which all leave. Collective.
 
     Everything is saved and the lease released by now: Slurm ends a job that it queues again at once. The other ranks
     wait until that is done, for `srun --kill-on-bad-exit` would take rank 0 along with the first that leaves.
@@ -446,10 +446,10 @@ def _leave(stop: Interrupted, attempt: _Attempt) -> Interrupted:
     message = f"{attempt.title} {what}"
     goes_on = False
     job = slurm_job()
-    if attempt.world.is_main and stop.requeue and job is not None:
+    if attempt.world.is_main and job is not None and (stop.requeue or "SIGTERM" in stop.signals):
         attempt.quiet.info(what)
-        goes_on, outcome = requeue(job)
-        message += f"; {outcome}"
+        goes_on, outcome = requeue(job) if stop.requeue else requeue_if_preempted(job)
+        message += f"; {outcome}" if outcome else ""
     attempt.world.barrier()
     leaving = Interrupted(message, signals=stop.signals, requeue=stop.requeue)
     leaving.goes_on_by_itself = goes_on

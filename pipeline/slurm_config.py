@@ -83,7 +83,7 @@ class SlurmConfig(SlurmResources):
     """Elements of one array that run at a time. Null: as many as Slurm has room for."""
     signal: Literal["USR1", "USR2", "HUP"] = "USR2"
     """Warns the processes before a time limit or a preemption, so that they save and requeue (NCCL may take USR1).
-    TERM and INT mean something else: a job that gets them leaves for good."""
+    TERM and INT mean something else: a job that gets them leaves for good, unless Slurm says that it preempts it."""
     grace_period_s: int = Field(default=120, ge=1, le=65535)
     """Seconds between that signal and the time limit: longer than one step and one save take."""
     requeue: bool = True

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 
-from ..run_folder import RunFolder
+from ..errors import ResourceError
+from ..run_folder import RunFolder, fenced, storage_errors
 from ..status import find_run_folder
-from .job_records import read_records
+from .job_records import JobRecords, read_records, write_records
+from .queue_lease import changing_the_queue
 from .scheduler import ENDING_STATE, LIVE_STATES, queue_states, scancel
 
 
@@ -15,15 +18,41 @@ def cancel(run: str) -> None:
 
     Raises:
         ConfigError: no such run.
+        LeaseError: a `submit` is just creating jobs of the run, or another `cancel` is at work.
+        CheckpointError: the records of the run's jobs cannot be read.
         SchedulerError: Slurm does not answer, or refuses.
     """
     folder = RunFolder(find_run_folder(run))
-    records = read_records(folder)
-    records.adopt()
+    if not folder.slurm.is_dir():
+        print(f"{folder.root}: nothing was submitted to Slurm.")
+        return
+    with ExitStack() as held:
+        may_write = True
+        try:
+            lease = held.enter_context(changing_the_queue(folder, "cancel"))
+            held.enter_context(fenced(lease))
+        except ResourceError as error:  # a full disk is a reason to cancel, not one to refuse it
+            may_write = False
+            print(f"note: {error} Cancels all the same; let no `hedgehog submit` of this run work beside it.")
+        records = read_records(folder)
+        adopted = records.adopt()
+        _cancel_recorded(folder, records)
+        if adopted and may_write:
+            with storage_errors("cancel"):
+                write_records(folder, records)
+
+
+def _cancel_recorded(folder: RunFolder, records: JobRecords) -> None:
+    if records.intents:
+        names = ", ".join(intent.name for intent in records.intents)
+        print(
+            f"note: Slurm gave no answer about the job of {names}, and shows none now. Should the controller still "
+            "take it, cancel again."
+        )
     if not records.jobs:
         print(f"{folder.root}: nothing was submitted to Slurm.")
         return
-    states = queue_states([job.job_id for job in records.jobs])
+    states = queue_states([job.submitted for job in records.jobs])
     live = {
         job_id if index is None else f"{job_id}_{index}": state.state
         for (job_id, index), state in states.items()

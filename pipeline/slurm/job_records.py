@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CheckpointError
 from ..run_folder import RunFolder, write_json
-from .scheduler import jobs_by_token
+from .scheduler import SubmittedJob, jobs_by_token
 
 FORMAT = 1
 _INTENT_AGE = timedelta(days=1)
@@ -36,6 +36,13 @@ class JobRecord(BaseModel):
     submitted_at: str
     token: str = ""
     """Last word of the job's comment in Slurm, by which it is found; empty in older records."""
+    slurm_name: str = ""
+    """The job's name in Slurm; empty in older records."""
+
+    @property
+    def submitted(self) -> SubmittedJob:
+        """By what Slurm's commands know it."""
+        return SubmittedJob(self.job_id, self.token, self.slurm_name)
 
     def log_file(self, folder: RunFolder, index: int | None) -> Path:
         """Where the job, or one element of it, prints."""
@@ -101,9 +108,9 @@ class JobRecords(BaseModel):
         return adopted
 
     @property
-    def job_ids(self) -> list[str]:
-        """Ids of the jobs of `newest`."""
-        return list(dict.fromkeys(job.job_id for job, _ in self.newest()))
+    def submitted(self) -> list[SubmittedJob]:
+        """The jobs of `newest`."""
+        return list(dict.fromkeys(job.submitted for job, _ in self.newest()))
 
 
 def log_name(name: str, *, is_array: bool) -> str:

@@ -59,7 +59,7 @@ def view_jobs(folder: RunFolder) -> tuple[list[JobView], list[str], JobRecords]:
     records = read_records(folder)
     with contextlib.suppress(SchedulerError):  # `observe` says so
         records.adopt()
-    seen = observe(records.job_ids)
+    seen = observe(records.submitted)
     views = [
         _view(folder, record, index, seen.states.get((record.job_id, index))) for record, index in records.newest()
     ]

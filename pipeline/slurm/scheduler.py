@@ -45,7 +45,9 @@ _KEYS = (
 """What Slurm's complaint mentions, and the keys under `slurm` that it may be about."""
 _RUN_WIDE_KEYS = ("layer_groups", "evaluate_shards")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "HEDGEHOG_SUBMITTED_CONFIG")
-_SITE_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+_DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
+"""Slurm sets them in an allocation with GPUs, and a job without GPUs would inherit them."""
+_SITE_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 _DEFAULT_VARIABLES = {
     "SBATCH_ACCOUNT": ("--account", "-A"),
     "SBATCH_PARTITION": ("--partition", "-p"),
@@ -56,8 +58,10 @@ _DEFAULT_VARIABLES = {
 }
 """What a user's environment may decide where the script does not. sbatch ranks its variables above `#SBATCH` lines, and
 the others (SBATCH_EXPORT, SBATCH_SIGNAL, SBATCH_NO_REQUEUE, SBATCH_WAIT, …) change what the scripts rely on."""
-_FILTER_VARIABLES = ("SQUEUE_", "SACCT_", "SCANCEL_")
+_FILTER_VARIABLES = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_")
 """They hide jobs, change columns, or ask before they cancel."""
+_FORMAT_VARIABLES = ("SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_JSON", "SLURM_YAML", "SLURM_DEBUG_FLAGS")
+"""They change what several commands print."""
 _DOUBTFUL = re.compile(r"timed out|zero bytes|connection (reset|refused|closed)|communication", re.IGNORECASE)
 """sbatch lost the controller, which may have taken the job all the same."""
 _ALREADY_ENDED = re.compile(r"already completing or completed|invalid job id", re.IGNORECASE)
@@ -69,6 +73,24 @@ class SchedulerError(HedgehogError):
 
 class DoubtfulSubmission(SchedulerError):
     """sbatch got no answer: Slurm may have the job or not."""
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job as it was submitted: what tells it from a job of another cluster that has the same id."""
+
+    job_id: str
+    token: str = ""
+    """Last word of its comment. Empty: not known."""
+    name: str = ""
+    """Its name in Slurm, for sites that write comments of their own. Empty: not known, and any job with the id is
+    taken for it."""
+
+    def is_shown_as(self, name: str, comment: str | None = None) -> bool:
+        """Whether a job of this id with this name and comment (None: not shown) is this one."""
+        if comment is not None and self.token and comment.split()[-1:] == [self.token]:
+            return True
+        return not self.name or name == self.name
 
 
 @dataclass(frozen=True)
@@ -190,23 +212,33 @@ def submission_environment(environment: Mapping[str, str], decided: Collection[s
         options = _DEFAULT_VARIABLES.get(name)
         if options is None or any(option in decided for option in options):
             del kept[name]
-    if "SLURM_JOB_ID" in kept:  # submitted from inside a job
-        own = ("SLURM_", "SLURMD_", "SRUN_")
+    if "SLURM_JOB_ID" in kept:  # submitted from inside a job, or an allocation of salloc
+        own = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", *_DEVICE_VARIABLES)
         kept = {name: value for name, value in kept.items() if name in _SITE_VARIABLES or not name.startswith(own)}
     return kept
 
 
-def queue_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobState]:
-    """What squeue shows of these jobs, jobs that ended a few minutes ago included.
+def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for Slurm's commands: without what makes them show less than all, or in another form."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_FILTER_VARIABLES) and name not in _FORMAT_VARIABLES
+    }
+
+
+def queue_states(jobs: Iterable[SubmittedJob]) -> dict[tuple[str, int | None], JobState]:
+    """What squeue shows of these jobs, jobs that ended a few minutes ago included. Other jobs with the same ids, as a
+    second cluster on the same file system may have them, are left out.
 
     Raises:
         SchedulerError: squeue is missing or fails.
     """
-    wanted = list(dict.fromkeys(job_ids))
+    wanted = {job.job_id: job for job in jobs}
     if not wanted:
         return {}
-    # %F array's id, %K index (or N/A), %T state, %r reason; -r: one line an element
-    columns = "--format=%F|%K|%T|%r"
+    # %F array's id, %K index (or N/A), %T state, %r reason, %j name, %k comment; -r: one line an element
+    columns = "--format=%F|%K|%T|%r|%j|%k"
     # --all: jobs in hidden partitions too
     done = _run(["squeue", "--noheader", "--all", "--array", "--states=all", columns, f"--jobs={','.join(wanted)}"])
     if done.returncode != 0:
@@ -215,8 +247,8 @@ def queue_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobStat
         raise SchedulerError(f"squeue does not answer: {_words(done)}")
     states = {}
     for line in done.stdout.splitlines():
-        job_id, index, state, reason = (*line.strip().split("|", 3), "", "", "")[:4]
-        if job_id in wanted:
+        job_id, index, state, reason, name, comment = (*line.strip().split("|", 5), *[""] * 5)[:6]
+        if job_id in wanted and wanted[job_id].is_shown_as(name, comment):
             states[job_id, int(index) if index.isdigit() else None] = JobState(
                 state, "" if reason == "None" else reason
             )
@@ -244,23 +276,25 @@ def jobs_by_token(tokens: Collection[str]) -> dict[str, str]:
     return found
 
 
-def accounted_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], JobState]:
-    """What sacct has recorded about these jobs.
+def accounted_states(jobs: Iterable[SubmittedJob]) -> dict[tuple[str, int | None], JobState]:
+    """What sacct has recorded about these jobs. It rarely keeps comments: a job of another name is another job.
 
     Raises:
         SchedulerError: sacct is missing or refuses, as it does on clusters without accounting.
     """
-    wanted = list(dict.fromkeys(job_ids))
+    wanted = {job.job_id: job for job in jobs}
     if not wanted:
         return {}
-    columns = "--format=JobID,State,ExitCode"
+    columns = "--format=JobID,State,ExitCode,JobName"
     done = _run(["sacct", "--noheader", "--parsable2", "--allocations", columns, f"--jobs={','.join(wanted)}"])
     if done.returncode != 0 or "disabled" in done.stderr:
         raise SchedulerError(f"sacct does not answer: {_words(done)}")
     states = {}
     for line in done.stdout.splitlines():
-        name, state, exit_code = (*line.split("|"), "", "", "")[:3]
-        job_id, _, index = name.partition("_")
+        shown_id, state, exit_code, name = (*line.split("|"), "", "", "")[:4]
+        job_id, _, index = shown_id.partition("_")
+        if job_id not in wanted or not wanted[job_id].is_shown_as(name):
+            continue
         if index and not index.isdigit():  # the elements that wait, in one row: squeue has them
             continue
         reason = "" if exit_code in ("0:0", "") else f"exit code {exit_code.removesuffix(':0')}"
@@ -268,9 +302,9 @@ def accounted_states(job_ids: Iterable[str]) -> dict[tuple[str, int | None], Job
     return states
 
 
-def observe(job_ids: Iterable[str]) -> Observation:
+def observe(jobs: Iterable[SubmittedJob]) -> Observation:
     """What both commands know; squeue is the fresher one. Never raises: a missing source is a note."""
-    wanted = list(job_ids)
+    wanted = list(jobs)
     seen = Observation()
     for source in (accounted_states, queue_states):
         try:
@@ -303,7 +337,6 @@ class _NoAnswerError(SchedulerError):
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ if environment is None else environment
     try:
         return subprocess.run(
             command,
@@ -311,7 +344,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
-            env={name: value for name, value in environment.items() if not name.startswith(_FILTER_VARIABLES)},
+            env=command_environment(os.environ if environment is None else environment),
         )
     except FileNotFoundError:
         raise SchedulerError(f"{command[0]}: not found on the path.") from None

@@ -8,8 +8,8 @@ from __future__ import annotations
 import shlex
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,12 +18,13 @@ from ..config import RunConfig
 from ..config_checks import world_errors
 from ..config_loading import apply_variant, dump_resolved, load_config
 from ..errors import ConfigError
-from ..lease import Lease, acquire
+from ..lease import Lease
 from ..run_folder import STAGES, RunFolder, atomic_write, fenced, storage_errors
 from .dry_run import describe_graph, describe_scripts
 from .frozen_config import differences, freeze
 from .job_graph import Job, JobGraph, Queued, build_graph
 from .job_records import JobRecord, JobRecords, read_records, write_records
+from .queue_lease import changing_the_queue
 from .scheduler import (
     ENDING_STATE,
     FAILED_STATES,
@@ -32,6 +33,7 @@ from .scheduler import (
     DoubtfulSubmission,
     JobState,
     SchedulerError,
+    SubmittedJob,
     line_options,
     queue_states,
     require_slurm,
@@ -108,7 +110,7 @@ def submit(
 
     Raises:
         ConfigError: the config, the sweep or the run folder is wrong, there is no Slurm, or Slurm refuses a job.
-        LeaseError: another `submit` is at work on one of the runs.
+        LeaseError: another `submit` or `cancel` is at work on one of the runs.
         SchedulerError: Slurm does not answer.
         CheckpointError, ModelError, ResourceError: the run folder or the base model cannot be read or written.
     """
@@ -120,7 +122,7 @@ def submit(
         plans = []
         for run in runs:
             config = load_run(path, (*overrides, *run.overrides))
-            lease = None if dry_run else held.enter_context(_submitting_alone(RunFolder.of(config)))
+            lease = None if dry_run else held.enter_context(changing_the_queue(RunFolder.of(config), "submit"))
             plan = look_at_run(config, path, (*overrides, *run.overrides), stages, dry_run=dry_run)
             plan.lease = lease
             plans.append(plan)
@@ -148,18 +150,6 @@ def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-@contextmanager
-def _submitting_alone(folder: RunFolder) -> Iterator[Lease]:
-    """Two submits at the same time would both find the same jobs missing."""
-    with storage_errors("submit"):
-        lease = acquire(folder.slurm, print)
-    lease.keep_alive()
-    try:
-        yield lease
-    finally:
-        lease.release()
-
-
 def look_at_run(
     config: RunConfig, path: str, overrides: Sequence[str], stages: Sequence[str] = STAGES, *, dry_run: bool = False
 ) -> Plan:
@@ -175,7 +165,7 @@ def look_at_run(
     ending: list[Live] = []
     try:
         adopted = records.adopt()
-        states = _settled_states(records.job_ids, 0.0 if dry_run else _ENDING_S)
+        states = _settled_states(records.submitted, 0.0 if dry_run else _ENDING_S)
     except SchedulerError:
         if not dry_run:
             raise
@@ -206,12 +196,12 @@ def look_at_run(
     return plan
 
 
-def _settled_states(job_ids: Sequence[str], patience_s: float) -> dict[tuple[str, int | None], JobState]:
+def _settled_states(jobs: Sequence[SubmittedJob], patience_s: float) -> dict[tuple[str, int | None], JobState]:
     """What squeue shows once no job is COMPLETING: one that is being queued again looks like one that ends."""
     started = time.monotonic()
     told = False
     while True:
-        states = queue_states(job_ids)
+        states = queue_states(jobs)
         ending = [key for key, state in states.items() if state.state == ENDING_STATE]
         if not ending or time.monotonic() - started >= patience_s:
             return states
@@ -267,7 +257,7 @@ def submit_plan(plan: Plan, command: list[str]) -> None:
     Raises:
         ConfigError: Slurm refuses a job.
         SchedulerError: Slurm does not answer.
-        LeaseError: another `submit` has taken over meanwhile.
+        LeaseError: another `submit` or `cancel` has taken over meanwhile.
     """
     with ExitStack() as held:
         if plan.lease is not None:
@@ -328,6 +318,7 @@ def _submit_plan(plan: Plan, command: list[str]) -> None:
             script=str(script_file(job, folder)),
             submitted_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             token=f"hedgehog:{uuid.uuid4().hex}",
+            slurm_name=_name_in_slurm(script_file(job, folder)),
         )
         try:
             job_id = _submit_job(plan, job, options, intent)
@@ -377,6 +368,12 @@ def _submit_job(plan: Plan, job: Job, options: Sequence[str], intent: JobRecord)
         plan.records.jobs.append(intent.model_copy(update={"job_id": job_id}))
     write_records(plan.folder, plan.records)
     return job_id
+
+
+def _name_in_slurm(script: Path) -> str:
+    """A line of the user's may give the job another name than ours."""
+    options = script_options(script)
+    return options.get("-J", options["--job-name"])
 
 
 def _say(job: Job, what: str) -> None:

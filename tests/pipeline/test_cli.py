@@ -239,7 +239,7 @@ def test_a_signal_during_the_imports_is_heard_and_queues_the_job_again(config_fi
     assert process.returncode == 75, stderr
     assert "prepare stopped by SIGUSR2: this attempt had not begun; job 7 is queued again and goes on there\n" in stderr
     assert "To go on" not in stderr
-    assert calls.read_text().splitlines() == ["show job 7", "requeue 7"]
+    assert calls.read_text().splitlines() == ["-o show job 7", "requeue 7"]
     assert not (tmp_path / "trial" / "prepare").exists()
 
 

@@ -202,6 +202,6 @@ def test_two_ranks_stop_together(
         assert second.startswith("ENDED Interrupted distill stopped by SIGUSR2: saved after step 3 of 4")
         assert third.startswith("ENDED LeaseError")
     assert "job 120_3 is queued again" in outputs[0]
-    assert calls.read_text().splitlines() == ["show job 120_3", "requeue 120_3"]
+    assert calls.read_text().splitlines() == ["-o show job 120_3", "requeue 120_3"]
     assert left_by(runs[1], "distill")[:2] == left_by(runs[0], "distill")[:2]
     assert len(runs[2].metrics("distill")) == 2, "nothing was recorded after the take-over"

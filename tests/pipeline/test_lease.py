@@ -35,7 +35,7 @@ ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(lease_module, "STALE_AFTER_S", 0.6)
@@ -145,6 +145,41 @@ def test_a_living_process_whose_heart_stands_still_is_replaced_after_a_while(fol
     assert acquire(folder).token == 2
 
 
+@pytest.fixture(params=[FileNotFoundError, PermissionError], ids=["hidepid=2", "hidepid=1"])
+def another_users_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A living process that /proc shows to its owner only."""
+    process = {"pid": os.getppid(), "process_start": lease_module._process_start(os.getppid())}
+    read_text = Path.read_text
+
+    def hidden(self: Path, *arguments: Any, **rest: Any) -> str:
+        if str(self) == f"/proc/{os.getppid()}/stat":
+            raise request.param(str(self))
+        return read_text(self, *arguments, **rest)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    return process
+
+
+def test_a_process_that_proc_hides_is_not_taken_for_gone(folder: Path, another_users_process: dict[str, Any]) -> None:
+    with beating(folder, **another_users_process), pytest.raises(LeaseError, match="its heartbeat goes on"):
+        acquire(folder)
+
+
+def test_a_hidden_process_without_a_heartbeat_is_replaced(folder: Path, another_users_process: dict[str, Any]) -> None:
+    forge(folder, **another_users_process)
+    started = time.monotonic()
+    assert acquire(folder).token == 2
+    assert time.monotonic() - started >= 0.6
+
+
+def test_a_process_of_another_user_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert lease_module._exists(1)
+
+
 @pytest.mark.parametrize("clock", [0.0, 1e12])
 def test_a_heartbeat_elsewhere_that_goes_on_refuses_whatever_its_clock_says(folder: Path, clock: float) -> None:
     with (
@@ -195,6 +230,46 @@ def test_an_earlier_restart_of_the_job_is_refused(
     forge(folder, **ELSEWHERE, job="12", restart=1, released=released)
     with pytest.raises(LeaseError, match="later start of this job works here"):
         acquire(folder)
+
+
+@pytest.mark.parametrize("restart", ["0", "2"])
+def test_the_same_number_on_another_cluster_is_another_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, restart: str
+) -> None:
+    for name, value in (("JOB_ID", "12"), ("RESTART_COUNT", restart), ("CLUSTER_NAME", "beta")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    theirs = {**ELSEWHERE, "job": "12", "cluster": "alpha", "restart": 1}
+    with (
+        beating(folder, **theirs),
+        pytest.raises(LeaseError, match=r"in use \(job 12 of cluster alpha, .*`scancel 12` on cluster alpha\)"),
+    ):
+        acquire(folder)
+    forge(folder, **theirs, released=True)
+    assert acquire(folder, refuse_to_wait).token == 2
+
+
+def test_a_restart_on_the_same_cluster_takes_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("JOB_ID", "12"), ("RESTART_COUNT", "2"), ("CLUSTER_NAME", "alpha")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    forge(folder, **ELSEWHERE, job="12", cluster="alpha", restart=1)
+    said: list[str] = []
+    assert acquire(folder, said.append).token == 2
+    assert len(said) == 1 and "earlier start of this job (job 12 of cluster alpha, restart 1, " in said[0]
+
+
+def test_in_an_allocation_nobody_is_told_to_cancel_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with beating(folder, **ELSEWHERE, job="12"), pytest.raises(LeaseError, match=r"\(`kill 4711` on gpu-03\)"):
+        acquire(folder)
+
+
+def test_a_command_in_an_allocation_does_not_work_for_its_job(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    forge(folder, **ELSEWHERE, job="12", restart=4, released=True)
+    lease = acquire(folder, refuse_to_wait, for_job=False)
+    holder = lease_module._read(folder / LEASE, lease.token)
+    assert holder is not None and (holder.job, holder.restart) == (None, 0)
 
 
 def test_the_heart_beats_while_the_work_goes_on(folder: Path) -> None:

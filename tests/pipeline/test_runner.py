@@ -332,7 +332,7 @@ def older(stages: FakeStages, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 
 def test_a_second_process_is_refused_while_the_first_works(older: tuple[int, Path], config: RunConfig) -> None:
     pid, root = older
-    with pytest.raises(LeaseError, match=rf"prepare is in use \(job 12, restart 0, process {pid} on .*`scancel 12`"):
+    with pytest.raises(LeaseError, match=rf"prepare is in use \(job 12, restart 0, process {pid} on .*`kill {pid}`"):
         run_stage(config, "prepare")
     (root / "go").touch()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4

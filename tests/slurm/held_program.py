@@ -3,8 +3,9 @@
     python held_program.py FOLDER ARGUMENTS…
 
 Where FOLDER has a file `hold-<n>`, the job's n-th restart (0: its first start) waits after as many steps as the file
-says, before it saves, until a signal comes or the file is gone (of an array: the first element). So a test need not
-hit a moment. FOLDER/times.jsonl gets a line for the start, for every step, every save and search for a checkpoint.
+says, before it saves, until a signal comes or the file is gone (of an array: the first element; of several ranks: the
+first, and the others wait for it). So a test need not hit a moment. FOLDER/times.jsonl gets a line for the start, for
+every step, every save and search for a checkpoint; of several ranks, from the first.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from hedgehog.pipeline.interrupts import asked_to_stop
 FOLDER = Path(sys.argv.pop(1))
 RESTART = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 PART = os.environ.get("SLURM_ARRAY_TASK_ID")
+IS_MAIN = os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def note(what: str, **facts: object) -> None:
+    if not IS_MAIN:
+        return
     record = {"what": what, "job": os.environ.get("SLURM_JOB_ID"), "part": PART, "restart": RESTART, **facts}
     record["at"] = time.time()
     with open(FOLDER / "times.jsonl", "a") as file:
@@ -55,7 +59,7 @@ def held_at_steps() -> None:
     def step(self: Reporter, number: int, *arguments: Any, **rest: Any) -> None:
         record_step(self, number, *arguments, **rest)
         note("step", step=number)
-        if PART in (None, "0") and hold.exists() and int(hold.read_text()) == number:
+        if IS_MAIN and PART in (None, "0") and hold.exists() and int(hold.read_text()) == number:
             while hold.exists() and not asked_to_stop():
                 time.sleep(0.05)
 

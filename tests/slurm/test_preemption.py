@@ -1,7 +1,7 @@
 """Jobs on a real Slurm that meet a time limit, a preemption, a lost node, a user's scancel or a copy of themselves.
 
-Each is held after its third step of six, with the last checkpoint after the second. Whatever comes then, the losses and
-files are those of the run that nothing happened to, bit for bit.
+Most are held after the third step of six, with the last checkpoint after the second. Whatever comes then, the losses
+and files are those of the run that nothing happened to, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,23 +157,72 @@ def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(distur
     run.cluster.hedgehog("cancel", "micro")
 
 
-def test_a_job_of_a_higher_partition_comes_first(disturbed: Callable[[str], Disturbed]):
-    run = disturbed("finetune")
+def test_two_ranks_save_together_at_their_time_limit_and_queue_themselves(disturbed: Callable[[str], Disturbed]):
+    """As above; another run of two ranks, which nothing happens to, goes through meanwhile."""
+    run, calm = disturbed("distill"), disturbed("distill")
+    for either in (run, calm):  # these nodes' names are in no DNS
+        either.cluster = either.cluster.under(MASTER_ADDR="127.0.0.1")
+    two_ranks = {"layer_groups": 1, "tasks_per_node": 2, "grace_period_s": 50}
     run.hold()
-    job = run.submit()
+    job = run.submit(**two_ranks)
     run.wait_for_step(HELD_AT)
-    higher = [
-        "--partition=high",
-        f"--nodelist={run.job(job)['NodeList']}",
-        "--exclusive",
-        "--output=/dev/null",
-        "--parsable",
-    ]
-    other = run.cluster.run("sbatch", *higher, "--wrap=sleep 1").stdout.strip()
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    calm.submit(**two_ranks)
     run.wait(lambda: run.job(job).get("Restarts") == "1")
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    calm.cluster.wait(lambda states: states["distill"] == "done")
+    run.whole = calm.runs
     run.finish()
-    assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "the signal came before the end"
-    assert run.job(other)["JobState"] == "COMPLETED"
+    assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "both ranks stopped after the same step"
+    assert json.loads((run.runs / "distill" / "manifest.json").read_text())["world_size"] == 2
+    assert "stopped by SIGUSR2: saved after step 4 of 6" in run.log()
+
+
+@pytest.fixture
+def without_user_signal(slurm_conf: Path) -> Iterator[Callable[[Cluster], None]]:
+    """`without_user_signal(cluster)`: Slurm as most sites have it, which announces a preemption by TERM alone."""
+    original, clusters = slurm_conf.read_text(), []
+    parameter = "SlurmctldParameters=preempt_send_user_signal\n"
+    assert parameter in original
+
+    def reconfigure(cluster: Cluster) -> None:
+        clusters.append(cluster)
+        slurm_conf.write_text(original.replace(parameter, ""))
+        cluster.run("scontrol", "reconfigure")
+
+    yield reconfigure
+    slurm_conf.write_text(original)
+    for cluster in clusters:
+        cluster.run("scontrol", "reconfigure")
+
+
+def preempt(run: Disturbed, job: str) -> None:
+    """Let a job of the higher partition take the node, and wait until ours is in the queue again."""
+    restarts = int(run.job(job)["Restarts"])
+    higher = ["--partition=high", f"--nodelist={run.job(job)['NodeList']}", "--exclusive", "--output=/dev/null"]
+    other = run.cluster.run("sbatch", "--parsable", *higher, "--wrap=sleep 1").stdout.strip()
+    run.wait(lambda: run.job(job).get("Restarts") == str(restarts + 1))
+    run.wait(lambda: run.job(other)["JobState"] == "COMPLETED")
+
+
+def test_a_job_of_a_higher_partition_comes_first(
+    disturbed: Callable[[str], Disturbed], without_user_signal: Callable[[Cluster], None]
+):
+    """Twice: announced by the job's own signal, and by TERM."""
+    run = disturbed("finetune")
+    run.hold(step=2)
+    run.hold(restart=1, step=4)
+    job = run.submit()
+    run.wait_for_step(2)
+    preempt(run, job)
+    without_user_signal(run.cluster)
+    run.wait_for_step(4, restart=1)
+    preempt(run, job)
+    run.finish()
+    assert [run.steps(start) for start in (0, 1, 2)] == [[1, 2, 3], [4, 5], [6]], "the signals came before the end"
+    said = run.log()
+    assert "stopped by SIGUSR2: saved after step 3 of 6" in said
+    assert "stopped by SIGTERM: saved after step 5 of 6" in said
 
 
 def test_a_node_goes_down(disturbed: Callable[[str], Disturbed]):
@@ -234,10 +283,9 @@ def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(
     finally:
         local_slurm("start-node", node)
     assert run.steps(1) == [3, 4, 5, 6] and run.steps(0)[:3] == [1, 2, 3]
-    assert f"takes over from an earlier start of this job (job {job}, restart 0" in run.log()
+    assert f"takes over from an earlier start of this job (job {job} of cluster local, restart 0" in run.log()
     # Slurm has cut the lost node's output off the log
     said = (run.program / "stderr-0").read_text()
-    assert (
-        f"error: {run.runs.relative_to(run.cluster.cwd)}/finetune: another process has taken over (job {job}, " in said
-    )
-    assert "restart 1" in said and "This older one stops and writes nothing more." in said
+    place = f"{run.runs.relative_to(run.cluster.cwd)}/finetune"
+    assert f"error: {place}: another process has taken over (job {job} of cluster local, restart 1, " in said
+    assert "This older one stops and writes nothing more." in said

@@ -200,12 +200,12 @@ def test_packed_sequences_and_output_error(new_run: Callable[..., Run]) -> None:
 
 
 def test_a_part_of_the_query_rows(finished: Run, new_run: Callable[..., Run], interrupt: Callable[..., None]) -> None:
-    """Other losses than with all rows, but near them; a layer alone draws the same rows, a resumed run too."""
+    """Other losses than with all rows, towards the same maps; a layer alone draws the same rows, a resumed run too."""
     sampling = {"distill__query_fraction": 0.5, "distill__query_block": 16}
     run = new_run(**sampling)
-    run.stage("distill")
+    summary = run.stage("distill").summary
     assert run.losses("distill") != finished.losses("distill")
-    assert run.losses("distill") == pytest.approx(finished.losses("distill"), rel=0.2)
+    assert summary["kl_mean"] == pytest.approx(finished.stage("distill").summary["kl_mean"], rel=0.05)
     resumed = new_run(**sampling)
     interrupt(resumed, "distill")
     resumed.stage("distill")

@@ -38,6 +38,8 @@ if name == "sbatch":
     facts["environment"] = dict(os.environ)
     comment = [a[10:] for a in arguments if a.startswith("--comment=")]
     facts["comments"][job] = comment[0] if comment else ""
+    lines = Path(arguments[-1]).read_text().splitlines()
+    facts["names"][job] = [line[19:] for line in lines if line.startswith("#SBATCH --job-name=")][-1]
     for index in indices or [None]:
         facts["jobs"][job if index is None else f"{{job}}_{{index}}"] = ["PENDING", "Dependency"]
     if facts["loses_answer"]:
@@ -49,14 +51,16 @@ elif name == "squeue":
         number, _, index = job.partition("_")
         if word not in facts["only_in_sacct"]:
             by_comment = "--format=%F|%k" in arguments
-            fields = [number, facts["comments"][number]] if by_comment else [number, index or "N/A", word, reason]
-            print("|".join(fields))
+            name, comment = facts["names"][number], facts["comments"][number]
+            fields = [number, index or "N/A", word, reason, name, comment]
+            print("|".join([number, comment] if by_comment else fields))
     for job, word in facts["after_a_look"].items():
         facts["jobs"][job] = [word, ""]
     facts["after_a_look"] = {{}}
 elif name == "sacct":
     for job, (word, reason) in facts["jobs"].items():
-        print("|".join([job, word, "2:0" if word == "FAILED" else "0:0"]))
+        name = facts["names"][job.partition("_")[0]]
+        print("|".join([job, word, "2:0" if word == "FAILED" else "0:0", name]))
 elif name == "scancel":
     for job in arguments:
         facts["jobs"][job] = ["CANCELLED", ""]
@@ -72,7 +76,7 @@ class FakeSlurm:
         self.bin = folder / "bin"
         self.bin.mkdir()
         facts = {"calls": [], "jobs": {}, "fails": {}, "next_id": 100, "only_in_sacct": []}
-        facts |= {"comments": {}, "environment": {}, "loses_answer": False, "after_a_look": {}}
+        facts |= {"comments": {}, "names": {}, "environment": {}, "loses_answer": False, "after_a_look": {}}
         self._state.write_text(json.dumps(facts))
         for name in ("sbatch", "squeue", "sacct", "scancel"):
             program = self.bin / name
@@ -97,6 +101,11 @@ class FakeSlurm:
             if not word:
                 del jobs[key.removeprefix("_")]
         self._change("jobs", jobs)
+
+    def belongs_to_somebody_else(self, *jobs: str, name: str = "theirs", comment: str = "theirs") -> None:
+        """Let squeue and sacct show other jobs under these ids, as those of another cluster do."""
+        self._change("names", {**self._facts()["names"], **dict.fromkeys(jobs, name)})
+        self._change("comments", {**self._facts()["comments"], **dict.fromkeys(jobs, comment)})
 
     def lose_next_answer(self) -> None:
         """Let the next sbatch place its job and then say that it heard nothing."""

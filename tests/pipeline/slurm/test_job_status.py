@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,7 +126,9 @@ def test_watching_ends_on_a_cluster_without_accounting(run, slurm, capsys, monke
     slurm.fail("sacct", "Slurm accounting storage is disabled")
     assert watch_status(run, every_s=0.1, as_json=True).notes
     slurm.fail("squeue", "Unable to contact slurm controller")
-    monkeypatch.setattr("hedgehog.pipeline.status_report.time.sleep", lambda _: slurm.works_again())
+    # not time.sleep itself: subprocess waits with it too, while sacct and squeue are still to fail
+    between_looks = SimpleNamespace(sleep=lambda _: slurm.works_again())
+    monkeypatch.setattr("hedgehog.pipeline.status_report.time", between_looks)
     assert not watch_status(run, every_s=0.1, as_json=True).notes, "as long as squeue fails jobs may be running"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from hedgehog.pipeline.errors import ConfigError, LeaseError
 from hedgehog.pipeline.lease import acquire
-from hedgehog.pipeline.slurm import scheduler, submission
+from hedgehog.pipeline.slurm import cancelling, queue_lease, scheduler, submission
 from hedgehog.pipeline.slurm.cancelling import cancel
 from hedgehog.pipeline.slurm.job_records import JobRecord, JobRecords
 from hedgehog.pipeline.slurm.scheduler import DoubtfulSubmission, scancel, submission_environment
@@ -121,6 +123,111 @@ def test_the_users_environment_does_not_overrule_the_script(slurm, write_config,
     assert submission_environment({"SBATCH_PARTITION": "p"}) == {"SBATCH_PARTITION": "p"}
     submit("trial.yaml", ONE, last="prepare")
     assert "--all" in slurm.calls("squeue")[-1]
+
+
+def test_a_cancel_beside_a_submit_is_refused_and_then_misses_nothing(slurm, write_config, monkeypatch):
+    placed = submission.sbatch
+
+    def beside(*arguments, **settings):
+        with pytest.raises(LeaseError, match=r"runs/trial/slurm is in use"):
+            cancel("trial")
+        return placed(*arguments, **settings)
+
+    monkeypatch.setattr(submission, "sbatch", beside)
+    submit("trial.yaml", ONE, last="distill")
+    assert slurm.calls("scancel") == []
+    cancel("trial")
+    assert slurm.calls("scancel") == [["102", "101"]]
+
+
+def test_no_submit_beside_a_cancel(slurm, write_config, monkeypatch):
+    submit("trial.yaml", ONE, last="prepare")
+    cancelled = cancelling.scancel
+
+    def beside(jobs):
+        with pytest.raises(LeaseError, match=r"runs/trial/slurm is in use"):
+            submit("trial.yaml", ONE, last="distill")
+        cancelled(jobs)
+
+    monkeypatch.setattr(cancelling, "scancel", beside)
+    cancel("trial")
+    assert slurm.calls("scancel") == [["101"]] and len(slurm.calls("sbatch")) == 1
+
+
+def test_cancel_records_what_it_found_and_tells_of_what_it_did_not(slurm, write_config, capsys):
+    slurm.lose_next_answer()
+    slurm.fail("squeue", "Unable to contact slurm controller", where="%k")
+    with pytest.raises(DoubtfulSubmission):
+        submit("trial.yaml", ONE, last="prepare")
+    slurm.works_again()
+    slurm.set(_101="")
+    cancel("trial")
+    assert "no answer about the job of prepare, and shows none now" in capsys.readouterr().out
+    slurm.set(_101="PENDING")
+    cancel("trial")
+    assert slurm.calls("scancel") == [["101"]]
+    assert [job["job_id"] for job in recorded()["jobs"]] == ["101"] and recorded()["intents"] == []
+
+
+def test_cancel_where_nothing_was_submitted_makes_no_folder(slurm, write_config, finish, capsys):
+    finish("prepare")
+    cancel("trial")
+    assert "nothing was submitted" in capsys.readouterr().out and not Path("runs/trial/slurm").exists()
+
+
+def test_a_full_disk_does_not_keep_jobs_in_the_queue(slurm, write_config, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    submit("trial.yaml", ONE, last="prepare")
+    monkeypatch.setattr(queue_lease, "acquire", full)
+    cancel("trial")
+    assert slurm.calls("scancel") == [["101"]] and "Cancels all the same" in capsys.readouterr().out
+
+
+def test_in_an_allocation_of_salloc_a_submit_stays_its_own(slurm, write_config, monkeypatch):
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOBID": "7", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "2"}
+    allocation |= {"SLURM_MEM_PER_NODE": "1", "SALLOC_PARTITION": "debug", "CUDA_VISIBLE_DEVICES": "3"}
+    for name, value in {**allocation, "SLURM_CONF": "/etc/slurm.conf"}.items():
+        monkeypatch.setenv(name, value)
+    placed = submission.sbatch
+
+    def twice(*arguments, **settings):
+        with pytest.raises(LeaseError, match=rf"in use \(process {os.getpid()} .*`kill {os.getpid()}`") as refused:
+            submit("trial.yaml", ONE, last="prepare")
+        assert "scancel" not in str(refused.value) and "job 7" not in str(refused.value)
+        return placed(*arguments, **settings)
+
+    monkeypatch.setattr(submission, "sbatch", twice)
+    submit("trial.yaml", ONE, last="prepare")
+    assert slurm.environment["SLURM_CONF"] == "/etc/slurm.conf" and not slurm.environment.keys() & allocation.keys()
+
+
+def test_another_clusters_job_with_the_same_id_is_left_alone(slurm, write_config):
+    submit("trial.yaml", ONE, last="prepare")
+    slurm.belongs_to_somebody_else("101")
+    slurm.set(_101="RUNNING")
+    assert read_status("trial").stages[0].state == "not started"
+    cancel("trial")
+    assert slurm.calls("scancel") == []
+    submit("trial.yaml", ONE, last="prepare")
+    assert [job["job_id"] for job in recorded()["jobs"]] == ["101", "102"]
+
+
+@pytest.mark.parametrize("changed", [{"name": "trial.prepare"}, {"comment": "SAME"}], ids=["comment", "name"])
+def test_a_job_whose_name_or_comment_was_changed_is_still_ours(slurm, write_config, changed):
+    submit("trial.yaml", ONE, last="prepare")
+    comment = recorded()["jobs"][0]["token"] if "comment" in changed else "a site's own"
+    slurm.belongs_to_somebody_else("101", name=changed.get("name", "renamed"), comment=comment)
+    submit("trial.yaml", ONE, last="prepare")
+    assert len(slurm.calls("sbatch")) == 1
+    cancel("trial")
+    assert slurm.calls("scancel") == [["101"]]
+
+
+def test_a_users_own_job_name_is_known(slurm, write_config):
+    submit("trial.yaml", [*ONE, "slurm.sbatch_lines=[-J mine]"], last="prepare")
+    assert recorded()["jobs"][0]["slurm_name"] == "mine"
 
 
 @pytest.mark.parametrize("line", ["--clusters=far", "-M far", "--mail-type=FAIL -Mfar", "--cluster far"])

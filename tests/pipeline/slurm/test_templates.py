@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hedgehog.pipeline.requeue import _PREEMPTED
 from hedgehog.pipeline.slurm.scripts import TEMPLATES
 from hedgehog.pipeline.slurm_config import SlurmConfig, SlurmResources
 
@@ -36,21 +37,35 @@ def test_a_template_runs_as_it_is(name: str, called: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("name", "job"), [("stage", "7"), ("array", "5_1")])
-def test_the_script_queues_the_job_again_for_a_program_that_cannot(name: str, job: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("condition", "state", "again"),
+    [
+        ("", "", True),
+        (_PREEMPTED, "JobState=RUNNING Reason=None PreemptTime=2026-11-23T19:15:44", True),
+        (_PREEMPTED, "JobState=RUNNING Reason=None PreemptTime=None", False),
+        (_PREEMPTED, "JobState=CANCELLED Reason=None PreemptTime=2026-11-23T19:15:44", False),
+    ],
+    ids=["asked", "preempted", "not preempted", "cancelled"],
+)
+def test_the_script_queues_the_job_again_for_a_program_that_cannot(
+    name: str, job: str, condition: str, state: str, again: bool, tmp_path: Path
+):
     calls = tmp_path / "calls"
     for program, body in (
         ("srun", 'shift; exec "$@"'),
-        ("hedgehog", 'touch "$HEDGEHOG_REQUEUE_FILE"; echo "$SLURM_EXPORT_ENV"; exit 75'),
-        ("scontrol", f'echo "$@" >> {calls}'),
+        ("hedgehog", 'printf %s "$CONDITION" > "$HEDGEHOG_REQUEUE_FILE"; echo "$SLURM_EXPORT_ENV"; exit 75'),
+        ("scontrol", f'echo "$@" ${{SLURM_CLUSTERS-}} >> {calls}; [ $1 = requeue ] || echo "{state}"'),
     ):
         (tmp_path / program).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / program).chmod(0o755)
     variables = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
     environment = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_EXPORT_ENV": "NONE"}
+    environment |= {"CONDITION": condition, "SLURM_CLUSTERS": "far"}
     script = str(TEMPLATES / f"{name}.sbatch")
     done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[1:]) == (75, ["ALL"])
-    assert calls.read_text() == f"requeue {job}\n"
+    looks = [f"-o show job {job}"] if condition else []
+    assert calls.read_text().splitlines() == looks + [f"requeue {job}"] * again
     assert not list(tmp_path.glob("requeue-*"))
 
 
