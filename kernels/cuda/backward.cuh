@@ -17,6 +17,18 @@
 // into registers): dq, dk and the weights' gradients are sums over slices, dv is not. Each warp holds its features' rows
 // of the state, for all values of the slice: sixteen or thirty-two features, of each projected column both signs, so that
 // a lane has all it needs to go from dφ to dz. The fragments of the state are B operands at the same time (forward.cuh).
+//
+// On paper, in FLOP a token and head at D = V = 128 (of a chunk's scores 5/8 are computed, the tiles up to the diagonal):
+//
+//                         F = 128    F = 256, two slices
+//     φ(q), φ(k) again      33 k       66 k × 2               z = x W
+//     first sweep          129 k      177 k × 2               dn vᵀ, its products with φ(k) and 1, dn Sᵀ, S, dq, dW_q
+//     φ(q), φ(k) again      33 k       66 k × 2
+//     second sweep         172 k      215 k × 2               two triangles, dv, dφ(k), R, dk, dW_k
+//     in all               367 k     1048 k
+//
+// At F = 128 that is less arithmetic than the limit by memory allows. At F = 256 the slices repeat φ, the products with
+// features and the weights' gradients: 1.4 times what one pass would need, so that at most 70 % of the limit is in reach.
 #pragma once
 
 #include "feature_map.cuh"
