@@ -171,6 +171,11 @@ class DistillConfig(ScheduleConfig):
     """epsilon of s' = s + eps in the loss: keeps a gradient where the student's similarity is zero."""
     query_block: int = Field(default=64, ge=16)
     """Query rows a tile of the loss."""
+    cache_hidden_states: bool = False
+    """Keep the hidden states that enter the first trained layer on disk, in the stage's folder until it is done, so
+    that the layers below it run once per row and not in every epoch. Helps a subset of `layers` that begins above layer
+    0, from the second epoch on. Takes tokens x hidden size x bytes of `engine.precision`: 8 KiB a token for Llama-2 7B
+    in bfloat16. `validate` tells the size; slurm/README.md has a measurement."""
 
     @field_validator("layers", mode="before")
     @classmethod
