@@ -49,7 +49,7 @@ class Teacher(nn.Module):
         packed: bool,
         visit: Callable[[TeacherLayer], None],
         entering_BLE: torch.Tensor | None = None,
-        keep_entering: Callable[[torch.Tensor], None] | None = None,
+        keep_entering: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Run up to the last wanted layer; from the first one on, where the states that enter it are given."""
         for layer in TeacherForward(self.llama)(

@@ -76,17 +76,23 @@ class HiddenStateCache:
             missing = bool(sum_over_ranks(vote, self._world)["missing"])
         return None if missing or states_BLE is None else states_BLE.to(self._world.device)
 
-    def store(self, batch: Mapping[str, Any], states_BLE: torch.Tensor) -> None:
-        """Keep the states of the batch's rows that are not kept yet. A full disk ends the writing, not the run."""
-        if not self._writes or batch["epoch"] + 1 >= self._num_passes:
-            return
+    def store(self, batch: Mapping[str, Any], states_BLE: torch.Tensor) -> torch.Tensor:
+        """Keep the states of the batch's rows that are not kept yet; those of the others are replaced by what is kept.
+
+        So a row has the bits of its first time in all epochs, also after a resume, whatever rows it comes with. A full
+        disk ends the writing, not the run.
+        """
         assert states_BLE.dtype == self._dtype, f"the teacher computes in {states_BLE.dtype}"
-        try:
-            for row, i, here in _spans(batch):
-                if row not in self._files:
-                    self._files.append(row, states_BLE[i, here].contiguous().cpu())
-        except OSError as error:
-            self._stop_writing(error)
+        for row, i, here in _spans(batch):
+            states_LE = states_BLE[i, here].contiguous().cpu()
+            if row in self._files and self._files.read(row, kept_LE := torch.empty_like(states_LE)):
+                states_BLE[i, here] = kept_LE.to(states_BLE.device)
+            elif self._writes and batch["epoch"] + 1 < self._num_passes:
+                try:
+                    self._files.append(row, states_LE)
+                except OSError as error:
+                    self._stop_writing(error)
+        return states_BLE
 
     def close(self) -> None:
         """Tell what no rank has told yet, and close the files. Collective."""

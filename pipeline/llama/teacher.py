@@ -58,7 +58,7 @@ class TeacherForward:
         position_ids_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
         entering_BLE: torch.Tensor | None = None,
-        keep_entering: Callable[[torch.Tensor], None] | None = None,
+        keep_entering: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[TeacherLayer]:
         """Yield a TeacherLayer for each of `layers` (default: all), in ascending order.
 
@@ -66,7 +66,7 @@ class TeacherForward:
         position_ids   default: 0, 1, 2, … over each row's real tokens, again from 0 at each segment's border
         segment_ids    packed rows: runs of equal ids attend only to themselves
         entering_BLE   hidden states that enter the first of `layers`, if known: no layer below it is run
-        keep_entering  is given those states where they are computed here
+        keep_entering  is given those states where they are computed here, and returns those to go on with
 
         Raises ValueError for a layer that does not exist.
         """
@@ -85,7 +85,7 @@ class TeacherForward:
         first, last = min(wanted), max(wanted)
         for layer_index in range(0 if entering_BLE is None else first, last + 1):
             if layer_index == first and entering_BLE is None and keep_entering is not None:
-                keep_entering(hidden_BLE)
+                hidden_BLE = keep_entering(hidden_BLE)
             layer = cast(LlamaDecoderLayer, self.decoder.layers[layer_index])
             seen = _attend(layer, layer_index, hidden_BLE, position_embeddings, spans)
             if layer_index < last:

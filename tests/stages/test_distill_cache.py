@@ -127,6 +127,20 @@ def test_resumed_in_the_second_epoch(
     assert capsys.readouterr().out.count("are damaged") == (1 if damage == "flipped byte" else 0)
 
 
+@pytest.mark.parametrize("step", [5, 9, 11])
+@pytest.mark.parametrize("packing", [False, True])
+def test_resumed_equals_uninterrupted_to_the_bit(
+    step: int, packing: bool, new_run: Callable[..., Run], interrupt: Callable[..., None]
+) -> None:
+    """Also in batches with some rows kept and some not: every row has the states of its first time."""
+    settings = {"distill__micro_batch_size": 2, "distill__packing": packing}
+    run, whole = (new_cached_run(new_run, **settings) for _ in range(2))
+    whole.stage("distill")
+    interrupt(run, "distill", step=step)
+    run.stage("distill")
+    assert run.metrics(FOLDER) == whole.metrics(FOLDER)
+
+
 def test_two_processes_and_then_one(
     without: Run, new_run: Callable[..., Run], launch: Callable[..., list[str]], rows_through: Counter[int]
 ) -> None:

@@ -70,11 +70,16 @@ def test_equals_llama_exactly(new_llama, token_ids, rope, num_key_value_heads):
 def test_goes_on_from_kept_hidden_states(new_llama, token_ids, layers):
     llama = new_llama(num_hidden_layers=4)
     ids_BL, kept = token_ids(2, 9), []
-    expected = list(TeacherForward(llama)(ids_BL, layers=layers, keep_entering=kept.append))
+
+    def keep(states_BLE):
+        kept.append(states_BLE)
+        return states_BLE
+
+    expected = list(TeacherForward(llama)(ids_BL, layers=layers, keep_entering=keep))
     (entering_BLE,) = kept
     for below in llama.model.layers[: min(layers)]:
         below.self_attn.q_proj.forward = None  # must not run
-    found = TeacherForward(llama)(ids_BL, layers=layers, entering_BLE=entering_BLE, keep_entering=kept.append)
+    found = TeacherForward(llama)(ids_BL, layers=layers, entering_BLE=entering_BLE, keep_entering=keep)
     for layer, other in zip(found, expected, strict=True):
         assert layer.layer_index == other.layer_index
         assert torch.equal(layer.q_BHLD, other.q_BHLD)
