@@ -158,7 +158,7 @@ class HiddenStateFiles:
         target = out_LE.view(torch.uint8).numpy().reshape(-1)
         while places:
             place = places[0]
-            if place.tokens == len(out_LE) and self._copy(place, target) and zlib.crc32(target) == place.crc32:
+            if place.tokens == len(out_LE) and self._copy(place, target) and zlib.crc32(target.data) == place.crc32:
                 return True
             places.pop(0)
             self._damaged(f"{place.pair.states.name}: the hidden states of row {row} are damaged")
@@ -192,9 +192,9 @@ class HiddenStateFiles:
             self._writer = self._open_writer()
         writer, content = self._writer, states_LE.view(torch.uint8).numpy().reshape(-1)
         assert content.nbytes == len(states_LE) * self._token_bytes
-        place = _Place(writer.pair, writer.end, len(states_LE), zlib.crc32(content))
+        place = _Place(writer.pair, writer.end, len(states_LE), zlib.crc32(content.data))
         record = _RECORD.pack(row, place.offset, place.tokens, place.crc32)
-        _write_all(writer.states, memoryview(content))
+        _write_all(writer.states, content.data)
         writer.end += content.nbytes
         _write_all(writer.index, memoryview(record + _CHECKSUM.pack(zlib.crc32(record))))
         self._places.setdefault(row, []).append(place)

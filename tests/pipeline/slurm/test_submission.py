@@ -353,10 +353,10 @@ def test_the_dry_run_tells_what_each_group_costs(write_config, capsys):
 
 
 def test_the_dry_run_counts_kept_hidden_states(write_config, capsys):
-    write_config(distill={"epochs": 4})
-    submit("trial.yaml", dry_run=True)
+    overrides = ["distill.max_steps=null", "distill.epochs=4"]
+    submit("trial.yaml", overrides, dry_run=True)
     without = capsys.readouterr().out
-    submit("trial.yaml", ["distill.cache_hidden_states=true"], dry_run=True)
+    submit("trial.yaml", [*overrides, "distill.cache_hidden_states=true"], dry_run=True)
     shown = capsys.readouterr().out
     assert "count 0.25: distill.cache_hidden_states runs them" in shown
     assert "cache_hidden_states" not in without.split("#####")[0]
