@@ -173,6 +173,11 @@ class DistillConfig(ScheduleConfig):
     """Query rows a tile of the loss."""
     query_fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the query rows that the loss looks at in a step, drawn anew each time: less work where rows are long."""
+    cache_hidden_states: bool = False
+    """Keep the hidden states that enter the first trained layer on disk, in the stage's folder until it is done, so
+    that the layers below it run once per row and not in every epoch. Helps a subset of `layers` that begins above layer
+    0, from the second epoch on. Takes tokens x hidden size x bytes of `engine.precision`: 8 KiB a token for Llama-2 7B
+    in bfloat16. `validate` tells the size; slurm/README.md has a measurement."""
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from .config import DistillConfig
+    from .hidden_state_cache import HiddenStateCache
     from .llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 
 Batch = Mapping[str, Any]
@@ -46,14 +47,23 @@ class Teacher(nn.Module):
         self.llama = llama.requires_grad_(False).eval()
         self.layers = tuple(layers)
 
-    def forward(self, batch: Batch, packed: bool, visit: Callable[[TeacherLayer], None]) -> None:
-        """Run up to the last wanted layer."""
+    def forward(
+        self,
+        batch: Batch,
+        packed: bool,
+        visit: Callable[[TeacherLayer], None],
+        entering_BLE: torch.Tensor | None = None,
+        keep_entering: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Run up to the last wanted layer; from the first one on, where the states that enter it are given."""
         for layer in TeacherForward(self.llama)(
             batch["input_ids"],
             layers=self.layers,
             mask_BL=batch["mask"],
             position_ids_BL=batch["position_ids"],
             segment_ids_BL=batch["segment_ids"] if packed else None,
+            entering_BLE=entering_BLE,
+            keep_entering=keep_entering,
         ):
             visit(layer)
 
@@ -91,6 +101,8 @@ class FeatureMapDistillation(nn.Module):
         self._reported: set[str] = set()
         self.output_variance: dict[int, float] = {}
         """Variance of each layer's softmax attention output; the output error is counted in it."""
+        self.hidden_states: HiddenStateCache | None = None
+        """Where the states that enter the first of the layers are kept between epochs."""
 
     @property
     def learns(self) -> bool:
@@ -129,7 +141,10 @@ class FeatureMapDistillation(nn.Module):
             norms.append(norm * share)
             kl.append(kl_H * share)
 
-        self._teacher[0](batch, self._config.packing, learn)
+        cache, entering = self.hidden_states, {}
+        if cache is not None:
+            entering = {"entering_BLE": cache.lookup(batch), "keep_entering": lambda states: cache.store(batch, states)}
+        self._teacher[0](batch, self._config.packing, learn, **entering)
         shares = {"kl_LH": torch.stack(kl), "loss_L": torch.stack(losses), "grad_norm_L": torch.stack(norms)}
         return attach_gradient(shares["loss_L"].sum(), parameters, gradients), shares
 

@@ -37,6 +37,9 @@ PREVIOUS_SUFFIX = ".previous"
 LEASE = "lease"
 """Says in a stage's folder which process may write there; see lease.py. It stays whatever becomes of the rest."""
 
+HIDDEN_STATES = "hidden_states"
+"""Folder in distill's where hidden states are kept between epochs; nothing in it is worth keeping beyond the stage."""
+
 
 class RunFolder:
     """Paths inside `runs/<name>/`.
@@ -196,12 +199,14 @@ def _own_entries(folder: Path) -> list[Path]:
 def set_aside(folder: Path) -> Path:
     """Move a stage's folder to `<folder>.previous`, all but the subsets of layers and the lease in it.
 
-    The manifest goes first, so that a kill on the way leaves a stage that has not begun, never a finished one without
-    its artifacts. An earlier `.previous` is removed. Returns the new place.
+    Hidden states are not kept: they may be hundreds of GiB, and whoever wants them makes them again. The manifest goes
+    first, so that a kill on the way leaves a stage that has not begun, never a finished one without its artifacts. An
+    earlier `.previous` is removed. Returns the new place.
     """
     previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
+    shutil.rmtree(folder / HIDDEN_STATES, ignore_errors=True)
     for entry in _own_entries(folder):
         os.replace(entry, previous / entry.name)
     fsync_directory(previous)

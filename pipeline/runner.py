@@ -39,6 +39,7 @@ from .metrics import Reporter, format_bytes, format_duration, peak_memory_bytes,
 from .out_of_memory import out_of_memory_explained
 from .requeue import requeue, requeue_if_preempted, slurm_job
 from .run_folder import (
+    HIDDEN_STATES,
     LEASE,
     PREVIOUS_SUFFIX,
     STAGES,
@@ -512,7 +513,8 @@ def _refusal(title: str, folder: Path, previous: Manifest, sections: dict[str, A
 
 def _holds_work(folder: Path) -> bool:
     """Whether a stage's folder holds more than the note that it was begun: a mistyped path leaves nothing to lose."""
-    return any(path.name not in ("manifest.json", "metrics.jsonl", LEASE) for path in folder.iterdir())
+    nothing_lost = ("manifest.json", "metrics.jsonl", LEASE, HIDDEN_STATES)
+    return any(path.name not in nothing_lost for path in folder.iterdir())
 
 
 def _begin_anew(folder: Path, reporter: Reporter) -> None:

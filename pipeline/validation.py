@@ -17,6 +17,7 @@ from .config_checks import notes, schedules, world_errors
 from .config_loading import load_config, variant_configs
 from .errors import ConfigError, DataError, HedgehogError, ModelError
 from .feature_map_checks import feature_map_errors, feature_map_size
+from .hidden_state_size import describe_cache
 from .memory_estimate import StageEstimate, estimate_memory, state_bytes
 from .model_shape import ModelShape, known_shape
 
@@ -83,6 +84,7 @@ def validate_config(file: Path | str, overrides: Sequence[str] = (), *, world_si
         report.batches = batch_arithmetic(config, num_rows, world_size)
         if report.shape is not None:
             report.memory = estimate_memory(config, report.shape, world_size=world_size, device=report.device)
+            report.notes += _cache_notes(config, report.shape, num_rows)
     return report
 
 
@@ -223,6 +225,14 @@ def _length_notes(config: RunConfig, shape: ModelShape) -> list[str]:
             f"evaluate.max_new_tokens: {longest} tokens of a prompt and {new} new ones pass the base model's {limit}."
         ]
     return []
+
+
+def _cache_notes(config: RunConfig, shape: ModelShape, num_rows: int | None) -> list[str]:
+    def notes_of(conversion: RunConfig) -> list[str]:
+        note = describe_cache(conversion, shape.hidden_size, num_rows)
+        return [] if note is None else [note]
+
+    return _of_all_conversions(config, notes_of)
 
 
 def _of_all_conversions(config: RunConfig, errors_of: Callable[[RunConfig], list[str]]) -> list[str]:

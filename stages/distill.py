@@ -21,6 +21,7 @@ from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.distillation import FeatureMapDistillation, Teacher, parse_layers
 from ..pipeline.engine import TrainingEngine, build_engine, release_deepspeed, shard_frozen, sharded_loading
 from ..pipeline.errors import CheckpointError, ConfigError
+from ..pipeline.hidden_state_cache import open_cache, remove_cache
 from ..pipeline.llama.convert import (
     convert_llama,
     feature_map_metadata,
@@ -43,6 +44,7 @@ IGNORED = frozenset(
         "model.attention_backend",
         "model.attention_eps",
         "model.chunk_size",
+        "distill.cache_hidden_states",
         "distill.layers",  # layers are independent, and a subset has its own folder
         "distill.log_every_steps",
         "distill.save_every_steps",
@@ -99,6 +101,16 @@ def _distill(ctx: StageContext) -> StageResult:
         ctx.world,
         loss_on="all",
     )
+    module.hidden_states = open_cache(
+        config,
+        ctx.folder,
+        ctx.inputs["prepare"],
+        plan,
+        module.layer_indices,
+        hedgehog.config.hidden_size,
+        ctx.world,
+        ctx.reporter,
+    )
     checkpoints = Checkpoints(
         ctx.folder / "checkpoints",
         ctx.fingerprint,
@@ -150,7 +162,16 @@ def _distill(ctx: StageContext) -> StageResult:
         },
     )
     engine.close()
+    _end_cache(ctx, module)
     return result
+
+
+def _end_cache(ctx: StageContext, module: FeatureMapDistillation) -> None:
+    """The artifact is written: nothing is read from the cache any more, this attempt's or an earlier one's."""
+    if module.hidden_states is not None:
+        module.hidden_states.close()
+    if ctx.world.is_main:
+        remove_cache(ctx.folder)
 
 
 def merge(ctx: StageContext) -> StageResult:

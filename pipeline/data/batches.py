@@ -176,6 +176,8 @@ class BatchPlan:
             1, math.ceil(schedule.epochs * len(self.sequences) / schedule.global_batch_size - 1e-9)
         )
         """Optimizer steps of the whole training."""
+        self.num_passes = self.num_steps * schedule.global_batch_size / len(self.sequences)
+        """Epochs of the whole training, also where `max_steps` decides."""
         # Cached per plan, not on the function: the cache must die with the plan and its tokens.
         self._epoch_order = lru_cache(maxsize=2)(self._shuffle_epoch)
         self._window = lru_cache(maxsize=1)(self._arrange_window)
@@ -206,13 +208,16 @@ class BatchPlan:
 
     def step(self, step: int) -> list[dict[str, Any]]:
         """This rank's micro-batches of step `step`: what `collate` gives, and two counts over the whole
-        global batch.
+        global batch; each sequence's `rows` and their `row_tokens`; the `epoch` (from 0) in which the step's
+        window begins: by then every row was seen in the epochs before.
 
         `tokens_in_global_batch`: positions with a label, the normaliser of the loss;
         `real_tokens_in_global_batch`: positions with mask True. Dividing by them makes the step's gradient
         the same for every world size and micro-batch size.
         """
         sequences = self.global_batch(step)
+        window_start = step // GLOBAL_BATCHES_PER_WINDOW * GLOBAL_BATCHES_PER_WINDOW
+        epoch = window_start * self.global_batch_size // len(self.sequences)
         counts = {
             "tokens_in_global_batch": _num_labels(self.split, sequences, self.loss_on),
             "real_tokens_in_global_batch": _num_tokens(self.split, sequences),
@@ -227,6 +232,11 @@ class BatchPlan:
             {
                 **collate(self.split, sequences[i : i + self.micro_batch_size], self.pad_id, self.loss_on),
                 **counts,
+                "rows": sequences[i : i + self.micro_batch_size],
+                "row_tokens": [
+                    [int(self.split.lengths[row]) for row in rows] for rows in sequences[i : i + self.micro_batch_size]
+                ],
+                "epoch": epoch,
             }
             for i in starts
         ]

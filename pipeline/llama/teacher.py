@@ -9,7 +9,7 @@ that owns it, so ZeRO-3 gathers layer by layer and quantized layers work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,12 +57,16 @@ class TeacherForward:
         mask_BL: torch.Tensor | None = None,
         position_ids_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
+        entering_BLE: torch.Tensor | None = None,
+        keep_entering: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[TeacherLayer]:
         """Yield a TeacherLayer for each of `layers` (default: all), in ascending order.
 
         mask_BL        1 or True for real tokens; padding may stand anywhere. Rows of padding come out as zeros
         position_ids   default: 0, 1, 2, … over each row's real tokens, again from 0 at each segment's border
         segment_ids    packed rows: runs of equal ids attend only to themselves
+        entering_BLE   hidden states that enter the first of `layers`, if known: no layer below it is run
+        keep_entering  is given those states where they are computed here, and returns those to go on with
 
         Raises ValueError for a layer that does not exist.
         """
@@ -72,14 +76,16 @@ class TeacherForward:
             raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
         if not wanted:
             return
-        hidden_BLE = self.decoder.embed_tokens(input_ids_BL)
+        hidden_BLE = self.decoder.embed_tokens(input_ids_BL) if entering_BLE is None else entering_BLE
         mask_BL = None if mask_BL is None else mask_BL.bool()
         spans = attention_spans(mask_BL, segment_ids_BL)
         if position_ids_BL is None:
             position_ids_BL = row_positions(input_ids_BL.shape, mask_BL, segment_ids_BL, input_ids_BL.device)
         position_embeddings = self.decoder.rotary_emb(hidden_BLE, position_ids=position_ids_BL)
-        last = max(wanted)
-        for layer_index in range(last + 1):
+        first, last = min(wanted), max(wanted)
+        for layer_index in range(0 if entering_BLE is None else first, last + 1):
+            if layer_index == first and entering_BLE is None and keep_entering is not None:
+                hidden_BLE = keep_entering(hidden_BLE)
             layer = cast(LlamaDecoderLayer, self.decoder.layers[layer_index])
             seen = _attend(layer, layer_index, hidden_BLE, position_embeddings, spans)
             if layer_index < last:

@@ -74,6 +74,11 @@ def _cost_lines(config: RunConfig, costs: GroupCosts) -> Iterator[str]:
             f"  (reckoned from FLOPs at {costs.row_tokens:.0f} tokens a row{assumed}{slower}; short rows leave a GPU "
             "idle: measured it can be more, see slurm.trained_layer_cost)"
         )
+    if costs.cost.lower_share < 1:
+        yield (
+            f"  (layers below a group's first count {costs.cost.lower_share:.2f}: distill.cache_hidden_states runs "
+            "them once per row, not in every epoch)"
+        )
     hours = " GPU-hours" if costs.num_tokens else ""
     yield f"  {'element':<8} {'layers':<14} {'runs':>5} {'trains':>7} {'cost':>8} {'share':>7}{hours}"
     total_hours = 0.0

@@ -218,7 +218,7 @@ def _groups(
         )
     rows, row_tokens = _train_rows(conversion, folder)
     length = row_tokens or _ASSUMED_FILL * conversion.data.max_length_tokens
-    cost = distill_cost(conversion, shape, length)
+    cost = distill_cost(conversion, shape, length, rows)
     rest = [layer for layer in range(shape.num_layers) if layer not in taken]
     if rest:
         groups += balanced_groups(rest, max(1, conversion.slurm.layer_groups - len(groups)), cost)

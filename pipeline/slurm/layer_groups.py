@@ -4,8 +4,10 @@ An element that trains layers a to b runs the teacher's layers 0 to b for every 
 
     cost(a, b) = (b + 1) · forward + (b - a + 1) · own
 
-so that the elements of the upper layers get fewer of them. With H heads, D head dim, F features, P feature_dim, N
-weights of a decoder layer and T tokens in a row, a token takes on average (T+1)/2 keys, and in FLOPs (2 per product):
+so that the elements of the upper layers get fewer of them. With distill.cache_hidden_states, E epochs run the layers
+below a only once for a row: the first term is then (b - a + 1 + a / E) · forward. With H heads, D head dim, F features,
+P feature_dim, N weights of a decoder layer and T tokens in a row, a token takes on average (T+1)/2 keys, and in FLOPs
+(2 per product):
 
     forward = 2N + 4·D·H·(T+1)/2            linear layers; q·k and the weighted sum of values
     own     = (2D + 6F)·H·(T+1)/2           q·k again; φ(q)·φ(k), dφ(q), dφ(k)
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import RunConfig
+from ..hidden_state_size import lower_layers_share
 from ..model_shape import ModelShape
 
 UNTRAINED_MAPS = frozenset({"elu", "exp_t", "cosformer", "taylor", "performer"})
@@ -37,10 +40,16 @@ class DistillCost:
     """Teacher forward of one layer."""
     own: float
     """Loss and maps of one trained layer."""
+    lower_share: float = 1.0
+    """How often the layers below a group's first run for a row, over how often the others do: 1, or 1/E."""
 
     def of(self, layers: Sequence[int]) -> float:
         """A group's cost per token: all layers up to its last, and its own."""
-        return (max(layers) + 1) * self.forward + len(layers) * self.own
+        return self.runs(layers) * self.forward + len(layers) * self.own
+
+    def runs(self, layers: Sequence[int]) -> float:
+        """Teacher layers that a group runs for a token, in the mean over the epochs."""
+        return max(layers) + 1 - min(layers) * (1 - self.lower_share)
 
 
 def distill_flops(config: RunConfig, shape: ModelShape, row_tokens: float) -> tuple[float, float]:
@@ -54,17 +63,19 @@ def distill_flops(config: RunConfig, shape: ModelShape, row_tokens: float) -> tu
     return forward, own
 
 
-def distill_cost(config: RunConfig, shape: ModelShape, row_tokens: float) -> DistillCost:
+def distill_cost(config: RunConfig, shape: ModelShape, row_tokens: float, num_rows: int | None = None) -> DistillCost:
     """Cost per token of a layer that is run, and of one that is trained as well.
 
     Args:
         row_tokens: tokens in a typical row.
+        num_rows: training rows, where known; with `distill.max_steps` they decide how many epochs there are.
     """
     forward, own = distill_flops(config, shape, row_tokens)
+    share = lower_layers_share(config, num_rows)
     if config.slurm.trained_layer_cost is not None:
-        return DistillCost(forward=forward, own=config.slurm.trained_layer_cost * forward)
+        return DistillCost(forward, config.slurm.trained_layer_cost * forward, share)
     slowness = LOSS_SLOWNESS if config.engine.precision == "bfloat16" else 1.0
-    return DistillCost(forward=forward, own=slowness * own)
+    return DistillCost(forward, slowness * own, share)
 
 
 def balanced_groups(layers: Sequence[int], num_groups: int, cost: DistillCost) -> list[list[int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hedgehog.pipeline.manifest import Manifest
 from hedgehog.pipeline.validation import validate_config, validate_configs
 
 LLAMA = {
@@ -147,6 +148,45 @@ def test_settings_that_deserve_a_look_are_noted(folder, overrides, expected):
     assert report.errors == []
     assert any(expected in note for note in report.notes)
     assert not any(expected in note for note in validate_config(folder / "config.yaml").notes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["distill.layers=1"],
+            "enter layer 1 take at most 0.00 GiB for 6,400 tokens of 50 rows",
+        ),
+        (["distill.layers=1", "engine.precision=bfloat16", "data.max_length_tokens=8192"], "0.05 GiB for 409,600 tok"),
+        (["distill.layers=1"], "GiB are free there"),
+        ([], "each element of `submit`'s array above the first takes"),
+        (["distill.layers=0-1"], "has no effect: layer 0 is trained"),
+        (
+            ["distill.layers=1", "distill.epochs=1"],
+            "has no effect: no row comes a second time; it pays from",
+        ),
+    ],
+)
+def test_kept_hidden_states_are_reckoned(folder, overrides, expected):
+    overrides = ["distill.epochs=2", *overrides]
+    report = validate_config(folder / "config.yaml", ["distill.cache_hidden_states=true", *overrides])
+    assert report.errors == []
+    (note,) = [note for note in report.notes if note.startswith("distill.cache_hidden_states: ")]
+    assert expected in note
+    assert not any("cache_hidden_states" in note for note in validate_config(folder / "config.yaml", overrides).notes)
+
+
+def test_kept_hidden_states_are_reckoned_from_what_prepare_counted(folder):
+    Manifest(
+        stage="prepare",
+        status="done",
+        fingerprint="",
+        config={},
+        summary={"splits": {"train": {"used": 40, "tokens": 2**24}}},
+    ).write(folder / "runs" / "trial" / "prepare")
+    overrides = ["distill.cache_hidden_states=true", "distill.layers=1", "distill.epochs=2"]
+    notes = validate_config(folder / "config.yaml", [*overrides, f"output_dir={folder}/runs"]).notes
+    assert any("layer 1 take 4.00 GiB for 16,777,216 tokens of 40 rows" in note for note in notes)
 
 
 def test_json_has_every_term_with_its_formula(folder, capsys):

@@ -66,6 +66,27 @@ def test_equals_llama_exactly(new_llama, token_ids, rope, num_key_value_heads):
         torch.testing.assert_close(scores.softmax(-1) @ v, layer.o_BHLV, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [[2], [1, 3], [0]], ids=str)
+def test_goes_on_from_kept_hidden_states(new_llama, token_ids, layers):
+    llama = new_llama(num_hidden_layers=4)
+    ids_BL, kept = token_ids(2, 9), []
+
+    def keep(states_BLE):
+        kept.append(states_BLE)
+        return states_BLE
+
+    expected = list(TeacherForward(llama)(ids_BL, layers=layers, keep_entering=keep))
+    (entering_BLE,) = kept
+    for below in llama.model.layers[: min(layers)]:
+        below.self_attn.q_proj.forward = None  # must not run
+    found = TeacherForward(llama)(ids_BL, layers=layers, entering_BLE=entering_BLE, keep_entering=keep)
+    for layer, other in zip(found, expected, strict=True):
+        assert layer.layer_index == other.layer_index
+        assert torch.equal(layer.q_BHLD, other.q_BHLD)
+        assert torch.equal(layer.o_BHLV, other.o_BHLV)
+    assert len(kept) == 1, "what was given is not handed back"
+
+
 def test_runs_no_further_than_the_last_layer_asked_for(new_llama, token_ids):
     llama = new_llama(num_hidden_layers=4)
     ran = []

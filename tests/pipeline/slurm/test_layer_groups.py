@@ -32,11 +32,12 @@ def best_of_all(layers: list[int], num_groups: int, cost: DistillCost) -> float:
     return min(makespans)
 
 
+@pytest.mark.parametrize("lower_share", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize("own", [0.05, 0.5, 1.0, 3.0, 40.0])
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 20])
 @pytest.mark.parametrize("layers", [list(range(9)), [2, 3, 7, 8, 9, 11], [5]], ids=str)
-def test_no_other_split_ends_earlier(own, num_groups, layers):
-    cost = DistillCost(forward=1.0, own=own)
+def test_no_other_split_ends_earlier(own, num_groups, layers, lower_share):
+    cost = DistillCost(forward=1.0, own=own, lower_share=lower_share)
     groups = balanced_groups(layers, num_groups, cost)
     assert [layer for group in groups for layer in group] == layers
     assert len(groups) <= num_groups
@@ -69,6 +70,25 @@ def test_a_measured_cost_takes_the_reckoned_ones_place():
     config = load_config(CONFIGS / "llama2-7b-samsum.yaml", ["slurm.trained_layer_cost=2.5"])
     cost = distill_cost(config, HUB_SHAPES["meta-llama/Llama-2-7b-hf"], 200)
     assert cost.own == 2.5 * cost.forward
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_rows", "share"),
+    [
+        (["distill.epochs=4"], None, 1 / 4),
+        (["distill.epochs=1"], None, 1),
+        (["distill.epochs=0.5"], 100, 1),
+        (["distill.max_steps=100", "distill.global_batch_size=8"], 400, 1 / 2),
+        (["distill.epochs=4", "distill.cache_hidden_states=false"], None, 1),
+    ],
+)
+def test_kept_hidden_states_make_the_lower_layers_run_once_per_row(overrides, num_rows, share):
+    config = load_config(CONFIGS / "llama2-7b-samsum.yaml", ["distill.cache_hidden_states=true", *overrides])
+    cost = distill_cost(config, HUB_SHAPES["meta-llama/Llama-2-7b-hf"], 200, num_rows)
+    assert cost.lower_share == pytest.approx(share)
+    own = 8 * cost.own
+    assert cost.of(range(24, 32)) == pytest.approx((8 + 24 * share) * cost.forward + own)
+    assert cost.of(range(8)) == pytest.approx(8 * cost.forward + own), "nothing lies below layer 0"
 
 
 def test_layers_as_text_and_back():

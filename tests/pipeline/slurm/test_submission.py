@@ -352,6 +352,21 @@ def test_the_dry_run_tells_what_each_group_costs(write_config, capsys):
     assert max(int(row[5]) for row in rows) == 100
 
 
+def test_the_dry_run_counts_kept_hidden_states(write_config, capsys):
+    overrides = ["distill.max_steps=null", "distill.epochs=4"]
+    submit("trial.yaml", overrides, dry_run=True)
+    without = capsys.readouterr().out
+    submit("trial.yaml", [*overrides, "distill.cache_hidden_states=true"], dry_run=True)
+    shown = capsys.readouterr().out
+    assert "count 0.25: distill.cache_hidden_states runs them" in shown
+    assert "cache_hidden_states" not in without.split("#####")[0]
+
+    def gain(text: str) -> float:
+        return float(re.findall(r"one job would take ([\d.]+) times as long as this array", text)[0])
+
+    assert gain(shown) > gain(without)
+
+
 def test_another_config_while_jobs_wait_is_refused(slurm, write_config):
     submit("trial.yaml")
     write_config(slurm={"time": "02:00:00"})
