@@ -32,7 +32,7 @@ run: install
 	$(BIN)/hedgehog run configs/tiny.yaml
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slurm: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm

@@ -35,7 +35,8 @@ def compiled(*arguments: object) -> list[dict]:
 def test_bfloat16_kernels_fit_at_llama_2s_shape(capability):
     only = () if capability != 86 else ("sweep_queries", "weight_gradient")
     report = compiled(capability, "bf16", 128, 128, *only)
-    assert len(report) == len(only or range(5))
+    # the sweeps twice: with rows that weigh nothing, and without
+    assert len(report) == (3 if only else 7)
     for kernel in report:
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
         spill = MAX_SPILL_BYTES.get(kernel["kernel"], MAX_SPILL_BYTES_ONCE)
