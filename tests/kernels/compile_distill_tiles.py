@@ -85,6 +85,7 @@ def compile_all(
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return [
         compile_kernel(name, capability, dtype, shape | constants, options)
+        | {"sampled": constants.get("SAMPLED", False)}
         for name, constants in jobs
         if not only or name in only
     ]

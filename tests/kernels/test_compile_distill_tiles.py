@@ -39,7 +39,10 @@ def test_bfloat16_kernels_fit_at_llama_2s_shape(capability):
     assert len(report) == (3 if only else 7)
     for kernel in report:
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
-        spill = MAX_SPILL_BYTES.get(kernel["kernel"], MAX_SPILL_BYTES_ONCE)
+        # a sampled sweep passes few tiles, and may be skipped over inside its loop
+        spill = (
+            MAX_SPILL_BYTES_ONCE if kernel["sampled"] else MAX_SPILL_BYTES.get(kernel["kernel"], MAX_SPILL_BYTES_ONCE)
+        )
         assert kernel["registers"] <= 255 and 0 <= kernel["spill_store_bytes"] <= spill, kernel
         assert kernel["spill_load_bytes"] <= 2 * spill, kernel
         assert INSTRUCTION[capability] in kernel["tensor_cores"], kernel
