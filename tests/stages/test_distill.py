@@ -142,8 +142,8 @@ def test_a_loss_that_is_not_finite_names_layer_and_head(
     layer_loss = distillation.FeatureMapDistillation._layer_loss
     calls = []
 
-    def poisoned(self: Any, seen: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, kl_H = layer_loss(self, seen, batch)
+    def poisoned(self: Any, seen: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, kl_H = layer_loss(self, seen, *inputs)
         calls.append(seen.layer_index)
         if len(calls) > 3 * 2 * 2 and seen.layer_index == 1:  # third step: layers x micro-batches x steps
             kl_H = kl_H.clone()
