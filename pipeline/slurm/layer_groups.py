@@ -6,11 +6,11 @@ An element that trains layers a to b runs the teacher's layers 0 to b for every 
 
 so that the elements of the upper layers get fewer of them. With distill.cache_hidden_states, E epochs run the layers
 below a only once for a row: the first term is then (b - a + 1 + a / E) · forward. With H heads, D head dim, F features,
-P feature_dim, N weights of a decoder layer and T tokens in a row, a token takes on average (T+1)/2 keys, and in FLOPs
-(2 per product):
+P feature_dim, N weights of a decoder layer, T tokens in a row and s distill.query_fraction, a token takes on average
+(T+1)/2 keys, and in FLOPs (2 per product):
 
     forward = 2N + 4·D·H·(T+1)/2            linear layers; q·k and the weighted sum of values
-    own     = (2D + 6F)·H·(T+1)/2           q·k again; φ(q)·φ(k), dφ(q), dφ(k)
+    own     = s·(2D + 6F)·H·(T+1)/2         q·k again; φ(q)·φ(k), dφ(q), dφ(k)
               + 8·D·P·H                     W x and dW, for q and for k
 """
 
@@ -59,7 +59,8 @@ def distill_flops(config: RunConfig, shape: ModelShape, row_tokens: float) -> tu
     num_features = 2 * feature_dim if config.model.feature_map.startswith("hedgehog") else feature_dim
     keys = (row_tokens + 1) / 2
     forward = 2 * shape.num_layer_weights + 4 * head_dim * heads * keys
-    own = (2 * head_dim + 6 * num_features) * heads * keys + 8 * head_dim * feature_dim * heads
+    pairs = config.distill.query_fraction * heads * keys
+    own = (2 * head_dim + 6 * num_features) * pairs + 8 * head_dim * feature_dim * heads
     return forward, own
 
 

@@ -15,6 +15,7 @@ from hedgehog.pipeline.slurm.layer_groups import (
     DistillCost,
     balanced_groups,
     distill_cost,
+    distill_flops,
     layers_of,
     layers_text,
 )
@@ -64,6 +65,19 @@ def test_costs_at_llamas_sizes(size):
     short, long = distill_cost(config, shape, 200), distill_cost(config, shape, 4096)
     assert short.forward == pytest.approx(2 * shape.num_layer_weights, rel=0.05)
     assert long.own > 5 * short.own, "the loss is quadratic in the length"
+
+
+def test_a_quarter_of_the_rows_costs_a_quarter_of_the_pairs():
+    """The loss of a sampled row is as dear as ever, and the maps are applied to all of them."""
+    shape = HUB_SHAPES["meta-llama/Llama-2-7b-hf"]
+    config = CONFIGS / "llama2-7b-samsum.yaml"
+    whole_short, whole = (distill_flops(load_config(config), shape, tokens) for tokens in (200, 4096))
+    sampled_short, sampled = (
+        distill_flops(load_config(config, ["distill.query_fraction=0.25"]), shape, tokens) for tokens in (200, 4096)
+    )
+    assert sampled[0] == whole[0], "the teacher runs whole"
+    assert sampled[1] - sampled_short[1] == pytest.approx((whole[1] - whole_short[1]) / 4)
+    assert sampled[1] > whole[1] / 4
 
 
 def test_a_measured_cost_takes_the_reckoned_ones_place():
