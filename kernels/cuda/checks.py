@@ -69,9 +69,3 @@ def check_side_inputs(
     for name, x, shape, dtype in wanted:
         if x is not None and (tuple(x.shape) != shape or x.dtype != dtype or x.device != q.device):
             raise ValueError(f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must be {shape} {dtype} on {q.device}")
-
-
-def loadable(x: Tensor) -> Tensor:
-    """x, or a copy of it where the kernel's loads of 16 bytes would not be aligned."""
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)

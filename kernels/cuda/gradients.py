@@ -16,15 +16,12 @@ from torch import Tensor
 from ..attention_state import LinearAttentionState
 from ..chunked_attention import chunked_linear_attention
 from ..feature_maps import Side, make_feature_map
-from .checks import checked_sizes, loadable
+from .arguments import forward_arguments, loadable, token_strides
+from .checks import checked_sizes
 from .library import (
-    FEATURE_MAP_NUMBERS,
     BackwardArguments,
-    ForwardArguments,
-    Strides,
     address,
     cuda_library,
-    current_stream,
     library_for,
 )
 
@@ -175,41 +172,16 @@ def linear_attention_backward(
             if grad.numel():
                 grad.zero_() if final is None else grad.copy_(final)
         return grad_q, grad_k, grad_v, grad_weight_q.zero_(), grad_weight_k.zero_(), grad_kv, grad_k_sum
-    q, k, v, grad_out = (loadable(x) for x in (q, k, v, grad_out.to(torch.bfloat16)))
-    weights = [None if w is None else w.to(torch.bfloat16).contiguous() for w in (weight_q, weight_k)]
-    mask = None if mask is None else mask.contiguous()
-    runs = None if runs is None else runs.contiguous()
-    states = [
+    grad_out = loadable(grad_out.to(torch.bfloat16))
+    initial_kv, initial_k_sum, grad_final_kv, grad_final_k_sum = (
         None if x is None else x.float().contiguous()
         for x in (initial_kv, initial_k_sum, grad_final_kv, grad_final_k_sum)
-    ]
+    )
     denominator = denominator.contiguous()
     library = library_for(q.device)
-    forward = ForwardArguments(
-        q=address(q),
-        k=address(k),
-        v=address(v),
-        weight_q=address(weights[0]),
-        weight_k=address(weights[1]),
-        mask=address(mask),
-        runs=address(runs),
-        initial_kv=address(states[0]),
-        initial_k_sum=address(states[1]),
-        denominator=address(denominator),
-        stream=current_stream(q.device),
-        q_stride=Strides(*q.stride()[:3]),
-        k_stride=Strides(*k.stride()[:3]),
-        v_stride=Strides(*v.stride()[:3]),
-        batch=batch,
-        heads=heads,
-        kv_heads=v.shape[1],
-        length=length,
-        head_dim=head_dim,
-        features=features,
-        feature_map=FEATURE_MAP_NUMBERS[feature_map],
-        segments=segments,
-        eps=eps,
-    )
+    inputs = q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum
+    forward = forward_arguments(inputs, sizes, feature_map, eps, segments)
+    forward.denominator = address(denominator)
     scratch = torch.empty(library.backward_scratch_bytes(forward), dtype=torch.uint8, device=q.device)
     forward.scratch = address(scratch) if scratch.numel() else None
     grad_denominator = denominator.new_empty(library.num_slices(head_dim, features), batch, heads, length)
@@ -218,8 +190,8 @@ def linear_attention_backward(
     arguments = BackwardArguments(
         forward=forward,
         grad_out=address(grad_out),
-        grad_final_kv=address(states[2]),
-        grad_final_k_sum=address(states[3]),
+        grad_final_kv=address(grad_final_kv),
+        grad_final_k_sum=address(grad_final_k_sum),
         grad_q=address(grad_q),
         grad_k=address(grad_k),
         grad_v=address(grad_v),
@@ -228,10 +200,10 @@ def linear_attention_backward(
         grad_initial_kv=address(grad_kv) if initial_kv is not None else None,
         grad_initial_k_sum=address(grad_k_sum) if initial_k_sum is not None else None,
         grad_denominator=address(grad_denominator),
-        grad_out_stride=Strides(*grad_out.stride()[:3]),
-        grad_q_stride=Strides(*grad_q.stride()[:3]),
-        grad_k_stride=Strides(*grad_k.stride()[:3]),
-        grad_v_stride=Strides(*grad_v.stride()[:3]),
+        grad_out_stride=token_strides(grad_out),
+        grad_q_stride=token_strides(grad_q),
+        grad_k_stride=token_strides(grad_k),
+        grad_v_stride=token_strides(grad_v),
     )
     with torch.cuda.device_of(q):
         library.backward(arguments)

@@ -43,6 +43,8 @@ class ForwardArguments(ctypes.Structure):
         ("eps", c_float),
         ("reserved", c_int32),
     ]
+    held: tuple[Tensor | None, ...] = ()
+    """Tensors that must live as long as these arguments: copies of which nobody else knows."""
 
 
 class BackwardArguments(ctypes.Structure):

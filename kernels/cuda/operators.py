@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_side_inputs, checked_sizes, loadable
+from .arguments import forward_arguments, loadable, token_strides
+from .checks import check_side_inputs, checked_sizes
 from .gradients import linear_attention_gradients
 from .library import (
     FEATURE_MAP_NUMBERS,
     DecodeArguments,
-    ForwardArguments,
-    Strides,
     address,
     current_stream,
     library_for,
@@ -57,49 +56,20 @@ def linear_attention(
     `run_index_BL`; states float32. Semantics: conventions.py. Raises ValueError for what does not fit together.
     """
     sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
-    batch, heads, length, head_dim, features = sizes
     check_side_inputs(q, mask, runs, initial_kv, initial_k_sum, sizes)
-    q, k, v = (loadable(x) for x in (q, k, v))
-    weights = [None if w is None else w.to(torch.bfloat16).contiguous() for w in (weight_q, weight_k)]
-    mask = None if mask is None else mask.contiguous()
-    runs = None if runs is None else runs.contiguous()
-    initial = [None if x is None else x.contiguous() for x in (initial_kv, initial_k_sum)]
     out, denominator, final_kv, final_k_sum = _outputs(v, sizes, return_state)
     if out.numel() == 0:
         if return_state:
-            for final, start in zip((final_kv, final_k_sum), initial, strict=True):
+            for final, start in ((final_kv, initial_kv), (final_k_sum, initial_k_sum)):
                 final.zero_() if start is None else final.copy_(start)
         return out, denominator, final_kv, final_k_sum
     library = library_for(q.device)
-    arguments = ForwardArguments(
-        q=address(q),
-        k=address(k),
-        v=address(v),
-        weight_q=address(weights[0]),
-        weight_k=address(weights[1]),
-        mask=address(mask),
-        runs=address(runs),
-        initial_kv=address(initial[0]),
-        initial_k_sum=address(initial[1]),
-        out=address(out),
-        denominator=address(denominator),
-        final_kv=address(final_kv) if return_state else None,
-        final_k_sum=address(final_k_sum) if return_state else None,
-        stream=current_stream(q.device),
-        q_stride=Strides(*q.stride()[:3]),
-        k_stride=Strides(*k.stride()[:3]),
-        v_stride=Strides(*v.stride()[:3]),
-        out_stride=Strides(*out.stride()[:3]),
-        batch=batch,
-        heads=heads,
-        kv_heads=v.shape[1],
-        length=length,
-        head_dim=head_dim,
-        features=features,
-        feature_map=FEATURE_MAP_NUMBERS[feature_map],
-        segments=segments,
-        eps=eps,
-    )
+    inputs = q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum
+    arguments = forward_arguments(inputs, sizes, feature_map, eps, segments)
+    arguments.out, arguments.out_stride = address(out), token_strides(out)
+    arguments.denominator = address(denominator)
+    if return_state:
+        arguments.final_kv, arguments.final_k_sum = address(final_kv), address(final_k_sum)
     scratch = torch.empty(library.scratch_bytes(arguments), dtype=torch.uint8, device=q.device)
     arguments.scratch = address(scratch) if scratch.numel() else None
     with torch.cuda.device_of(q):

@@ -37,7 +37,8 @@ struct dim3 {
 namespace emulation {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kStackBytes = EMULATION_ASAN ? 256 * 1024 : 64 * 1024;
+// Small under AddressSanitizer: it clears its notes on the whole stack at every switch.
+constexpr size_t kStackBytes = (EMULATION_ASAN ? 32 : 64) * 1024;
 
 // One copy of 16 bytes from global to shared memory that may happen now or as late as the wait for its group.
 struct AsyncCopy {
