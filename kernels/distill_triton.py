@@ -16,7 +16,7 @@ from torch import Tensor
 from . import distill_tiles
 from .distill_loss import DEFAULT_BLOCK_SIZE, LOSS_EPS, DistillLoss
 from .feature_maps import KEY_EXPONENT_BOUND, FeatureMap
-from .map_training import MapTraining
+from .map_training import MapTraining, check_log_sum_exp
 from .visible_ranges import VisibleRanges, visible_ranges
 
 _kernels: Any = distill_tiles  # a launch takes plain numbers where the signature says constexpr
@@ -127,8 +127,7 @@ def triton_distillation_loss(
         row_weights_BL=row_weights_BL,
         grad=grad,
     )
-    if log_sum_exp_BHL is not None and log_sum_exp_BHL.shape != q_BHLD.shape[:3]:
-        raise ValueError(f"log_sum_exp_BHL {tuple(log_sum_exp_BHL.shape)} must be (B, H, L) {tuple(q_BHLD.shape[:3])}")
+    check_log_sum_exp(log_sum_exp_BHL, q_BHLD)
     batch, num_heads, length, _ = q_BHLD.shape
     ranges = visible_ranges(batch, length, mask_BL, segment_ids_BL, q_BHLD.device)
     sampled = row_weights_BL is not None  # not looked at: that would wait for the GPU

@@ -132,6 +132,12 @@ class MapTraining:
         return (sum_H / torch.where(total == 0, torch.ones_like(total), total)).float()
 
 
+def check_log_sum_exp(log_sum_exp_BHL: Tensor | None, q_BHLD: Tensor) -> None:
+    """Raises ValueError unless there is a number for every row and head of q, or none at all."""
+    if log_sum_exp_BHL is not None and log_sum_exp_BHL.shape != q_BHLD.shape[:3]:
+        raise ValueError(f"log_sum_exp_BHL {tuple(log_sum_exp_BHL.shape)} must be (B, H, L) {tuple(q_BHLD.shape[:3])}")
+
+
 def sampled_row_weights(mask_BL: Tensor, fraction: float, block: int, place: float) -> Tensor:
     """Row weights (B, L), float32, for a loss over a sample of the query rows: unbiased for that over all of them.
 

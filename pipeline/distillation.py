@@ -202,7 +202,7 @@ class FeatureMapDistillation(nn.Module):
         )
         loss = distilled.loss * config.cross_entropy_weight
         if config.output_mse_weight > 0:
-            for name in ("eps", "block_size"):
+            for name in ("eps", "block_size", "log_sum_exp_BHL"):
                 del options[name]
             error = output_mse_loss(
                 seen.q_BHLD,
@@ -234,6 +234,7 @@ class FeatureMapDistillation(nn.Module):
             "positions_BL": batch["position_ids"],
             "eps": self._config.loss_eps,
             "block_size": self._config.query_block,
+            "log_sum_exp_BHL": seen.log_sum_exp_BHL,
         }
 
     def _maps(self, seen: TeacherLayer) -> tuple[Any, Any]:

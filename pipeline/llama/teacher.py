@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
 from ...kernels.linear_attention import run_index_BL
+from ...kernels.softmax_attention import causal_softmax_attention
 from .positions import row_positions
 
 
@@ -32,6 +32,7 @@ class TeacherLayer:
     v_BKLV: torch.Tensor
     scale: float
     o_BHLV: torch.Tensor  # softmax attention's output, before o_proj
+    log_sum_exp_BHL: torch.Tensor | None = None  # log Σ_j exp(scale q_i·k_j), where attention hands it out; float32
 
 
 class TeacherForward:
@@ -139,20 +140,18 @@ def _attend(
     v_BKLV = attention.v_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
     q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
     if spans is None:
-        o_BHLV = _causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, attention.scaling)
+        o_BHLV, log_sum_exp_BHL = causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, attention.scaling)
     else:
         o_BHLV = torch.zeros_like(q_BHLD)
+        log_sum_exp_BHL = o_BHLV.new_zeros(o_BHLV.shape[:3], dtype=torch.float32)
         for row, start, end in spans:
             here = (slice(row, row + 1), slice(None), slice(start, end))
-            o_BHLV[here] = _causal_softmax_attention(q_BHLD[here], k_BKLD[here], v_BKLV[here], attention.scaling)
-    return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, attention.scaling, o_BHLV)
-
-
-def _causal_softmax_attention(
-    q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLV: torch.Tensor, scale: float
-) -> torch.Tensor:
-    grouped = q_BHLD.shape[1] != k_BKLD.shape[1]
-    return F.scaled_dot_product_attention(q_BHLD, k_BKLD, v_BKLV, is_causal=True, scale=scale, enable_gqa=grouped)
+            o_BHLV[here], part = causal_softmax_attention(q_BHLD[here], k_BKLD[here], v_BKLV[here], attention.scaling)
+            if part is None:
+                log_sum_exp_BHL = None
+            elif log_sum_exp_BHL is not None:
+                log_sum_exp_BHL[here] = part
+    return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, attention.scaling, o_BHLV, log_sum_exp_BHL)
 
 
 def _finish_layer(layer: LlamaDecoderLayer, hidden_BLE: torch.Tensor, o_BHLV: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ def test_equals_llama_exactly(new_llama, token_ids, rope, num_key_value_heads):
         k, v = (x.repeat_interleave(4 // num_key_value_heads, 1) for x in (layer.k_BKLD, layer.v_BKLV))
         scores = (layer.q_BHLD @ k.transpose(-1, -2) * layer.scale).masked_fill(~torch.ones(23, 23).tril().bool(), -1e9)
         torch.testing.assert_close(scores.softmax(-1) @ v, layer.o_BHLV, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.log_sum_exp_BHL, scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 3], [0]], ids=str)
@@ -113,7 +114,7 @@ def test_left_padding_and_packing(llama, token_ids, left_padded):
     for layer in TeacherForward(llama)(ids_BL, mask_BL=mask_BL):
         for row, length in enumerate((6, 11)):
             expected = alone[row][layer.layer_index]
-            for name in ("q_BHLD", "k_BKLD", "v_BKLV", "o_BHLV"):
+            for name in ("q_BHLD", "k_BKLD", "v_BKLV", "o_BHLV", "log_sum_exp_BHL"):
                 padded = getattr(layer, name)[row, :, -length:]
                 torch.testing.assert_close(padded, getattr(expected, name)[0], rtol=1e-4, atol=1e-5)
         assert layer.o_BHLV[0, :, :5].abs().max() == 0
@@ -122,7 +123,7 @@ def test_left_padding_and_packing(llama, token_ids, left_padded):
     segment_ids = torch.tensor([[0] * 6 + [1] * 14])
     packed_mask = torch.tensor([[1] * 17 + [0] * 3])
     for layer in TeacherForward(llama)(packed_ids, mask_BL=packed_mask, segment_ids_BL=segment_ids):
-        for name in ("q_BHLD", "k_BKLD", "v_BKLV", "o_BHLV"):
+        for name in ("q_BHLD", "k_BKLD", "v_BKLV", "o_BHLV", "log_sum_exp_BHL"):
             expected = torch.cat([getattr(alone[row][layer.layer_index], name) for row in (0, 1)], dim=2)
             torch.testing.assert_close(getattr(layer, name)[:, :, :17], expected, rtol=1e-4, atol=1e-5)
 
