@@ -80,23 +80,38 @@ def memory_status_bytes(key: str) -> int:
 
 def peak_memory_bytes(workload: str, length: int) -> int | None:
     """Peak memory that one run of `workload` adds to a fresh process. None where /proc is missing."""
+    return peaks_bytes([workload], length)[0]
+
+
+def peaks_bytes(workloads: list[str], length: int) -> list[int | None]:
+    """The same for several, each in a process of its own, forked from one that has imported what they need."""
     if not Path("/proc/self/status").exists():
-        return None
-    command = [sys.executable, __file__, "--measure-memory", workload, "--length", str(length)]
+        return [None] * len(workloads)
+    command = [sys.executable, __file__, "--measure-memory", ",".join(workloads), "--length", str(length)]
     # large blocks straight from the system, so that what is freed does not linger in the figure
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout)
+    return [int(line) for line in done.stdout.split()]
 
 
-def measure_memory(workload: str, length: int) -> None:
-    """The child of `peak_memory_bytes`: warms up on a short problem, then runs the long one."""
+def measure_memory(workloads: list[str], length: int) -> None:
+    """The child of `peaks_bytes`: one process after the other warms up on a short problem, then runs the long one."""
     torch.set_num_threads(1)
-    WORKLOADS[workload](64)()
-    task = WORKLOADS[workload](length) if workload in MEASURED_BEYOND_SETUP else None
-    before = memory_status_bytes("VmRSS")
-    (task or WORKLOADS[workload](length))()
-    print(max(memory_status_bytes("VmHWM") - before, 0))
+    if any(workload in STEPS for workload in workloads):
+        import hedgehog.pipeline.distillation  # noqa: F401  (before the fork, so that it is done once)
+    for workload in workloads:
+        pid = os.fork()
+        if pid:
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if status:
+                sys.exit(f"{workload}: the process that measured it ended with {status}")
+            continue
+        WORKLOADS[workload](64)()
+        task = WORKLOADS[workload](length) if workload in STEPS else None
+        before = memory_status_bytes("VmRSS")
+        (task or WORKLOADS[workload](length))()
+        print(max(memory_status_bytes("VmHWM") - before, 0), flush=True)
+        os._exit(0)
 
 
 # -- chunked linear attention ------------------------------------------------------------------------------------------
@@ -217,11 +232,11 @@ def distillation_section(quick: bool) -> Section:
 def step_section(quick: bool) -> Section:
     section = Section()
     length = 64 if quick else 2048
-    tasks = {form: stage_one_step(length, materialised=form == "materialised") for form in ("tiled", "materialised")}
+    forms, num_layers = ("tiled", "materialised"), 1 if quick else SHAPE["num_hidden_layers"]
+    tasks = {form: stage_one_step(length, materialised=form == forms[1], num_layers=num_layers) for form in forms}
     seconds = best_times_s(tasks, 1 if quick else 3)
-    for form in tasks:
-        prefix = "" if form == "tiled" else "materialised "
-        peak = peak_memory_bytes(prefix + "stage-one step", length)
+    peaks = peaks_bytes([f"{form} {'one-layer ' if quick else ''}stage-one step" for form in forms], length)
+    for form, peak in zip(forms, peaks, strict=True):
         row: dict[str, Any] = {"loss": form, "tokens": length, "s/step": seconds[form]}
         section.rows.append(row | {"peak MB": None if peak is None else peak / 1e6})
     section.check(
@@ -232,7 +247,7 @@ def step_section(quick: bool) -> Section:
         section.notes.append("no memory figures: this system has no /proc/self/status")
     else:
         section.check("stage-one step: peak memory over the materialised loss's", tiled / materialised, 1 / 5)
-    shape = f"{SHAPE['num_hidden_layers']} layers, {SHAPE['num_attention_heads']} heads of {SHAPE['head_dim']}"
+    shape = f"{num_layers} layers, {SHAPE['num_attention_heads']} heads of {SHAPE['head_dim']}"
     section.notes.append(f"teacher, losses, AdamW; {shape}, random weights, batch 1, float32; memory beyond the model")
     return section
 
@@ -314,11 +329,15 @@ WORKLOADS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "attention": linear_attention_workload,
     "distillation": distillation_workload,
     "materialised distillation": lambda length: distillation_workload(length, materialised_distillation_loss),
-    "stage-one step": lambda length: stage_one_step(length, materialised=False),
-    "materialised stage-one step": lambda length: stage_one_step(length, materialised=True),
 }
-
-MEASURED_BEYOND_SETUP = {"stage-one step", "materialised stage-one step"}  # what the model itself takes is not counted
+STEPS: dict[str, Callable[[int], Callable[[], Any]]] = {
+    "tiled stage-one step": lambda length: stage_one_step(length, materialised=False),
+    "materialised stage-one step": lambda length: stage_one_step(length, materialised=True),
+    "tiled one-layer stage-one step": lambda length: stage_one_step(length, materialised=False, num_layers=1),
+    "materialised one-layer stage-one step": lambda length: stage_one_step(length, materialised=True, num_layers=1),
+}
+"""Here what the model itself takes is not counted."""
+WORKLOADS |= STEPS
 
 
 def cpu_name() -> str:
@@ -359,11 +378,11 @@ def main() -> None:
         "--quick", action="store_true", help="tiny sizes, one round: shows that it runs, measures nothing"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "bench.json", help="JSON file to write (%(default)s)")
-    parser.add_argument("--measure-memory", choices=WORKLOADS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_memory:
-        measure_memory(arguments.measure_memory, arguments.length)
+        measure_memory(arguments.measure_memory.split(","), arguments.length)
         return
     names = arguments.sections.split(",")
     unknown = [name for name in names if name not in SECTIONS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,34 +214,24 @@ def launch_processes(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(num_processes)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, argument],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        # A rank that died leaves the others waiting in a collective: the first failure ends them all.
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, str(Path(__file__).with_name("forked_ranks.py"))]
+        process = subprocess.Popen(
+            [*command, str(num_processes), logs, code, argument],
+            env=shared,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
-                    break
-                time.sleep(0.1)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        outputs = []
-        for log in logs:
-            log.seek(0)
-            outputs.append(log.read())
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode in (0, -signal.SIGKILL), output
-    assert not any(process.returncode for process in processes), outputs
+            said, _ = process.communicate()
+        finally:  # of a test that took too long, too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        outputs = [Path(logs, str(rank)).read_text() for rank in range(num_processes) if Path(logs, str(rank)).exists()]
+    assert process.returncode == 0, [said, *outputs]
     return outputs
 
 
@@ -252,9 +242,24 @@ def launch() -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def two_process_runs(new_run: Callable[..., TrainingRun]) -> dict[Any, TrainingRun]:
+def two_process_runs(
+    new_run: Callable[..., TrainingRun], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, TrainingRun]:
     """Both training stages finished on two processes under ZeRO 1, 2 and 3; `"distill"` and `"finetune"` interrupted
-    in the last step, to be resumed by another number of processes. One start of two processes serves all tests."""
+    in the last step, to be resumed by another number of processes. Made once, whichever worker of xdist asks first."""
+    everyones = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        everyones = everyones.parent
+    made = everyones / "two-process-runs.json"
+    with open(made.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            runs = _make_two_process_runs(new_run)
+            made.write_text(json.dumps([(key, str(run.root), run.values) for key, run in runs.items()]))
+    return {key: TrainingRun(Path(root), values) for key, root, values in json.loads(made.read_text())}
+
+
+def _make_two_process_runs(new_run: Callable[..., TrainingRun]) -> dict[Any, TrainingRun]:
     runs: dict[Any, TrainingRun] = {
         stage: new_run(engine__zero_stage=stage, distill__micro_batch_size=1) for stage in (1, 2, 3)
     }

@@ -111,7 +111,7 @@ def test_random_kills_change_nothing(
     config_file: Path, undisturbed: tuple[Path, float], seed: int, tmp_path: Path
 ) -> None:
     expected, duration_s = undisturbed
-    num_kills = int(os.environ.get("HEDGEHOG_KILLS", "10"))
+    num_kills = int(os.environ.get("HEDGEHOG_KILLS", "6"))
     killed = fork_runs(config_file, tmp_path, num_kills, seed, duration_s / 4)
     print(killed)
     assert killed["kills"], "the run ended before the first kill: make the delays shorter"

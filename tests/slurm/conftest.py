@@ -176,9 +176,26 @@ def whole_graph(new_cluster: Callable[[], Cluster]) -> Cluster:
     return cluster
 
 
+@pytest.fixture(scope="session")
+def new_prepared(new_cluster: Callable[[], Cluster], whole_graph: Cluster) -> Callable[[], Cluster]:
+    """`new_prepared()`: a working directory whose run has finished `prepare`, and nothing else."""
+
+    def make() -> Cluster:
+        cluster = new_cluster()
+        shutil.copytree(whole_graph.cwd / "runs" / "micro" / "prepare", cluster.cwd / "runs" / "micro" / "prepare")
+        return cluster
+
+    return make
+
+
 @pytest.fixture
-def prepared(new_cluster: Callable[[], Cluster], whole_graph: Cluster) -> Cluster:
-    """A working directory whose run has finished `prepare`, and nothing else."""
-    cluster = new_cluster()
-    shutil.copytree(whole_graph.cwd / "runs" / "micro" / "prepare", cluster.cwd / "runs" / "micro" / "prepare")
+def prepared(new_prepared: Callable[[], Cluster]) -> Cluster:
+    return new_prepared()
+
+
+@pytest.fixture(scope="session")
+def distilled_alone(new_prepared: Callable[[], Cluster]) -> Cluster:
+    """A run whose layers were all distilled by one process, without Slurm."""
+    cluster = new_prepared()
+    cluster.hedgehog("distill", "micro.yaml")
     return cluster

@@ -54,10 +54,11 @@ class Disturbed:
         file.write_text(str(step))
         return file
 
-    def submit(self, **slurm: Any) -> str:
+    def submit(self, nodes: int = 1, tasks_per_node: int = 1, **slurm: Any) -> str:
         """Submit the stage; its job's id."""
         command = shlex.join([sys.executable, str(PROGRAM), str(self.program)])
-        self.cluster.write_config(slurm={self.stage: {"command": command}, **slurm})
+        size = {"nodes": nodes, "tasks_per_node": tasks_per_node}
+        self.cluster.write_config(slurm={self.stage: {"command": command, **size}, **slurm})
         self.cluster.hedgehog("submit", "micro.yaml", "--from", self.stage, "--to", self.stage)
         records = json.loads((self.runs / "slurm" / "jobs.json").read_text())["jobs"]
         return next(record["job_id"] for record in reversed(records) if record["name"] == self.stage)
@@ -114,6 +115,9 @@ class Disturbed:
         """All that the jobs said, in one line."""
         return " ".join(self.cluster.logs(last=1_000_000).split())
 
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.runs / self.stage / "manifest.json").read_text())
+
     def job(self, job: str) -> dict[str, str]:
         """What scontrol shows about a job."""
         words = self.cluster.run("scontrol", "-o", "show", "job", job).stdout.split()
@@ -157,25 +161,31 @@ def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(distur
     run.cluster.hedgehog("cancel", "micro")
 
 
-def test_two_ranks_save_together_at_their_time_limit_and_queue_themselves(disturbed: Callable[[str], Disturbed]):
-    """As above; another run of two ranks, which nothing happens to, goes through meanwhile."""
-    run, calm = disturbed("distill"), disturbed("distill")
-    for either in (run, calm):  # these nodes' names are in no DNS
-        either.cluster = either.cluster.under(MASTER_ADDR="127.0.0.1")
-    two_ranks = {"layer_groups": 1, "tasks_per_node": 2, "grace_period_s": 50}
+def test_four_ranks_on_two_nodes_save_together_at_their_time_limit_and_one_goes_on(
+    disturbed: Callable[[str], Disturbed], distilled_alone: Cluster
+):
+    """As above; what is queued again is cancelled, and submitted as a single process."""
+    run = disturbed("distill")
+    run.cluster = run.cluster.under(MASTER_ADDR="127.0.0.1")  # these nodes' names are in no DNS
     run.hold()
-    job = run.submit(**two_ranks)
+    job = run.submit(nodes=2, tasks_per_node=2, layer_groups=1, grace_period_s=50)
     run.wait_for_step(HELD_AT)
+    assert run.manifest()["world_size"] == 4
     run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    calm.submit(**two_ranks)
     run.wait(lambda: run.job(job).get("Restarts") == "1")
-    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    calm.cluster.wait(lambda states: states["distill"] == "done")
-    run.whole = calm.runs
-    run.finish()
-    assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "both ranks stopped after the same step"
-    assert json.loads((run.runs / "distill" / "manifest.json").read_text())["world_size"] == 2
+    run.cluster.hedgehog("cancel", "micro")
+    run.cluster.wait(lambda states: states["distill"] == "cancelled", 60)
     assert "stopped by SIGUSR2: saved after step 4 of 6" in run.log()
+
+    assert run.submit() != job
+    run.cluster.wait(lambda states: states["distill"] == "done", 180)
+    assert run.steps(0) == [1, 2, 3, 4, 5, 6], "all ranks stopped after the same step, and one went on"
+    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (1, 1)
+    found, expected = (
+        results(folder / "distill")["metrics.jsonl"] for folder in (run.runs, distilled_alone.cwd / "runs" / "micro")
+    )
+    losses = [[record["loss_nats"] for record in records if "loss_nats" in record] for records in (found, expected)]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.fixture
