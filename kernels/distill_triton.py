@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from . import distill_tiles
+from .distill_limits import CHUNK, WEIGHT_SHARES, WIDTHS, heads_at_once
 from .distill_loss import DEFAULT_BLOCK_SIZE, LOSS_EPS, DistillLoss
 from .feature_maps import KEY_EXPONENT_BOUND, FeatureMap
 from .map_training import MapTraining, check_log_sum_exp
@@ -33,12 +34,6 @@ _FORMS: dict[tuple[str, str], tuple[Any, float]] = {
     ("hedgehog_joint", "query"): (distill_tiles.ONE_SOFTMAX, 2.0),
     ("hedgehog_joint", "key"): (distill_tiles.ONE_SOFTMAX, 2.0),
 }
-WIDTHS = (16, 32, 64, 128)
-"""What head_dim and feature_dim may be: powers of two that one tile holds."""
-MAX_SCRATCH_BYTES = 2**28
-"""Scratch for the heads at hand, one head at least. All 32 heads of Llama-2 7B at 4k tokens are 256 MiB."""
-WEIGHT_SHARES = 32
-"""Programs a head over which dW is summed: enough, with 32 heads, for the largest GPU. Their partial sums are small."""
 
 
 class Tiles(NamedTuple):
@@ -64,10 +59,10 @@ def pinned_tiles(capability: int) -> Tiles:
     from shared memory whatever its width.
     """
     if capability in (90, 100, 103):
-        return Tiles(chunk=64, rows=128, passing=64, weight_rows=32)
+        return Tiles(chunk=CHUNK, rows=128, passing=64, weight_rows=32)
     if capability in (80, 87):
-        return Tiles(chunk=64, rows=64, passing=64, weight_rows=32)
-    return Tiles(chunk=64, rows=64, passing=32, weight_rows=16)
+        return Tiles(chunk=CHUNK, rows=64, passing=64, weight_rows=32)
+    return Tiles(chunk=CHUNK, rows=64, passing=32, weight_rows=16)
 
 
 def unsupported(map_q: FeatureMap, map_k: FeatureMap, dtype: torch.dtype) -> str | None:
@@ -134,8 +129,7 @@ def triton_distillation_loss(
     launches = _Launches(q_BHLD, k_BKLD, work, (map_q, map_k), ranges, eps, tiles, sampled)
     loss_H = torch.zeros(num_heads, dtype=torch.float32, device=q_BHLD.device)
     entropy_H = torch.zeros_like(loss_H)
-    bytes_per_head = batch * length * map_q.num_features * (2 * launches.operand_dtype.itemsize + 4)
-    step = max(1, min(num_heads, MAX_SCRATCH_BYTES // max(1, bytes_per_head)))
+    step = heads_at_once(num_heads, batch * length, map_q.num_features, launches.operand_dtype.itemsize)
     with torch.cuda.device(q_BHLD.device) if q_BHLD.is_cuda else nullcontext():  # Triton launches on the current device
         for first in range(0, num_heads, step):
             heads = slice(first, min(first + step, num_heads))

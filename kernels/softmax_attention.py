@@ -42,7 +42,8 @@ def _flash_is_chosen(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: boo
         return False
     if q.device.type == "cuda" and q.shape[-1] % 8:  # it would be padded first
         return False
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
+    choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+    choice = choose(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
     return choice == SDPBackend.FLASH_ATTENTION.value
 
 

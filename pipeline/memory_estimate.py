@@ -40,9 +40,6 @@ SUMMARY_SHARE = 0.25
 """Part of a training row's tokens that belong to the summary and get logits (SAMSum: 0.15 to 0.2)."""
 FEATURE_RESULTS = {"hedgehog_exp": 1.5, "performer": 2.0, "taylor": 2.0}
 """Results of φ's size in fp32 that a map keeps for its backward; 1 for the others."""
-LOSS_TILE_CELLS = {"cpu": 2**19, "cuda": 2**25}
-"""Numbers in a tile of the distillation loss; three tiles exist at a time (kernels/distill_loss.py)."""
-
 
 TermKind = Literal["weights", "training", "activations", "overhead"]
 
@@ -231,21 +228,50 @@ def _distill_terms(sizes: _Sizes) -> list[Term]:
     queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     teacher = tokens * (p * (2 * shape.hidden_size + 2 * queries + 2 * keys) + 4 * shape.hidden_size)
     terms.append(Term("teacher's layer", teacher, "B T (p (2E + 2HD + 2KD) + 4E)"))
-    cells = LOSS_TILE_CELLS[sizes.device]
-    head_tokens = min(shape.num_heads * tokens, max(length, cells // distill.query_block))
-    projected = sizes.config.model.feature_dim or shape.head_dim
-    per_head_token = 4 * (2 * shape.head_dim + 2 * projected + 6 * sizes.map_size.num_features)
-    features = head_tokens * per_head_token
-    terms.append(Term("features of some heads", features, "4 (2D + 2P + 6F) · min(H B T, max(T, cells / query_block))"))
-    tile = min(cells, head_tokens * distill.query_block)
-    terms.append(
-        Term("loss tiles", 3 * 4 * max(tile, length * distill.query_block), "12 · max(cells, T · query_block)")
-    )
+    loss, features = _loss_terms(sizes)
+    terms += loss
     mlp = tokens * 3 * shape.intermediate_size * p
     if mlp > features:
         terms.append(Term("teacher's MLP", mlp - features, "p · 3 B T I, less the features, which are gone by then"))
     terms.append(sizes.overhead_term())
     return terms
+
+
+def _loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
+    """What the attention loss takes, as the Triton kernel where that serves; and the part that scales with tokens."""
+    from ..kernels.distill_limits import heads_at_once, scratch_bytes
+    from ..kernels.map_training import MAX_CELLS
+
+    shape, distill, length = sizes.shape, sizes.config.distill, sizes.config.data.max_length_tokens
+    tokens, num_features = distill.micro_batch_size * length, sizes.map_size.num_features
+    projected = sizes.config.model.feature_dim or shape.head_dim
+    if _kernel_serves(sizes, projected):
+        heads = heads_at_once(shape.num_heads, tokens, num_features)
+        scratch = scratch_bytes(shape.num_heads, tokens, shape.head_dim, projected, num_features)
+        formula = f"{heads} heads at once · (B T (8F + F/16 + 8) + 136 D P)"
+        return [Term("loss kernel's scratch", scratch, formula)], scratch
+    cells = MAX_CELLS[sizes.device]
+    head_tokens = min(shape.num_heads * tokens, max(length, cells // distill.query_block))
+    features = head_tokens * 4 * (2 * shape.head_dim + 2 * projected + 6 * num_features)
+    tile = min(cells, head_tokens * distill.query_block)
+    return [
+        Term("features of some heads", features, "4 (2D + 2P + 6F) · min(H B T, max(T, cells / query_block))"),
+        Term("loss tiles", 3 * 4 * max(tile, length * distill.query_block), "12 · max(cells, T · query_block)"),
+    ], features
+
+
+def _kernel_serves(sizes: _Sizes, feature_dim: int) -> bool:
+    """Whether the Triton kernel computes the attention loss, on a GPU that has bfloat16 (sm_80 or later)."""
+    from ..kernels.distill_limits import FEATURE_MAPS, WIDTHS
+
+    model = sizes.config.model
+    return (
+        sizes.device == "cuda"
+        and sizes.precision_bytes == 2
+        and model.attention_backend == "auto"
+        and model.feature_map in FEATURE_MAPS
+        and {sizes.shape.head_dim, feature_dim} <= set(WIDTHS)
+    )
 
 
 def _finetune_terms(sizes: _Sizes) -> list[Term]:

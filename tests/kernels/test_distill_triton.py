@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from hedgehog.kernels import distill_backends, distill_loss
+from hedgehog.kernels import distill_backends, distill_limits, distill_loss
 from hedgehog.kernels.feature_maps import make_feature_map
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from hedgehog.kernels import distill_triton  # noqa: E402
 from hedgehog.kernels.distill_triton import Tiles, pinned_tiles, triton_distillation_loss  # noqa: E402
 from hedgehog.kernels.map_training import sampled_row_weights  # noqa: E402
+from hedgehog.pipeline.allocation_peak import allocation_peak  # noqa: E402
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 2, 1, 16
 SMALL = Tiles(chunk=16, rows=32, passing=16, weight_rows=32)
@@ -138,6 +139,10 @@ def test_segments_that_span_many_chunks_and_end_inside_them():
     assert_agrees(result, pair, q, k, mask_BL=mask, segment_ids_BL=segments)
 
 
+def test_the_maps_it_takes_are_those_that_validate_knows():
+    assert {name for name, _ in distill_triton._FORMS} == set(distill_limits.FEATURE_MAPS)
+
+
 def test_tiles_of_any_proportion_and_several_a_share(monkeypatch):
     monkeypatch.setattr(distill_triton, "WEIGHT_SHARES", 3)  # five tiles of 16: two, two and one
     q, k = inputs(70, batch=1, heads=1)
@@ -161,10 +166,36 @@ def test_grouped_queries_and_a_few_heads_at_a_time(kv_heads, monkeypatch):
     pair = maps(heads=4)
     whole = triton_distillation_loss(q, k, *pair)
     assert_agrees(whole, pair, q, k)
-    monkeypatch.setattr(distill_triton, "MAX_SCRATCH_BYTES", 3 * 20 * 2 * DIM * 12)
+    monkeypatch.setattr(distill_limits, "MAX_SCRATCH_BYTES", 3 * 20 * 2 * DIM * 12)
     parts = triton_distillation_loss(q, k, *pair)
     assert torch.equal(parts.loss, whole.loss) and torch.equal(parts.kl_H, whole.kl_H)
     assert all(torch.equal(a, b) for a, b in zip(*(gradients(r.loss, pair) for r in (parts, whole)), strict=True))
+
+
+class NoKernels:
+    """Launches that do nothing: what is left of a pass is its allocations."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, grid):
+        return lambda **arguments: None
+
+
+@pytest.mark.parametrize(("heads", "at_once"), [(4, 4), (8, 3)])
+def test_scratch_is_what_validate_reckons_with(heads, at_once, monkeypatch):
+    """Torch's allocations during the pass, with bfloat16 operands as on a GPU."""
+    length, feature_dim = 2000, 32
+    monkeypatch.setattr(distill_limits, "MAX_SCRATCH_BYTES", at_once * length * 2 * feature_dim * 8)
+    monkeypatch.setattr(distill_triton, "_kernels", NoKernels())
+    q, k = inputs(length, batch=1, heads=heads, dtype=torch.bfloat16)
+    pair = maps(heads=heads, feature_dim=feature_dim)
+    assert distill_limits.heads_at_once(heads, length, 2 * feature_dim) == at_once
+    with allocation_peak("cpu") as peak:
+        triton_distillation_loss(q, k, *pair)
+    expected = distill_limits.scratch_bytes(heads, length, DIM, feature_dim, 2 * feature_dim)
+    learned = sum(4 * weight.numel() for feature_map in pair for weight in feature_map.parameters())
+    assert peak.num_bytes - learned == pytest.approx(expected, rel=0.05), "besides dW, which is another term"
 
 
 @pytest.mark.parametrize("eps", [1e-30, 1e-2])
