@@ -79,7 +79,7 @@ def memory_status_bytes(key: str) -> int:
 
 
 def peak_memory_bytes(workload: str, length: int) -> int | None:
-    """Peak memory that one run of `workload` adds to a fresh process. None where /proc is missing."""
+    """Peak memory that one run of `workload` adds to a process of its own. None where /proc is missing."""
     return peaks_bytes([workload], length)[0]
 
 

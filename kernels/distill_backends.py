@@ -84,18 +84,21 @@ def _compare(
     random = torch.Generator().manual_seed(0)  # not the caller's random numbers
     q, k = (torch.randn(1, num_heads, 130, head_dim, generator=random).to(device, dtype) for _ in range(2))
 
-    def run(loss: Callable[..., DistillLoss]) -> list[Tensor]:
+    def run(loss: Callable[..., DistillLoss], log_sum_exp_BHL: Tensor | None = None) -> list[Tensor]:
         with torch.enable_grad():
-            result = loss(q, k, map_q, map_k)
+            result = loss(q, k, map_q, map_k, log_sum_exp_BHL=log_sum_exp_BHL)
             grads = torch.autograd.grad(result.loss, trained) if trained else ()
         # not the KL, a small difference of the two
         return [result.kl_H + result.entropy_H, result.entropy_H, result.loss.detach(), *grads]
 
+    logits = torch.matmul(q.float(), k.float().transpose(-1, -2)) * head_dim**-0.5
+    above = torch.ones(logits.shape[-2:], dtype=torch.bool, device=device).triu(1)
     try:
-        found = run(kernel)
+        # with its own log-sum-exp, and with a teacher's
+        found = run(kernel) + run(kernel, logits.masked_fill(above, -torch.inf).logsumexp(dim=-1))
     except Exception as error:  # whatever the compiler or the driver says: there is another way
         return f"the kernel fails here ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-    for ours, right in zip(found, run(attention_distillation_loss), strict=True):
+    for ours, right in zip(found, 2 * run(attention_distillation_loss), strict=True):
         error = float((ours.double() - right.double()).norm() / right.double().norm().clamp_min(1e-12))
         if not error <= TOLERANCE:
             return f"the kernel differs from PyTorch here by {error:.1%}; please report it"

@@ -76,9 +76,9 @@ def attention_distillation_loss(
     `scale` is 1/√D by default. `mask_BL` (bool, True = real) and `segment_ids_BL` as in `conventions`; padding is
     neither query nor key. Row weights w_i are by default 1/number of real tokens; those of padding count as zero.
     Blocks of rows that weigh nothing are passed over (`map_training.sampled_row_weights`).
-    `grad=False` leaves the gradient out (evaluation). `log_sum_exp_BHL` is L_i, in nats, where the teacher's forward
-    hands it out (any finite value at padding); it is computed where it does not. Computes in float32 (float64 for
-    float64 q): g is formed before any rounding. Raises ValueError where shapes do not fit.
+    `grad=False` leaves the gradient out (evaluation). `log_sum_exp_BHL`, L_i in nats, is for the GPU kernel and not
+    used here: a block sees all its keys at once, where softmax costs as little, and Σ_j a_ij is exactly 1. Computes in
+    float32 (float64 for float64 q): g is formed before any rounding. Raises ValueError where shapes do not fit.
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")
@@ -101,9 +101,8 @@ def attention_distillation_loss(
         q, k = work.take(q_BHLD, spans, heads), work.take(k_BKLD, spans, heads)
         phi_q, phi_k, leaves = work.features(q, k, spans, heads)
         weights = work.take_weights(spans, heads)
-        log_sum = None if log_sum_exp_BHL is None else work.take(log_sum_exp_BHL.unsqueeze(-1), spans, heads)
         grad_phi_q, grad_phi_k, loss_N, entropy_N = _pass_over_tiles(
-            q * work.scale, k, phi_q.detach(), phi_k.detach(), weights, log_sum, eps, block_size, work.needs_grad
+            q * work.scale, k, phi_q.detach(), phi_k.detach(), weights, eps, block_size, work.needs_grad
         )
         loss_H[heads] += work.per_head(loss_N, heads)
         entropy_H[heads] += work.per_head(entropy_N, heads)
@@ -117,7 +116,6 @@ def _pass_over_tiles(
     phi_q_NTF: Tensor,
     phi_k_NTF: Tensor,
     weights_NT: Tensor,
-    log_sum_NT1: Tensor | None,
     eps: float,
     block_size: int,
     needs_grad: bool,
@@ -143,12 +141,8 @@ def _pass_over_tiles(
 
         torch.bmm(q_NTD[:, rows], k_NTD[:, :stop].transpose(1, 2), out=t)
         t[:, :, rows].add_(above[:size, :size])
-        if log_sum_NT1 is None:
-            torch.softmax(t, dim=-1, out=a)
-            log_sum = t.amax(dim=-1) - a.amax(dim=-1).log()
-        else:
-            torch.sub(t, log_sum_NT1[:, rows], out=a).exp_()
-            log_sum = log_sum_NT1[:, rows, 0]
+        torch.softmax(t, dim=-1, out=a)
+        log_sum = t.amax(dim=-1) - a.amax(dim=-1).log()
         entropy += (w * (log_sum - torch.linalg.vecdot(a, t))).sum(dim=1)
 
         torch.bmm(phi_q_NTF[:, rows], phi_k_NTF[:, :stop].transpose(1, 2), out=s)

@@ -1,6 +1,6 @@
 """Causal softmax attention through torch's fused kernels, with the log-sum-exp that they compute anyway.
 
-`torch.nn.functional.scaled_dot_product_attention` throws it away. Where torch would choose its FlashAttention, the
+`torch.nn.functional.scaled_dot_product_attention` throws it away. Where torch would choose FlashAttention or cuDNN, the
 operator below it is called instead: the same output, and L_i = log Σ_j≤i exp(scale · q_i·k_j) beside it, which the
 distillation loss then need not find with a pass of its own.
 """
@@ -8,6 +8,7 @@ distillation loss then need not find with a pass of its own.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,80 +16,110 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-TOLERANCE_NATS = 0.01
-"""Largest error of L at which an operator counts as right; bfloat16 operands leave about 1e-4."""
+LOG_SUM_TOLERANCE_NATS = 5e-4
+"""Largest error of L at which an operator counts as right. bfloat16 operands leave 6e-5; the KL takes up ten times L's
+error, and is some hundredths of a nat at best."""
+OUTPUT_TOLERANCE = 0.03
+"""The same for o, whose values are up to 4 here and rounded to 16 bits."""
 logger = logging.getLogger(__name__)
 
 
 def causal_softmax_attention(
     q_BHLD: Tensor, k_BKLD: Tensor, v_BKLV: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """(o_BHLV, L_BHL float32 in nats, or None where the kernel that torch chooses keeps it to itself).
+    """(o_BHLV, L_BHL), L in nats, float32 (float64 for float64); None where the kernel of torch's choice keeps it.
 
     Query head h uses key/value head h // (H // K). No L × L matrix is formed.
     """
     grouped = q_BHLD.shape[1] != k_BKLD.shape[1]
-    if _flash_is_chosen(q_BHLD, k_BKLD, v_BKLV, scale, grouped):
-        device = q_BHLD.device
-        if flash_obstacle(device, q_BHLD.dtype, q_BHLD.shape[-1], grouped) is None:
-            return _flash(q_BHLD, k_BKLD, v_BKLV, scale)
+    name = _operator_chosen(q_BHLD, k_BKLD, v_BKLV, scale, grouped)
+    if name is not None and obstacle(name, q_BHLD.device, q_BHLD.dtype, q_BHLD.shape[-1], grouped) is None:
+        return _OPERATORS[name](q_BHLD, k_BKLD, v_BKLV, scale)
     out = F.scaled_dot_product_attention(q_BHLD, k_BKLD, v_BKLV, is_causal=True, scale=scale, enable_gqa=grouped)
     return out, None
 
 
-def _flash_is_chosen(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> bool:
-    """Whether scaled_dot_product_attention would run FlashAttention here; `sdpa_kernel` contexts are heeded."""
+def _operator_chosen(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> str | None:
+    """The name in `_OPERATORS` of what scaled_dot_product_attention would run; `sdpa_kernel` contexts are heeded."""
     if q.device.type not in ("cpu", "cuda") or q.numel() == 0 or (q.requires_grad and torch.is_grad_enabled()):
-        return False
+        return None
     if q.device.type == "cuda" and q.shape[-1] % 8:  # it would be padded first
-        return False
-    choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
-    choice = choose(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
-    return choice == SDPBackend.FLASH_ATTENTION.value
+        return None
+    try:
+        choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+        choice = choose(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
+    except (AttributeError, TypeError):  # not torch's public interface
+        return None
+    if choice == SDPBackend.FLASH_ATTENTION.value:
+        return "flash on the CPU" if q.device.type == "cpu" else "FlashAttention"
+    return "cuDNN" if choice == SDPBackend.CUDNN_ATTENTION.value else None
+
+
+def _flash_on_the_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The operators that scaled_dot_product_attention calls; both return o and L first."""
-    if q.device.type == "cpu":
-        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-    else:
-        out, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
-    return out, log_sum_exp.float()
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    results = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+    return results[0], results[1].reshape(q.shape[:3])
+
+
+_OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "flash on the CPU": _flash_on_the_cpu,
+    "FlashAttention": _flash,
+    "cuDNN": _cudnn,
+}
+"""What scaled_dot_product_attention calls: o, and L in nats, float32."""
 
 
 @cache
-def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str | None:
-    """Why the operator's L is not to be used on this device, or None. Found on a small problem once; said once.
+def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str | None:
+    """Why an operator's L is not to be used on this device, or None. Found on small problems once; said once.
 
     These operators are not torch's public interface, and a wrong L would train wrong feature maps in silence.
     """
     try:
         with torch.no_grad():
-            error = _error_on_a_small_problem(device, dtype, head_dim, grouped)
+            errors = [_errors(_OPERATORS[name], device, dtype, head_dim, grouped, length) for length in (1, 70, 200)]
     except (RuntimeError, AttributeError, TypeError, ValueError) as fault:
-        obstacle = f"it fails ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
+        found = f"it fails ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
     else:
-        if error <= TOLERANCE_NATS:
+        of_sum, of_out = (max(kind) for kind in zip(*errors, strict=True))
+        if of_sum <= LOG_SUM_TOLERANCE_NATS and of_out <= OUTPUT_TOLERANCE:
             return None
-        obstacle = f"it is wrong by {error:.3g} nats"
-    logger.warning("FlashAttention's log-sum-exp is not used, the loss computes its own: %s", obstacle)
-    return obstacle
+        found = f"it is wrong by {of_sum:.3g} nats, and its output by {of_out:.3g}"
+    logger.warning("the log-sum-exp of torch's %s is not used, the loss computes its own: %s", name, found)
+    return found
 
 
-def _error_on_a_small_problem(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> float:
-    """Largest error of L, and of o, whichever is larger in units of its tolerance. NaN counts as the worst."""
-    heads, kv_heads, length, scale = 4, 2 if grouped else 4, 70, 1.5 * head_dim**-0.5
+def _errors(
+    operator: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    grouped: bool,
+    length: int,
+) -> tuple[float, float]:
+    """Largest errors of L and of o against float64. A NaN is infinitely wrong."""
+    heads, kv_heads, scale = 4, 2 if grouped else 4, 1.5 * head_dim**-0.5
     random = torch.Generator().manual_seed(0)  # not the caller's random numbers
     q, k, v = (
         torch.randn(2, count, length, head_dim, generator=random).to(device, dtype)
         for count in (heads, kv_heads, kv_heads)
     )
-    out, found = _flash(q, k, v, scale)
-    if found.shape != q.shape[:3]:
-        raise ValueError(f"its shape is {tuple(found.shape)}")
+    out, log_sum = operator(q, k, v, scale)
+    if log_sum.shape != q.shape[:3] or log_sum.dtype != torch.promote_types(dtype, torch.float32):
+        raise ValueError(f"its log-sum-exp is {tuple(log_sum.shape)} {log_sum.dtype}")
     keys, values = (x.double().repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     logits = torch.matmul(q.double(), keys.transpose(-1, -2)) * scale
     logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool, device=device).triu(1), -torch.inf)
-    wrong_sum = float((found.double() - logits.logsumexp(dim=-1)).abs().max())
-    wrong_out = float((out.double() - torch.matmul(logits.softmax(dim=-1), values)).abs().max()) / 10
-    return max(wrong_sum, wrong_out) if wrong_sum == wrong_sum and wrong_out == wrong_out else float("inf")
+    right = torch.matmul(logits.softmax(dim=-1), values), logits.logsumexp(dim=-1)
+    wrong_out, wrong_sum = (
+        float((found.double() - exact).abs().nan_to_num(nan=torch.inf).max())
+        for found, exact in zip((out, log_sum), right, strict=True)
+    )
+    return wrong_sum, wrong_out

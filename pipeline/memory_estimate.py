@@ -238,7 +238,26 @@ def _distill_terms(sizes: _Sizes) -> list[Term]:
 
 
 def _loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
-    """What the attention loss takes, as the Triton kernel where that serves; and the part that scales with tokens."""
+    """What the losses of a layer take, and how much of it is gone when the teacher's MLP runs."""
+    from ..kernels.map_training import MAX_CELLS
+
+    terms, features = _attention_loss_terms(sizes)
+    distill, num_features = sizes.config.distill, sizes.map_size.num_features
+    if distill.output_mse_weight > 0:
+        tokens = distill.micro_batch_size * sizes.config.data.max_length_tokens
+        cells = MAX_CELLS[sizes.device]
+        most = max(sizes.config.data.max_length_tokens, cells // max(1, num_features))
+        output = min(sizes.shape.num_heads * tokens, most) * (36 * sizes.shape.head_dim + 26 * num_features)
+        attention = sum(term.num_bytes for term in terms)
+        if output > attention:
+            formula = "(36D + 26F) · min(H B T, max(T, cells / F)), less the attention loss, which is gone by then"
+            terms.append(Term("output loss", output - attention, formula))
+        features = max(features, output)
+    return terms, features
+
+
+def _attention_loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
+    """The attention loss, as the Triton kernel where that serves; and the part that scales with tokens."""
     from ..kernels.distill_limits import heads_at_once, scratch_bytes
     from ..kernels.map_training import MAX_CELLS
 

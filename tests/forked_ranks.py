@@ -15,13 +15,15 @@ from pathlib import Path
 
 sys.path.pop(0)  # this folder has a `kernels` of its own
 
-import deepspeed  # noqa: F401  (before the fork, so that no rank pays for it)
-import peft  # noqa: F401
+import peft  # noqa: F401  (before the fork, so that no rank pays for it)
 import torch
 import transformers  # noqa: F401
 
 import hedgehog.stages.distill
 import hedgehog.stages.finetune  # noqa: F401
+from hedgehog.pipeline.deepspeed_import import import_deepspeed
+
+import_deepspeed()
 
 
 def become_rank(rank: int, log: Path, code: str, argument: str) -> None:

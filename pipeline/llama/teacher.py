@@ -2,9 +2,9 @@
 
 B batch, L length, H query heads, K key/value heads, D head dim, V value dim (= D).
 
-The attention runs through torch's scaled_dot_product_attention with is_causal, row by row where rows differ (left
-padding, packed segments), so that no L × L matrix or mask is ever formed. Every weight is used by calling the module
-that owns it, so ZeRO-3 gathers layer by layer and quantized layers work.
+The attention runs through torch's fused kernels with is_causal (kernels/softmax_attention.py), row by row where rows
+differ (left padding, packed segments), so that no L × L matrix or mask is ever formed. Every weight is used by calling
+the module that owns it, so ZeRO-3 gathers layer by layer and quantized layers work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TeacherLayer:
     v_BKLV: torch.Tensor
     scale: float
     o_BHLV: torch.Tensor  # softmax attention's output, before o_proj
-    log_sum_exp_BHL: torch.Tensor | None = None  # log Σ_j exp(scale q_i·k_j), where attention hands it out; float32
+    log_sum_exp_BHL: torch.Tensor | None = None  # log Σ_j exp(scale q_i·k_j), where attention hands it out
 
 
 class TeacherForward:
@@ -143,7 +143,7 @@ def _attend(
         o_BHLV, log_sum_exp_BHL = causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, attention.scaling)
     else:
         o_BHLV = torch.zeros_like(q_BHLD)
-        log_sum_exp_BHL = o_BHLV.new_zeros(o_BHLV.shape[:3], dtype=torch.float32)
+        log_sum_exp_BHL = torch.zeros_like(q_BHLD[..., 0], dtype=torch.promote_types(q_BHLD.dtype, torch.float32))
         for row, start, end in spans:
             here = (slice(row, row + 1), slice(None), slice(start, end))
             o_BHLV[here], part = causal_softmax_attention(q_BHLD[here], k_BKLD[here], v_BKLV[here], attention.scaling)

@@ -297,27 +297,6 @@ def test_padding_is_never_read():
         torch.testing.assert_close(poisoned.loss, clean.loss)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
-@pytest.mark.parametrize("pad", ["none", "left", "right", "one row"])
-def test_a_log_sum_exp_that_is_given_is_used_and_changes_nothing(pad, packed):
-    length = 40
-    q, k, _ = teacher(length)
-    mask = padding(length, pad)
-    run_BL = torch.arange(length).expand(BATCH, length) // (10 if packed else length)
-    visible = (run_BL[:, :, None] == run_BL[:, None, :]).tril()
-    if mask is not None:
-        visible &= mask[:, None, :]
-    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(~visible[:, None], -torch.inf)
-    log_sum_exp = logits.logsumexp(dim=-1).nan_to_num(neginf=7.0)  # at padding: any value
-    pair, options = maps(), {"mask_BL": mask, "segment_ids_BL": run_BL if packed else None, "block_size": 16}
-    expected = attention_distillation_loss(q, k, *pair, **options)
-    given = attention_distillation_loss(q, k, *pair, log_sum_exp_BHL=log_sum_exp, **options)
-    assert_same_loss(given, expected, pair)
-    more = attention_distillation_loss(q, k, *pair, log_sum_exp_BHL=log_sum_exp + 1, **options)
-    assert not torch.allclose(more.loss, expected.loss)
-
-
 def test_row_weights_scale_and_select_rows():
     q, k, v = teacher(9)
     pair = maps()

@@ -11,16 +11,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hedgehog.kernels import softmax_attention
-from hedgehog.kernels.softmax_attention import causal_softmax_attention, flash_obstacle
+from hedgehog.kernels.softmax_attention import causal_softmax_attention, obstacle
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def no_verdicts_kept() -> Iterator[None]:
-    flash_obstacle.cache_clear()
+    obstacle.cache_clear()
     yield
-    flash_obstacle.cache_clear()
+    obstacle.cache_clear()
 
 
 def problem(length: int = 67, kv_heads: int = 4, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -67,20 +67,25 @@ def test_no_tokens():
     assert out.shape == (2, 4, 0, 24) and found is None
 
 
+NAME = "flash on the CPU"
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
         (lambda out, total: (out, total * 1.4427), "wrong by"),
-        (lambda out, total: (out * 2, total), "wrong by"),
-        (lambda out, total: (out, total.mT), "its shape is (2, 70, 4)"),
+        (lambda out, total: (out, total + 1e-3), "wrong by 0.001 nats"),
+        (lambda out, total: (out * 1.1, total), "its output by"),
+        (lambda out, total: (out, total.mT), "its log-sum-exp is (2, 1, 4)"),
+        (lambda out, total: (out, total.half()), "torch.float16"),
         (lambda out, total: (out, total * torch.nan), "wrong by inf nats"),
     ],
-    ids=["bits", "output", "shape", "nan"],
+    ids=["bits", "nearly", "output", "shape", "dtype", "nan"],
 )
 def test_an_operator_that_has_changed_is_not_used(monkeypatch, caplog, wrong, reason):
     """In another torch it may count in bits, or lay its results out in another way."""
-    flash = softmax_attention._flash
-    monkeypatch.setattr(softmax_attention, "_flash", lambda *inputs: wrong(*flash(*inputs)))
+    flash = softmax_attention._OPERATORS[NAME]
+    monkeypatch.setitem(softmax_attention._OPERATORS, NAME, lambda *inputs: wrong(*flash(*inputs)))
     q, k, v = problem()
     with caplog.at_level(logging.WARNING):
         out, found = causal_softmax_attention(q, k, v, 0.3)
@@ -94,6 +99,33 @@ def test_an_operator_that_is_gone_is_not_used(monkeypatch):
     def gone(*inputs: object) -> None:
         raise AttributeError("no such operator\nand a long story")
 
-    monkeypatch.setattr(softmax_attention, "_flash", gone)
+    monkeypatch.setitem(softmax_attention._OPERATORS, NAME, gone)
     assert causal_softmax_attention(*problem(), 0.3)[1] is None
-    assert flash_obstacle(CPU, torch.float32, 24, False) == "it fails (no such operator)"
+    assert obstacle(NAME, CPU, torch.float32, 24, False) == "it fails (no such operator)"
+
+
+def test_a_torch_that_does_not_tell_its_choice(monkeypatch):
+    q, k, v = problem()
+    expected = causal_softmax_attention(q, k, v, 0.3)[0]
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v: 1)
+    out, found = causal_softmax_attention(q, k, v, 0.3)
+    assert found is None and torch.equal(out, expected)
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert causal_softmax_attention(q, k, v, 0.3)[1] is None
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH])
+def test_the_operator_is_that_of_torchs_choice(monkeypatch, backend):
+    """On a GPU either of two; what they return has not been seen on one."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *inputs, **options: backend.value)
+    q, k, v = (x.to("meta") for x in problem())
+    assert softmax_attention._operator_chosen(q, k, v, 0.3, False) is None, "neither a CPU nor a GPU"
+
+    class OnGPU:
+        device, requires_grad, shape = torch.device("cuda"), False, (1, 4, 9, 24)
+
+        def numel(self) -> int:
+            return 4 * 9 * 24
+
+    name = softmax_attention._operator_chosen(OnGPU(), k, v, 0.3, False)
+    assert name == {"FLASH_ATTENTION": "FlashAttention", "CUDNN_ATTENTION": "cuDNN"}.get(backend.name)

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from hedgehog.kernels.distill_loss import output_mse_loss
+from hedgehog.kernels.feature_maps import make_feature_map
+from hedgehog.pipeline.allocation_peak import allocation_peak
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.memory_estimate import GIB, estimate_memory, saved_per_token, state_bytes
 from hedgehog.pipeline.model_shape import HUB_SHAPES, ModelShape
 
+LOSS_TERMS = {"output loss", "loss kernel's scratch", "features of some heads", "loss tiles"}
 LLAMA_7B = HUB_SHAPES["meta-llama/Llama-2-7b-hf"]
 SMALL = ModelShape(
     hidden_size=64,
@@ -92,6 +96,30 @@ def test_the_loss_on_a_gpu_is_the_kernels_where_it_serves():
     )
     for sections in others:
         assert "loss kernel's scratch" not in terms(**sections) and terms(**sections)["loss tiles"] > 0
+
+
+@pytest.mark.parametrize(("head_dim", "feature_dim"), [(64, 64), (128, 128), (32, 128)])
+def test_the_output_loss_takes_what_the_estimate_says(head_dim: int, feature_dim: int):
+    heads, length = 4, 512
+    q, k, v, o = (torch.randn(1, heads, length, head_dim) for _ in range(4))
+    sizes = {"num_heads": heads, "head_dim": head_dim, "feature_dim": feature_dim}
+    pair = [make_feature_map("hedgehog_softmax", side=side, **sizes) for side in ("query", "key")]
+    with allocation_peak("cpu") as peak:
+        output_mse_loss(q, k, v, *pair, teacher_output_BHLV=o)
+    learned = sum(4 * weight.numel() for feature_map in pair for weight in feature_map.parameters())
+    shape = ModelShape(heads * head_dim, 2, heads, heads, head_dim, 64, 128, 512)
+
+    def activations(weight: float) -> dict[str, float]:
+        config = make_config(
+            model={"feature_dim": feature_dim},
+            data={"dataset": "a/b", "max_length_tokens": length},
+            distill={"output_mse_weight": weight, "micro_batch_size": 1},
+        )
+        estimate = estimate_memory(config, shape, world_size=1, device="cuda")[0]
+        return {term.name: term.num_bytes for term in estimate.terms if term.name in LOSS_TERMS}
+
+    assert "output loss" not in activations(0)
+    assert sum(activations(1).values()) == pytest.approx(peak.num_bytes - learned, rel=0.1)
 
 
 def test_what_each_setting_saves():

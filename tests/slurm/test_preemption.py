@@ -161,26 +161,29 @@ def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(distur
     run.cluster.hedgehog("cancel", "micro")
 
 
-def test_four_ranks_on_two_nodes_save_together_at_their_time_limit_and_one_goes_on(
+def test_four_ranks_on_two_nodes_save_together_twice_and_one_goes_on(
     disturbed: Callable[[str], Disturbed], distilled_alone: Cluster
 ):
-    """As above; what is queued again is cancelled, and submitted as a single process."""
+    """At their time limit, as above; started again, when they are cancelled. Then one process is submitted."""
     run = disturbed("distill")
     run.cluster = run.cluster.under(MASTER_ADDR="127.0.0.1")  # these nodes' names are in no DNS
-    run.hold()
+    run.hold(step=2)
+    run.hold(restart=1, step=4)
     job = run.submit(nodes=2, tasks_per_node=2, layer_groups=1, grace_period_s=50)
-    run.wait_for_step(HELD_AT)
-    assert run.manifest()["world_size"] == 4
+    run.wait_for_step(2)
     run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     run.wait(lambda: run.job(job).get("Restarts") == "1")
+    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    run.wait_for_step(4, restart=1)
+    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (4, 1)
     run.cluster.hedgehog("cancel", "micro")
     run.cluster.wait(lambda states: states["distill"] == "cancelled", 60)
-    assert "stopped by SIGUSR2: saved after step 4 of 6" in run.log()
+    assert "stopped by SIGUSR2: saved after step 3 of 6" in run.log(), "all four after the same step"
 
     assert run.submit() != job
     run.cluster.wait(lambda states: states["distill"] == "done", 180)
-    assert run.steps(0) == [1, 2, 3, 4, 5, 6], "all ranks stopped after the same step, and one went on"
-    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (1, 1)
+    assert (run.steps(0), run.steps(1)) == ([1, 2, 3, 6], [4, 5]), "nothing is lost or done twice"
+    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (1, 2)
     found, expected = (
         results(folder / "distill")["metrics.jsonl"] for folder in (run.runs, distilled_alone.cwd / "runs" / "micro")
     )

@@ -162,6 +162,35 @@ def test_a_loss_that_is_not_finite_names_layer_and_head(
     assert kept == ["step-000002"]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_is_handed_the_teachers_log_sum_exp(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    """In training and in validation; it is that of q and k."""
+    select = distillation.select_distill_backend
+    seen = {True: 0, False: 0}
+
+    def spying(*arguments: Any, **options: Any) -> Any:
+        def loss(q: torch.Tensor, k: torch.Tensor, *maps: Any, log_sum_exp_BHL: torch.Tensor, **more: Any) -> Any:
+            seen[more.get("grad", True)] += 1
+            last = more["mask_BL"].sum(dim=1) - 1  # right padding
+            for row, end in enumerate(last.tolist()):
+                first = 0
+                if more["segment_ids_BL"] is not None:
+                    first = int((more["segment_ids_BL"][row] == more["segment_ids_BL"][row, end]).nonzero()[0])
+                keys = k[row].repeat_interleave(q.shape[1] // k.shape[1], dim=0)[:, first : end + 1]
+                expected = (more["scale"] * keys @ q[row, :, end, :, None]).logsumexp(dim=1)[:, 0]
+                torch.testing.assert_close(log_sum_exp_BHL[row, :, end], expected)
+            return backend.loss(q, k, *maps, log_sum_exp_BHL=log_sum_exp_BHL, **more)
+
+        backend = select(*arguments, **options)
+        return backend._replace(loss=loss)
+
+    monkeypatch.setattr(distillation, "select_distill_backend", spying)
+    new_run(distill__packing=packing, distill__max_steps=1).stage("distill")
+    assert seen[True] > 0 and seen[False] > 0
+
+
 def test_softmax_attention_has_nothing_to_distill(new_run: Callable[..., Run]) -> None:
     manifest = new_run(model__attention="softmax").stage("distill")
     assert manifest.skipped

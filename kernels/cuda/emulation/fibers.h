@@ -38,7 +38,10 @@ namespace emulation {
 
 constexpr int kWarpSize = 32;
 // Small under AddressSanitizer: it clears its notes on the whole stack at every switch.
-constexpr size_t kStackBytes = (EMULATION_ASAN ? 32 : 64) * 1024;
+constexpr size_t kStackBytes = (EMULATION_ASAN ? 16 : 64) * 1024;
+// The low end, which no thread may reach: no guard page stops one that runs over.
+constexpr size_t kUntouchedBytes = 4096;
+constexpr char kStackPattern = 0x5a;
 
 // One copy of 16 bytes from global to shared memory that may happen now or as late as the wait for its group.
 struct AsyncCopy {
@@ -170,6 +173,9 @@ class Scheduler {
             make_runnable(thread);
         }
         while (num_finished_ < num_threads_ && failure_.empty() && choose()) enter(*current_);
+        for (const Fiber& fiber : fibers_)
+            for (size_t i = 0; fiber.started && i < kUntouchedBytes; ++i)
+                if (fiber.stack[i] != kStackPattern) throw std::runtime_error("a thread needs more than kStackBytes");
         std::free(memory);
         shared_ = nullptr;
         if (!failure_.empty()) throw std::runtime_error(failure_);
@@ -252,6 +258,7 @@ class Scheduler {
 
     void begin(Fiber& fiber) {
         fiber.started = true;
+        std::memset(fiber.stack.data(), kStackPattern, kUntouchedBytes);
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
