@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,68 +197,68 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return start
 
 
-def launch_processes(
-    work: list[tuple[TrainingRun, str, int | None]], num_processes: int = 2, code: str = _PROCESS
-) -> list[str]:
-    """Run (run, stage, step to die at) in turn in `num_processes` processes joined by gloo, without a launcher.
+@pytest.fixture(scope="session")
+def everyones_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
-    Returns what each printed. `code` may do something else at the step.
+
+@pytest.fixture(scope="session")
+def run_forked(everyones_folder: Path) -> Iterator[Callable[..., tuple[int, str]]]:
+    """`run_forked(script, arguments, environment)`: a script in a process whose imports have been made already."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        import forking_server
+    finally:
+        sys.path.pop(0)
+    with forking_server.connect(everyones_folder):  # keeps it alive
+        yield partial(forking_server.run_forked, everyones_folder)
+
+
+@pytest.fixture(scope="session")
+def launch(run_forked: Callable[..., tuple[int, str]]) -> Callable[..., list[str]]:
+    """`launch(work, num_processes, code)`: processes joined by gloo, without a launcher.
+
+    They run `work`, (run, stage, step to die at) in turn. Returns what each printed. `code` may do something else at
+    the step.
     """
     from hedgehog.pipeline.distributed import free_port
 
-    argument = json.dumps([(run.values, stage, last_step) for run, stage, last_step in work])
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    with tempfile.TemporaryDirectory() as logs:
-        command = [sys.executable, str(Path(__file__).with_name("forked_ranks.py"))]
-        process = subprocess.Popen(
-            [*command, str(num_processes), logs, code, argument],
-            env=shared,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            said, _ = process.communicate()
-        finally:  # of a test that took too long, too
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        outputs = [Path(logs, str(rank)).read_text() for rank in range(num_processes) if Path(logs, str(rank)).exists()]
-    assert process.returncode == 0, [said, *outputs]
-    return outputs
+    def start(
+        work: list[tuple[TrainingRun, str, int | None]], num_processes: int = 2, code: str = _PROCESS
+    ) -> list[str]:
+        argument = json.dumps([(run.values, stage, last_step) for run, stage, last_step in work])
+        group = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(__file__).with_name("forked_ranks.py")
+            status, said = run_forked(script, [str(num_processes), folder, code, argument], {**os.environ, **group})
+            logs = [Path(folder, str(rank)) for rank in range(num_processes)]
+            outputs = [log.read_text() for log in logs if log.exists()]
+        assert status == 0, [said, *outputs]
+        return outputs
 
-
-@pytest.fixture
-def launch() -> Callable[..., list[str]]:
-    """`launch_processes`, for tests elsewhere."""
-    return launch_processes
+    return start
 
 
 @pytest.fixture(scope="session")
 def two_process_runs(
-    new_run: Callable[..., TrainingRun], tmp_path_factory: pytest.TempPathFactory
+    new_run: Callable[..., TrainingRun], launch: Callable[..., list[str]], everyones_folder: Path
 ) -> dict[Any, TrainingRun]:
     """Both training stages finished on two processes under ZeRO 1, 2 and 3; `"distill"` and `"finetune"` interrupted
     in the last step, to be resumed by another number of processes. Made once, whichever worker of xdist asks first."""
-    everyones = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        everyones = everyones.parent
-    made = everyones / "two-process-runs.json"
+    made = everyones_folder / "two-process-runs.json"
     with open(made.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            runs = _make_two_process_runs(new_run)
+            runs = _make_two_process_runs(new_run, launch)
             made.write_text(json.dumps([(key, str(run.root), run.values) for key, run in runs.items()]))
     return {key: TrainingRun(Path(root), values) for key, root, values in json.loads(made.read_text())}
 
 
-def _make_two_process_runs(new_run: Callable[..., TrainingRun]) -> dict[Any, TrainingRun]:
+def _make_two_process_runs(
+    new_run: Callable[..., TrainingRun], launch: Callable[..., list[str]]
+) -> dict[Any, TrainingRun]:
     runs: dict[Any, TrainingRun] = {
         stage: new_run(engine__zero_stage=stage, distill__micro_batch_size=1) for stage in (1, 2, 3)
     }
@@ -269,5 +268,5 @@ def _make_two_process_runs(new_run: Callable[..., TrainingRun]) -> dict[Any, Tra
         work += [(runs[stage], "distill", None), (runs[stage], "finetune", None)]
     work.append((runs["distill"], "distill", NUM_STEPS - 1))
     work += [(runs["finetune"], "distill", None), (runs["finetune"], "finetune", NUM_STEPS - 1)]
-    launch_processes(work)
+    launch(work)
     return runs

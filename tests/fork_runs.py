@@ -1,6 +1,6 @@
 """Runs a pipeline in forked children and kills some of them at random moments: a kill costs no new imports.
 
-    python tests/fork_runs.py CONFIG OUTPUT_DIR NUM_KILLS SEED
+    fork_runs.py CONFIG OUTPUT_DIR NUM_KILLS SEED        (run by forking_server.py)
 
 Each child runs the whole pipeline of CONFIG into OUTPUT_DIR, going on where the last one stopped. The first NUM_KILLS
 children get SIGKILL after a random time; then one may finish. Prints one JSON line: the moments, the stages hit.
@@ -19,16 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import deepspeed  # noqa: F401  (imported before the fork, so that no child pays for it)
-import peft  # noqa: F401
-import torch
-import transformers  # noqa: F401
-
-import hedgehog.stages.distill
-import hedgehog.stages.evaluate
-import hedgehog.stages.export
-import hedgehog.stages.finetune
-import hedgehog.stages.prepare  # noqa: F401
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import load_config
 from hedgehog.pipeline.errors import Interrupted
@@ -90,7 +80,6 @@ def send_signals(config: RunConfig, root: Path, signals: list[tuple[str, float, 
 
 def main() -> None:
     config_file, output_dir, num_kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    torch.set_num_threads(1)
     random_generator = random.Random(seed)
     config = load_config(config_file, [f"output_dir={output_dir}", "engine.cpu_threads=1"])
     longest_s = float(os.environ.get("FORK_RUNS_LONGEST_S", "6"))

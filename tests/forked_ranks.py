@@ -1,6 +1,6 @@
-"""Runs the same code as every rank of a group, forked from one process: what is imported is imported once.
+"""Runs the same code as every rank of a group, forked from one process.
 
-    python tests/forked_ranks.py NUM_RANKS LOG_FOLDER CODE ARGUMENT
+    forked_ranks.py NUM_RANKS LOG_FOLDER CODE ARGUMENT        (run by forking_server.py)
 
 A rank finds ARGUMENT in sys.argv[1], RANK and LOCAL_RANK in its environment, and prints to LOG_FOLDER/<rank>. A rank
 that died leaves the others waiting in a collective: the first failure ends them all.
@@ -13,21 +13,9 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.pop(0)  # this folder has a `kernels` of its own
-
-import peft  # noqa: F401  (before the fork, so that no rank pays for it)
-import torch
-import transformers  # noqa: F401
-
-import hedgehog.stages.distill
-import hedgehog.stages.finetune  # noqa: F401
-from hedgehog.pipeline.deepspeed_import import import_deepspeed
-
-import_deepspeed()
-
 
 def become_rank(rank: int, log: Path, code: str, argument: str) -> None:
-    """In a forked child: run the code, and leave as a process of its own would."""
+    """In a forked child: run the code."""
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -38,7 +26,6 @@ def become_rank(rank: int, log: Path, code: str, argument: str) -> None:
 
 def main() -> None:
     num_ranks, folder, code, argument = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.set_num_threads(1)
     ranks: set[int] = set()
     for rank in range(num_ranks):
         pid = os.fork()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,18 +34,21 @@ IN_ORDER = ("prepare", "distill", "finetune", "variants/softmax/finetune", "eval
 TIMES = {"step_s", "memory_bytes", "tokens_per_s", "elapsed_s"}
 
 
-def fork_runs(
-    config: Path, output_dir: Path, num_kills: int, seed: int, longest_s: float, signals: list | None = None
-) -> dict:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FORK_RUNS_LONGEST_S": str(longest_s)}
-    environment["FORK_RUNS_SIGNALS"] = json.dumps(signals or [])
-    arguments = [str(config), str(output_dir), str(num_kills), str(seed)]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fork_runs.py")), *arguments],
-        capture_output=True, text=True, env=environment, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def fork_runs(run_forked: Callable[..., tuple[int, str]]) -> Callable[..., dict]:
+    """`fork_runs(config, output_dir, …)`: what tests/fork_runs.py reports."""
+
+    def run(
+        config: Path, output_dir: Path, num_kills: int, seed: int, longest_s: float, signals: list | None = None
+    ) -> dict:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"FORK_RUNS_LONGEST_S": str(longest_s), "FORK_RUNS_SIGNALS": json.dumps(signals or [])}
+        arguments = [str(config), str(output_dir), str(num_kills), str(seed)]
+        status, said = run_forked(Path(__file__).with_name("fork_runs.py"), arguments, environment)
+        assert status == 0, said[-8000:]
+        return json.loads(said.splitlines()[-1])
+
+    return run
 
 
 def manifests(root: Path) -> dict[str, Manifest]:
@@ -87,7 +89,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config_file: Path, seed: int, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+def undisturbed(
+    fork_runs: Callable[..., dict], config_file: Path, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, float]:
     """The run that nothing happened to, and how long it took."""
     output_dir = tmp_path_factory.mktemp("undisturbed")
     return output_dir / "micro", fork_runs(config_file, output_dir, 0, seed, 0)["last_run_s"]
@@ -108,7 +112,7 @@ def assert_equal_runs(actual: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 def test_random_kills_change_nothing(
-    config_file: Path, undisturbed: tuple[Path, float], seed: int, tmp_path: Path
+    fork_runs: Callable[..., dict], config_file: Path, undisturbed: tuple[Path, float], seed: int, tmp_path: Path
 ) -> None:
     expected, duration_s = undisturbed
     num_kills = int(os.environ.get("HEDGEHOG_KILLS", "6"))
@@ -120,7 +124,7 @@ def test_random_kills_change_nothing(
 
 @pytest.mark.slow
 def test_signals_in_every_stage_change_nothing(
-    config_file: Path, undisturbed: tuple[Path, float], seed: int, tmp_path: Path
+    fork_runs: Callable[..., dict], config_file: Path, undisturbed: tuple[Path, float], seed: int, tmp_path: Path
 ) -> None:
     """Two moments of every stage: its beginning, and some time within. Some come twice, or with TERM after them."""
     expected, _ = undisturbed

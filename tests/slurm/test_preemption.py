@@ -7,6 +7,7 @@ and files are those of the run that nothing happened to, bit for bit.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -80,11 +81,22 @@ class Disturbed:
         deadline = time.monotonic() + timeout_s
         while not (value := until()):
             assert time.monotonic() < deadline, f"{self.cluster.run('squeue').stdout}\n{self.cluster.logs()}"
-            time.sleep(0.2)
+            time.sleep(0.4)
         return value
 
     def wait_for_step(self, step: int, restart: int = 0) -> None:
         self.wait(lambda: step in self.steps(restart))
+
+    def shorten_limit(self, job: str) -> None:
+        """Let the time limit come soon, and wait until the job is in the queue again.
+
+        Slurm looks every 30 s: within the last 50 s before the limit (`grace_period_s`) it has to look twice, once to
+        warn and once to end the job. Limits are whole minutes.
+        """
+        start = datetime.fromisoformat(self.job(job)["StartTime"]).timestamp()
+        minutes = math.ceil((time.time() - start + 35) / 60)
+        self.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+        self.wait(lambda: self.job(job).get("Restarts") == "1", 180)
 
     def finish(self, element: str = "") -> None:
         """Wait until the stage, or an element of its array, is done, and compare it with the undisturbed one."""
@@ -141,18 +153,19 @@ def results(stage: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def disturbed(new_cluster: Callable[[], Cluster], whole_graph: Cluster) -> Callable[[str], Disturbed]:
-    return lambda stage: Disturbed(new_cluster(), whole_graph, stage)
+def disturbed(
+    new_cluster: Callable[[], Cluster], whole_graph: Cluster, distilled_alone: Cluster
+) -> Callable[..., Disturbed]:
+    """`disturbed(stage)`: one that will be compared with the whole graph's; `alone`: with distillation in one job."""
+    return lambda stage, alone=False: Disturbed(new_cluster(), distilled_alone if alone else whole_graph, stage)
 
 
-def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(disturbed: Callable[[str], Disturbed]):
-    """The limit is lowered to a minute while the job runs: Slurm looks every 30 s, and warns 50 s before the end."""
+def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(disturbed: Callable[..., Disturbed]):
     run = disturbed("distill")
     run.hold()
     job = run.submit(grace_period_s=50) + "_0"
     run.wait_for_step(HELD_AT)
-    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    run.wait(lambda: run.job(job).get("Restarts") == "1")
+    run.shorten_limit(job)
     run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     run.finish("0-1")
     assert run.steps(0) == [1, 2, 3, 4] and run.steps(1) == [5, 6], "the step is ended, and nothing is done twice"
@@ -161,29 +174,25 @@ def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(distur
     run.cluster.hedgehog("cancel", "micro")
 
 
-def test_four_ranks_on_two_nodes_save_together_twice_and_one_goes_on(
-    disturbed: Callable[[str], Disturbed], distilled_alone: Cluster
+def test_four_ranks_on_two_nodes_save_together_and_one_goes_on(
+    disturbed: Callable[..., Disturbed], distilled_alone: Cluster
 ):
-    """At their time limit, as above; started again, when they are cancelled. Then one process is submitted."""
+    """At their time limit, as above. When they start again they are cancelled, and one process is submitted."""
     run = disturbed("distill")
     run.cluster = run.cluster.under(MASTER_ADDR="127.0.0.1")  # these nodes' names are in no DNS
     run.hold(step=2)
-    run.hold(restart=1, step=4)
     job = run.submit(nodes=2, tasks_per_node=2, layer_groups=1, grace_period_s=50)
     run.wait_for_step(2)
-    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    run.wait(lambda: run.job(job).get("Restarts") == "1")
-    run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    run.wait_for_step(4, restart=1)
-    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (4, 1)
+    run.shorten_limit(job)
     run.cluster.hedgehog("cancel", "micro")
     run.cluster.wait(lambda states: states["distill"] == "cancelled", 60)
+    assert run.manifest()["world_size"] == 4
     assert "stopped by SIGUSR2: saved after step 3 of 6" in run.log(), "all four after the same step"
 
     assert run.submit() != job
     run.cluster.wait(lambda states: states["distill"] == "done", 180)
-    assert (run.steps(0), run.steps(1)) == ([1, 2, 3, 6], [4, 5]), "nothing is lost or done twice"
-    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (1, 2)
+    assert run.steps(0) == [1, 2, 3, 4, 5, 6], "nothing is lost or done twice"
+    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (1, 1)
     found, expected = (
         results(folder / "distill")["metrics.jsonl"] for folder in (run.runs, distilled_alone.cwd / "runs" / "micro")
     )
@@ -219,7 +228,7 @@ def preempt(run: Disturbed, job: str) -> None:
 
 
 def test_a_job_of_a_higher_partition_comes_first(
-    disturbed: Callable[[str], Disturbed], without_user_signal: Callable[[Cluster], None]
+    disturbed: Callable[..., Disturbed], without_user_signal: Callable[[Cluster], None]
 ):
     """Twice: announced by the job's own signal, and by TERM."""
     run = disturbed("finetune")
@@ -238,10 +247,10 @@ def test_a_job_of_a_higher_partition_comes_first(
     assert "stopped by SIGTERM: saved after step 5 of 6" in said
 
 
-def test_a_node_goes_down(disturbed: Callable[[str], Disturbed]):
-    run = disturbed("finetune")
+def test_a_node_goes_down(disturbed: Callable[..., Disturbed]):
+    run = disturbed("distill", alone=True)
     run.hold()
-    job = run.submit()
+    job = run.submit(layer_groups=1)
     run.wait_for_step(HELD_AT)
     node = run.job(job)["NodeList"]
     run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
@@ -253,16 +262,16 @@ def test_a_node_goes_down(disturbed: Callable[[str], Disturbed]):
     assert run.steps(1)[0] >= LAST_SAVED + 1, "at most save_every_steps are lost"
 
 
-def test_scancel_then_submit_again(disturbed: Callable[[str], Disturbed]):
-    run = disturbed("finetune")
+def test_scancel_then_submit_again(disturbed: Callable[..., Disturbed]):
+    run = disturbed("distill", alone=True)
     hold = run.hold()
-    job = run.submit()
+    job = run.submit(layer_groups=1)
     run.wait_for_step(HELD_AT)
     run.cluster.run("scancel", job)
-    run.cluster.wait(lambda states: states["finetune"] == "cancelled", 60)
+    run.cluster.wait(lambda states: states["distill"] == "cancelled", 60)
     assert run.job(job)["Restarts"] == "0", "who cancels a job does not want it back"
     hold.unlink()
-    again = run.submit()
+    again = run.submit(layer_groups=1)
     assert again != job
     run.finish()
     starts = [record["job"] for record in run.times("start")]
@@ -272,15 +281,15 @@ def test_scancel_then_submit_again(disturbed: Callable[[str], Disturbed]):
 
 
 def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(
-    disturbed: Callable[[str], Disturbed], slurm_conf: Path, local_slurm: Callable[..., None]
+    disturbed: Callable[..., Disturbed], slurm_conf: Path, local_slurm: Callable[..., None]
 ):
     """`kill -9` of a node's daemon leaves its processes; Slurm starts the job anew on the other node.
 
     It would miss the daemon after SlurmdTimeout. Here it is told so that the test need not wait.
     """
-    run = disturbed("finetune")
+    run = disturbed("distill", alone=True)
     older, newer = run.hold(), run.hold(restart=1, step=5)
-    job = run.submit()
+    job = run.submit(layer_groups=1)
     run.wait_for_step(HELD_AT)
     node, process = run.job(job)["NodeList"], Path("/proc") / str(run.times("start")[0]["pid"])
     try:
@@ -299,6 +308,6 @@ def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(
     assert f"takes over from an earlier start of this job (job {job} of cluster local, restart 0" in run.log()
     # Slurm has cut the lost node's output off the log
     said = (run.program / "stderr-0").read_text()
-    place = f"{run.runs.relative_to(run.cluster.cwd)}/finetune"
+    place = f"{run.runs.relative_to(run.cluster.cwd)}/{run.stage}"
     assert f"error: {place}: another process has taken over (job {job} of cluster local, restart 1, " in said
     assert "This older one stops and writes nothing more." in said

@@ -16,9 +16,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -98,9 +98,9 @@ class Scheduler {
         for (const dim3& block : blocks) run_block(block, shared_bytes);
     }
 
-    void seed(uint64_t value) { random_.seed(value); }
-    uint64_t random_below(uint64_t bound) { return random_() % bound; }
-    bool coin() { return random_() & 1; }
+    void seed(uint64_t value) { random_state_ = value; }
+    uint64_t random_below(uint32_t bound) { return (random() >> 32) * bound >> 32; }
+    bool coin() { return random() >> 63; }
 
     Fiber& current() { return *current_; }
     dim3 block() const { return block_; }
@@ -128,7 +128,7 @@ class Scheduler {
     void warp_meeting(const char* instruction, Operands& operands, Compute compute) {
         Meeting& meeting = warps_[current_->thread / kWarpSize].meeting;
         if (meeting.num_arrived == 0) meeting.instruction = instruction;
-        if (std::strcmp(meeting.instruction, instruction) != 0)
+        if (meeting.instruction != instruction && std::strcmp(meeting.instruction, instruction) != 0)
             fail(std::string("lanes of one warp are in ") + meeting.instruction + " and in " + instruction);
         meeting.operands[current_->thread % kWarpSize] = &operands;
         if (++meeting.num_arrived < kWarpSize) {
@@ -172,15 +172,19 @@ class Scheduler {
             fiber.committed_copies.clear();
             make_runnable(thread);
         }
-        while (num_finished_ < num_threads_ && failure_.empty() && choose()) enter(*current_);
-        for (const Fiber& fiber : fibers_)
-            for (size_t i = 0; fiber.started && i < kUntouchedBytes; ++i)
-                if (fiber.stack[i] != kStackPattern) throw std::runtime_error("a thread needs more than kStackBytes");
+        while (goes_on() && (std::exchange(chosen_, false) || choose())) enter(*current_);
+        for (const Fiber& fiber : fibers_) {
+            const char* low = fiber.stack.data();  // equal to their neighbours, so all the same
+            if (fiber.started && (low[0] != kStackPattern || std::memcmp(low, low + 1, kUntouchedBytes - 1)))
+                throw std::runtime_error("a thread needs more than kStackBytes");
+        }
         std::free(memory);
         shared_ = nullptr;
         if (!failure_.empty()) throw std::runtime_error(failure_);
         if (num_finished_ < num_threads_) throw std::runtime_error(describe_stuck());
     }
+
+    bool goes_on() const { return num_finished_ < num_threads_ && failure_.empty(); }
 
     void make_runnable(int thread) { warps_[thread / kWarpSize].runnable_threads.push_back(thread); }
 
@@ -227,7 +231,7 @@ class Scheduler {
     }
 
     // Two ways to switch: swapcontext, announced to AddressSanitizer; and setjmp/longjmp, which makes no system call
-    // (a warp instruction costs 32 switches, so this is most of the emulation's time).
+    // and goes straight to the next fiber (a warp instruction costs 32 switches, most of the emulation's time).
 #if EMULATION_ASAN
     void enter(Fiber& fiber) {
         if (!fiber.started) begin(fiber);
@@ -251,8 +255,12 @@ class Scheduler {
         setcontext(&fiber.context);
     }
     __attribute__((noinline)) void hand_over() {
-        if (_setjmp(current_->resume_point)) return;
-        _longjmp(home_point_, 1);
+        Fiber& fiber = *current_;
+        chosen_ = goes_on() && choose();
+        if (_setjmp(fiber.resume_point)) return;
+        if (!chosen_ || !current_->started) _longjmp(home_point_, 1);
+        chosen_ = false;
+        _longjmp(current_->resume_point, 1);
     }
 #endif
 
@@ -266,7 +274,15 @@ class Scheduler {
         makecontext(&fiber.context, &Scheduler::entry, 0);
     }
 
-    std::mt19937_64 random_;
+    // SplitMix64 (Steele, Lea, Flood 2014): one draw for every switch, so it has to be quick.
+    uint64_t random() {
+        uint64_t value = random_state_ += 0x9e3779b97f4a7c15;
+        value = (value ^ value >> 30) * 0xbf58476d1ce4e5b9;
+        value = (value ^ value >> 27) * 0x94d049bb133111eb;
+        return value ^ value >> 31;
+    }
+
+    uint64_t random_state_ = 0;
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
     const std::function<void()>* body_ = nullptr;
@@ -275,6 +291,7 @@ class Scheduler {
     int num_threads_ = 0, num_at_barrier_ = 0, num_finished_ = 0, favourite_ = 0, burst_ = 0;
     unsigned char* shared_ = nullptr;
     size_t shared_bytes_ = 0;
+    bool chosen_ = false;  // current_ is whom to enter next
     std::string failure_;
     ucontext_t home_{};
     jmp_buf home_point_;

@@ -25,6 +25,9 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
+// A call for each instruction: inlined, they are most of what the compiler has to do.
+#define EMULATION_NOINLINE __attribute__((noinline)) inline
+
 namespace emulation {
 
 struct Index {
@@ -52,13 +55,13 @@ inline uint16_t float_to_bf16(float value) {
 
 inline float bf16_to_float(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
 
-inline void sync_warp() {
+EMULATION_NOINLINE void sync_warp() {
     int nothing = 0;
     Scheduler::get().warp_meeting("__syncwarp", nothing, [](int**) {});
 }
 
 template <class Value>
-Value shuffle_xor(Value value, int lane_mask) {
+EMULATION_NOINLINE Value shuffle_xor(Value value, int lane_mask) {
     struct Operands {
         Value value, result;
         int lane_mask;
@@ -71,7 +74,7 @@ Value shuffle_xor(Value value, int lane_mask) {
 }
 
 // ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16: lanes 8i … 8i+7 bring the row addresses of matrix i, r[i] gets it.
-inline void load_matrix_x4(uint32_t (&registers)[4], const void* row, bool transposed) {
+EMULATION_NOINLINE void load_matrix_x4(uint32_t (&registers)[4], const void* row, bool transposed) {
     if (!Scheduler::get().is_shared(row, 16)) Scheduler::get().fail("ldmatrix outside of shared memory");
     if (reinterpret_cast<uintptr_t>(row) % 16) Scheduler::get().fail("ldmatrix address not aligned to 16 bytes");
     struct Operands {
@@ -96,7 +99,7 @@ inline void load_matrix_x4(uint32_t (&registers)[4], const void* row, bool trans
 }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: c += a b, products exact, sums in float.
-inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+EMULATION_NOINLINE void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Operands {
         const uint32_t* a;
         uint32_t b[2];
@@ -125,7 +128,7 @@ inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 
 // cp.async of 16 bytes. It is done at once or when its group is waited for, by a coin: a missing wait shows as old
 // data, a destination that is still being read shows as new data.
-inline void copy_async_16(void* destination, const void* source, int num_source_bytes) {
+EMULATION_NOINLINE void copy_async_16(void* destination, const void* source, int num_source_bytes) {
     Scheduler& scheduler = Scheduler::get();
     if (!scheduler.is_shared(destination, 16)) scheduler.fail("cp.async outside of shared memory");
     if (reinterpret_cast<uintptr_t>(destination) % 16 || reinterpret_cast<uintptr_t>(source) % 16)
@@ -137,14 +140,14 @@ inline void copy_async_16(void* destination, const void* source, int num_source_
         scheduler.current().open_copies.push_back(copy);
 }
 
-inline void copy_async_commit() {
+EMULATION_NOINLINE void copy_async_commit() {
     Fiber& fiber = Scheduler::get().current();
     fiber.committed_copies.push_back(std::move(fiber.open_copies));
     fiber.open_copies.clear();
 }
 
 // Waits until at most `num_pending` of this thread's newest groups are under way.
-inline void copy_async_wait(size_t num_pending) {
+EMULATION_NOINLINE void copy_async_wait(size_t num_pending) {
     auto& groups = Scheduler::get().current().committed_copies;
     while (groups.size() > num_pending) {
         for (const AsyncCopy& copy : groups.front()) copy.perform();
@@ -154,7 +157,7 @@ inline void copy_async_wait(size_t num_pending) {
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::Scheduler::get().block_barrier(); }
+EMULATION_NOINLINE void __syncthreads() { emulation::Scheduler::get().block_barrier(); }
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
     int before = *address;
