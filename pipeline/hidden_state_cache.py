@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .checkpoints import KEPT
 from .errors import ResourceError
 from .formatting import format_bytes
 from .hidden_state_files import HiddenStateFiles
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from .metrics import Reporter
 
 
+MOST_CHECKPOINTS = KEPT + 2
+"""The best one and the one that is being written besides."""
+
+
 class HiddenStateCache:
     """Hidden states of training rows on disk, shared by all processes and all attempts of a stage.
 
@@ -40,6 +45,7 @@ class HiddenStateCache:
         files: where they lie.
         num_passes: epochs of the whole training. What is computed in the last one is not kept.
         lockstep: whether all ranks must run the same layers in every pass (ZeRO-3 gathers weights together).
+        reserve_bytes: free space that is left to the stage's checkpoints.
     """
 
     def __init__(
@@ -51,9 +57,11 @@ class HiddenStateCache:
         *,
         num_passes: float,
         lockstep: bool,
+        reserve_bytes: int,
         warn: Callable[[str], None],
     ) -> None:
         self._files = files
+        self._reserve_bytes = reserve_bytes
         self._hidden_size, self._dtype = hidden_size, dtype
         self._world = world
         self._num_passes = num_passes
@@ -79,8 +87,8 @@ class HiddenStateCache:
     def store(self, batch: Mapping[str, Any], states_BLE: torch.Tensor) -> torch.Tensor:
         """Keep the states of the batch's rows that are not kept yet; those of the others are replaced by what is kept.
 
-        So a row has the bits of its first time in all epochs, also after a resume, whatever rows it comes with. A full
-        disk ends the writing, not the run.
+        So a row has the bits of its first time in all epochs, also after a resume, whatever rows it comes with. A disk
+        that fills up ends the writing, not the run.
         """
         assert states_BLE.dtype == self._dtype, f"the teacher computes in {states_BLE.dtype}"
         for row, i, here in _spans(batch):
@@ -89,6 +97,7 @@ class HiddenStateCache:
                 states_BLE[i, here] = kept_LE.to(states_BLE.device)
             elif self._writes and batch["epoch"] + 1 < self._num_passes:
                 try:
+                    self._leave_room(states_LE.nbytes)
                     self._files.append(row, states_LE)
                 except OSError as error:
                     self._stop_writing(error)
@@ -98,6 +107,14 @@ class HiddenStateCache:
         """Tell what no rank has told yet, and close the files. Collective."""
         self._tell()
         self._files.close()
+
+    def _leave_room(self, num_bytes: int) -> None:
+        """Raise OSError where so many bytes more would leave the checkpoints too little."""
+        free = shutil.disk_usage(self._files.folder).free
+        if free - num_bytes < self._reserve_bytes:
+            raise OSError(
+                f"{format_bytes(free)} are free, and checkpoints may need {format_bytes(self._reserve_bytes)} of them"
+            )
 
     def _read(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         if not all(row in self._files for row, _, _ in _spans(batch)):
@@ -164,6 +181,7 @@ def open_cache(
     plan: BatchPlan,
     layers: Sequence[int],
     hidden_size: int,
+    checkpoint_bytes: int,
     world: World,
     reporter: Reporter,
 ) -> HiddenStateCache | None:
@@ -172,6 +190,7 @@ def open_cache(
     Args:
         folder: the stage's own.
         layers: those that are trained.
+        checkpoint_bytes: size of one of the stage's checkpoints. Room for as many as there may be is left free.
 
     Raises:
         ResourceError: the disk has too little space for what is still to be written.
@@ -203,12 +222,13 @@ def open_cache(
     kept, free = world.broadcast((files.num_bytes, shutil.disk_usage(folder).free))
     there = f"; {format_bytes(kept)} are there already" if kept else ""
     reporter.info(f"{KEY}: hidden states that enter layer {min(layers)} take {size}{there}")
-    needed = size.num_bytes - kept
+    reserve = MOST_CHECKPOINTS * checkpoint_bytes
+    needed = size.num_bytes - kept + reserve
     if needed > free:
         files.close()
         raise ResourceError(
-            f"{KEY}: needs {needed / GIB:,.2f} GiB in {folder}, where {free / GIB:,.2f} GiB are free. Free some space, "
-            f"choose another output_dir, or set {KEY}=false."
+            f"{KEY}: needs {needed / GIB:,.2f} GiB in {folder} ({reserve / GIB:,.2f} GiB of them for checkpoints), "
+            f"where {free / GIB:,.2f} GiB are free. Free some space, choose another output_dir, or set {KEY}=false."
         )
     cache = HiddenStateCache(
         files,
@@ -217,6 +237,7 @@ def open_cache(
         world,
         num_passes=plan.num_passes,
         lockstep=config.engine.zero_stage == 3,
+        reserve_bytes=reserve,
         warn=reporter.warning,
     )
     return cache

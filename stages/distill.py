@@ -53,6 +53,8 @@ IGNORED = frozenset(
 )
 
 ARTIFACT = "feature_maps.safetensors"
+CHECKPOINT_FACTOR = 3
+"""A checkpoint's size over that of the fp32 maps: the maps and AdamW's two moments."""
 PAD_ID = 0
 """Stands where the mask is False, so any id would do."""
 _CURE = (
@@ -108,6 +110,7 @@ def _distill(ctx: StageContext) -> StageResult:
         plan,
         module.layer_indices,
         hedgehog.config.hidden_size,
+        CHECKPOINT_FACTOR * sum(weight.nbytes for weight in module.parameters()),
         ctx.world,
         ctx.reporter,
     )

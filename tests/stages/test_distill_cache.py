@@ -16,6 +16,7 @@ from hedgehog.pipeline import hidden_state_cache, hidden_state_files
 from hedgehog.pipeline.errors import ResourceError
 from hedgehog.pipeline.llama import teacher
 from hedgehog.pipeline.runner import run_stage
+from hedgehog.stages import distill
 
 Run = Any
 NUM_ROWS, NUM_VALIDATION_ROWS = 12, 3
@@ -192,6 +193,41 @@ def test_a_disk_that_fills_up_ends_the_writing_only(
     output = capsys.readouterr().out
     assert output.count("writing stopped (No space left on device)") == 1
     assert not (run.root / FOLDER / "hidden_states").exists()
+
+
+def test_room_is_left_for_checkpoints(
+    without: Run,
+    new_run: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+    rows_through: Counter[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another user fills the disk while the stage runs: the cache stops before a checkpoint could fail."""
+    run = new_cached_run(new_run)
+    usage, asked = shutil.disk_usage(run.root), []
+
+    def fill_up(path: Any) -> Any:
+        asked.append(path)
+        # plenty when the stage begins and for four rows, then just what checkpoints may need
+        return usage if len(asked) <= 1 + 4 else usage._replace(free=reserve[0])
+
+    open_cache, reserve = distill.open_cache, []
+
+    def opened(*arguments: Any) -> Any:
+        monkeypatch.setattr(shutil, "disk_usage", fill_up)
+        cache = open_cache(*arguments)
+        assert cache is not None
+        reserve.append(cache._reserve_bytes)
+        return cache
+
+    monkeypatch.setattr(distill, "open_cache", opened)
+    run.stage("distill")
+    written = sum(file.stat().st_size for file in (run.root / FOLDER / "checkpoints").rglob("*") if file.is_file())
+    assert written < reserve[0] + 100_000, "files have headers"
+    assert_same_training(run, without)
+    assert rows_through[0] == 2 * NUM_ROWS - 4 + NUM_VALIDATION_ROWS, "the four are read all the same"
+    output = capsys.readouterr().out
+    assert output.count("checkpoints may need") == output.count("writing stopped") == 1
 
 
 def test_another_configs_states_are_removed(
