@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -52,12 +53,10 @@ def test_the_peak_of_a_block_is_what_it_held_at_once():
 
 
 @pytest.mark.slow
-def test_all_sections_without_a_gpu(tmp_path: Path):
+def test_all_sections_without_a_gpu(run_forked: Callable[..., tuple[int, str]], tmp_path: Path):
     out = tmp_path / "bench.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--quick", "--out", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    status, said = run_forked(SCRIPT, ["--quick", "--out", str(out)], os.environ)
+    assert status == 0, said
     result = json.loads(out.read_text())
     losses = [(row["loss"], row["length"]) for row in result["distill"]]
     assert losses == [("tiled", 256), ("tiled", 512), ("materialised", 256), ("materialised", 512)]

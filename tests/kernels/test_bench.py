@@ -21,7 +21,7 @@ def test_quick_bench_writes_every_section_with_its_bounds(tmp_path):
         str(BENCH),
         "--quick",
         "--sections",
-        "attention,distillation,step,decoding",
+        "attention,distillation,decoding",
         "--out",
         str(out),
     ]
@@ -33,11 +33,23 @@ def test_quick_bench_writes_every_section_with_its_bounds(tmp_path):
     assert {name: len(section["checks"]) for name, section in report["sections"].items()} == {
         "attention": 2,
         "distillation": 3,
-        "step": 2,
         "decoding": 2,
     }
     assert all(section["rows"] for section in report["sections"].values())
     assert "gradient error" in done.stdout and "bounds held" in done.stdout
+
+
+def test_the_step_section_compares_two_forms_of_the_same_step(monkeypatch):
+    """In this process, which has imported what the section's own processes would."""
+    monkeypatch.syspath_prepend(BENCH.parent)
+    import bench
+
+    losses = [bench.WORKLOADS[f"{form} one-layer stage-one step"](64)() for form in ("tiled", "materialised")]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+    monkeypatch.setattr(bench, "peaks_bytes", lambda workloads, length: [10**6, 10**7])
+    section = bench.step_section(quick=True)
+    assert [(row["loss"], row["peak MB"]) for row in section.rows] == [("tiled", 1.0), ("materialised", 10.0)]
+    assert [check["held"] for check in section.checks][1] and len(section.checks) == 2
 
 
 def test_unknown_section_is_named(tmp_path):

@@ -137,7 +137,7 @@ class Cluster:
             if until(states):
                 return states
             assert time.monotonic() < deadline, f"{states}\n{self.logs(run)}"
-            time.sleep(1)
+            time.sleep(1.5)
 
     def logs(self, run: str = "micro", last: int = 1500) -> str:
         """The ends of all jobs' logs."""
