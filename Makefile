@@ -4,7 +4,7 @@
 #   make test        the whole test-suite (no GPU, no network)
 #   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
 #   make lint        ruff and pyright
-#   make cuda        compile the CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
+#   make cuda        compile the Triton and CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
 #   make bench-gpu   the CUDA kernels on a GPU: correctness, then times
 #   make bench       speed and memory of the kernels on this machine
 #   make bench-7b    both training stages and generation at Llama-2 7B's size, on a GPU; 1/64 as wide without
@@ -32,7 +32,7 @@ run: install
 	$(BIN)/hedgehog run configs/tiny.yaml
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not compiles"
 
 test-slurm: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm
@@ -47,6 +47,7 @@ format: install
 	$(BIN)/ruff format .
 
 cuda: install
+	$(BIN)/python -m pytest -n 2 -m compiles tests/kernels
 	$(BIN)/python -m hedgehog.kernels.cuda.compile_check
 
 bench: install

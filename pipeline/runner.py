@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -532,9 +533,9 @@ def _begin_anew(folder: Path, reporter: Reporter) -> None:
 
 def _quiet_libraries() -> None:
     """Leave the terminal to our own progress: no bar per weight file, no deprecation notes between libraries."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read at import, by transformers too
+    if "transformers" in sys.modules:  # not imported for this: a stage that reads no model need not wait for it
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 

@@ -18,22 +18,16 @@ from ..pipeline.checkpoints import Checkpoints
 from ..pipeline.data.base_fingerprint import check_base_unchanged
 from ..pipeline.data.batches import BatchPlan, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
-from ..pipeline.distillation import FeatureMapDistillation, Teacher, parse_layers
 from ..pipeline.engine import TrainingEngine, build_engine, release_deepspeed, shard_frozen, sharded_loading
 from ..pipeline.errors import CheckpointError, ConfigError
+from ..pipeline.feature_map_file import read_feature_maps, write_feature_maps
 from ..pipeline.hidden_state_cache import open_cache, remove_cache
-from ..pipeline.llama.convert import (
-    convert_llama,
-    feature_map_metadata,
-    load_base,
-    read_feature_maps,
-    save_feature_maps,
-)
 from ..pipeline.manifest import Manifest, StageInput, read_manifest
 from ..pipeline.runner import StageContext, StageResult
 from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
+    from ..pipeline.distillation import FeatureMapDistillation
     from ..pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 
 CONSUMES = ("prepare",)
@@ -236,7 +230,7 @@ def merge_shards(shards: list[tuple[Path, Manifest]], target: Path) -> dict[str,
         raise CheckpointError(
             f"layers {', '.join(map(str, missing))} are missing: train them with distill.layers=…, then merge again."
         )
-    save_feature_maps(target, tensors, {**(metadata or {}), "layers": sorted(owners)})
+    write_feature_maps(target, tensors, {**(metadata or {}), "layers": sorted(owners)})
     summary = _kl_summary(torch.tensor([kl_per_head[layer] for layer in sorted(owners)], dtype=torch.float64))
     steps = [manifest.summary.get("steps", 0) for _, manifest in shards]
     tokens = [manifest.summary.get("tokens", 0) for _, manifest in shards]
@@ -310,6 +304,10 @@ _ALONE = _Alone()
 
 
 def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCausalLM]:
+    # Importing transformers' Llama takes seconds, which `merge` need not wait.
+    from ..pipeline.distillation import FeatureMapDistillation, Teacher, parse_layers
+    from ..pipeline.llama.convert import convert_llama, load_base
+
     config, prepare = ctx.config, ctx.inputs["prepare"]
     sharded = config.engine.zero_stage == 3
     if sharded and config.model.quantization is not None:
@@ -356,6 +354,8 @@ def _save(
     facts: dict[str, Any],
 ) -> StageResult:
     """Write the maps (rank 0) and report the KL."""
+    from ..pipeline.llama.convert import feature_map_metadata
+
     if not ctx.world.is_main:
         return StageResult()
     tensors = {**module.state_dict(), **weights}
@@ -364,7 +364,7 @@ def _save(
         "num_layers": hedgehog.config.num_hidden_layers,
         "layers": list(module.layer_indices),
     }
-    save_feature_maps(ctx.folder / ARTIFACT, tensors, metadata)
+    write_feature_maps(ctx.folder / ARTIFACT, tensors, metadata)
     summary = _kl_summary(task.kl_LH)
     rows = [
         (f"layer {layer}", f"{kl_H.mean():.4f}", f"{kl_H.min():.4f}", f"{kl_H.max():.4f}")

@@ -59,18 +59,24 @@ _SAVED = "the rows made so far are kept"
 
 @dataclass(frozen=True)
 class _TestSplit:
-    """The test rows as text and as tokens, in the same order, and how summaries are generated."""
+    """The test rows as text and as tokens, in the same order."""
 
     examples: list[dict[str, Any]]
     tokens: TokenizedSplit
-    tokenizer: Any
-    generation_config: GenerationConfig
     prompt_batches: list[list[int]]
     reference_batches: list[list[int]]
 
     def prompt(self, index: int) -> torch.Tensor:
         input_ids, prompt_length = self.tokens[index]
         return input_ids[:prompt_length]
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """How summaries are generated. Only made where rows are missing: the join of finished shards loads no tokenizer."""
+
+    tokenizer: Any
+    config: GenerationConfig
 
 
 def run(ctx: StageContext) -> StageResult:
@@ -136,22 +142,24 @@ def _open_test_split(ctx: StageContext) -> _TestSplit:
     if not examples:
         raise DataError("the test split has no rows: give data.test_file rows that fit data.max_length_tokens")
     assert len(examples) == len(tokens), "prepare writes examples and tokens in the same order"
-    tokenizer = load_tokenizer(
-        prepare.summary["tokenizer"],
-        revision=ctx.config.model.revision,
-        trust_remote_code=ctx.config.model.trust_remote_code,
-    )
-    pad_id, _ = choose_pad_id(tokenizer)
     return _TestSplit(
         examples=examples,
         tokens=tokens,
-        tokenizer=tokenizer,
-        generation_config=make_generation_config(
-            settings, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id, pad_id=pad_id
-        ),
         prompt_batches=length_sorted_batches(tokens.prompt_lengths.tolist(), settings.batch_size),
         reference_batches=length_sorted_batches(tokens.lengths.tolist(), settings.batch_size),
     )
+
+
+def _load_generation(ctx: StageContext) -> _Generation:
+    model = ctx.config.model
+    tokenizer = load_tokenizer(
+        ctx.inputs["prepare"].summary["tokenizer"],
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    pad_id, _ = choose_pad_id(tokenizer)
+    ids = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id, "pad_id": pad_id}
+    return _Generation(tokenizer, make_generation_config(ctx.config.evaluate, **ids))
 
 
 def _predictions_file(ctx: StageContext, variant: str) -> Path:
@@ -178,6 +186,7 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         done = f", {len(predictions.done)} done already" if predictions.done else ""
         of_shard = f"shard {ctx.shard} of " if ctx.shard else ""
         ctx.reporter.info(f"{variant.label}: summarizes {of_shard}{len(test.examples)} dialogues{done}")
+        generation = _load_generation(ctx)
         model = load_variant_model(variant.config, variant.inputs, ctx.world.device, ctx.config.engine.precision)
         batches_per_variant = len(test.prompt_batches) + len(test.reference_batches)
         progress = _Progress(ctx, first=number * batches_per_variant, total=len(ctx.variants) * batches_per_variant)
@@ -185,7 +194,7 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         for position in _share(to_generate, ctx):
             stop_if_asked(_SAVED)
             batch = test.prompt_batches[position]
-            rows = _generate_rows(model, test, batch)
+            rows = _generate_rows(model, test, generation, batch)
             predictions.append([row for row in rows if row["index"] not in predictions.done])
             num_new = sum(row["num_tokens"] for row in rows)
             progress.step(position, num_new, {"new_tokens_per_summary": num_new / len(rows)})
@@ -193,9 +202,7 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         for position in _share(to_measure, ctx):
             stop_if_asked(_SAVED)
             batch = test.reference_batches[position]
-            measured = reference_losses(
-                model, [test.tokens[index] for index in batch], test.generation_config.pad_token_id
-            )
+            measured = reference_losses(model, [test.tokens[index] for index in batch], generation.config.pad_token_id)
             losses.append(
                 [
                     {"index": index, "loss_nats": loss, "num_tokens": num_tokens}
@@ -244,8 +251,8 @@ class _Progress:
         self.ctx.reporter.step(step, self.total, tokens=tokens * self.ctx.world.world_size, metrics=metrics)
 
 
-def _generate_rows(model: Any, test: _TestSplit, batch: list[int]) -> list[dict[str, Any]]:
-    summaries = generate_summaries(model, [test.prompt(index) for index in batch], test.generation_config)
+def _generate_rows(model: Any, test: _TestSplit, generation: _Generation, batch: list[int]) -> list[dict[str, Any]]:
+    summaries = generate_summaries(model, [test.prompt(index) for index in batch], generation.config)
     rows = []
     for index, summary in zip(batch, summaries, strict=True):
         example = test.examples[index]
@@ -253,7 +260,7 @@ def _generate_rows(model: Any, test: _TestSplit, batch: list[int]) -> list[dict[
             {
                 "index": index,
                 "id": example["id"],
-                "prediction": test.tokenizer.decode(summary.token_ids, skip_special_tokens=True).strip(),
+                "prediction": generation.tokenizer.decode(summary.token_ids, skip_special_tokens=True).strip(),
                 "reference": example["summary"],
                 "seen_in_train": example["seen_in_train"],
                 "num_tokens": len(summary.token_ids),

@@ -19,14 +19,8 @@ from ..pipeline.data.batches import NO_LOSS, BatchPlan, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.engine import TrainingEngine, build_engine, sharded_loading
 from ..pipeline.errors import ConfigError
-from ..pipeline.llama.convert import (
-    convert_llama,
-    feature_map_modules,
-    load_base,
-    load_hedgehog,
-    read_feature_maps,
-    save_feature_maps,
-)
+from ..pipeline.feature_map_file import read_feature_maps, write_feature_maps
+from ..pipeline.llama.convert import convert_llama, feature_map_modules, load_base, load_hedgehog
 from ..pipeline.lora import attach_lora, save_adapter
 from ..pipeline.run_folder import atomic_file
 from ..pipeline.runner import StageContext, StageResult
@@ -243,7 +237,7 @@ def _save(
     }
     if trained:
         tensors, metadata = read_feature_maps(distilled)
-        save_feature_maps(ctx.folder / FEATURE_MAPS, {**tensors, **trained}, metadata)
+        write_feature_maps(ctx.folder / FEATURE_MAPS, {**tensors, **trained}, metadata)
     else:
         with atomic_file(ctx.folder / FEATURE_MAPS) as temporary:
             shutil.copyfile(distilled, temporary)

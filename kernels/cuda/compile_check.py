@@ -11,10 +11,12 @@ registers, no more registers than declared, no shared memory beside that of the 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,11 +125,12 @@ def main() -> int:
     if nvcc is None:
         print("nvcc was not found: it comes with the CUDA toolkit", file=sys.stderr)
         return 1
+    jobs = [(unit, architecture) for architecture in parser.parse_args().architectures for unit in KERNELS]
     wrong: list[str] = []
-    for architecture in parser.parse_args().architectures:
-        for unit in KERNELS:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler of its own
+        results = pool.map(lambda job: compile_for(nvcc, *job), jobs)
+        for (unit, architecture), usages in zip(jobs, results, strict=True):
             declared = declared_resources(unit)
-            usages = compile_for(nvcc, unit, architecture)
             for usage in usages:
                 shared = declared.get(usage.kernel, (0, 0))[1]
                 spills = f"{usage.spilled_bytes} bytes spilled"

@@ -5,22 +5,18 @@ Only safetensors are read. A converted model shares the base model's weights: no
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ..errors import ModelError
-from ..run_folder import atomic_file
+from ..feature_map_file import MAP_FIELDS, read_feature_maps, write_feature_maps
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
 from .hedgehog_attention import FEATURE_MAP_NAMES, HedgehogLlamaRotaryEmbedding
 from .load_base import check_base, check_tokenizer_fits, load_base
@@ -35,16 +31,9 @@ __all__ = [
     "load_base",
     "load_feature_maps",
     "load_hedgehog",
-    "read_feature_maps",
     "save_feature_maps",
     "to_plain_llama",
 ]
-
-FEATURE_MAPS_FORMAT = "hedgehog-feature-maps-1"
-_METADATA_KEY = "hedgehog"
-
-# What decides a feature map's shape and meaning; a file of maps fits a model only where all of these agree.
-_MAP_FIELDS = ("feature_map", "feature_dim", "feature_map_options", "head_dim", "num_attention_heads")
 
 
 def convert_llama(llama: LlamaForCausalLM, **hedgehog_fields: Any) -> HedgehogLlamaForCausalLM:
@@ -138,58 +127,25 @@ def feature_map_modules(model: HedgehogLlamaForCausalLM) -> dict[tuple[int, str]
 
 def feature_map_metadata(config: HedgehogLlamaConfig) -> dict[str, Any]:
     """What a file of feature maps must say about the model it belongs to."""
-    return {field: getattr(config, field) for field in _MAP_FIELDS}
+    return {field: getattr(config, field) for field in MAP_FIELDS}
 
 
 def save_feature_maps(
     file: str | os.PathLike,
-    maps: HedgehogLlamaForCausalLM | Mapping[str, torch.Tensor],
+    model: HedgehogLlamaForCausalLM,
     metadata: Mapping[str, Any] | None = None,
     *,
     layers: Iterable[int] | None = None,
 ) -> None:
-    """Write the maps as safetensors: keys `layers.{i}.feature_map_q.weight`, …, buffers included.
-
-    `maps` is a model, whose metadata comes from its config, or a dict with those keys; then `metadata` must hold
-    what `feature_map_metadata` gives. More metadata (a base model's fingerprint, …) is kept. The file appears whole
-    or not at all.
-    """
-    metadata = dict(metadata or {})
-    if isinstance(maps, HedgehogLlamaForCausalLM):
-        metadata = {**feature_map_metadata(maps.config), **metadata}
-        maps = {
-            f"layers.{index}.{name}.{key}": tensor
-            for (index, name), module in feature_map_modules(maps).items()
-            for key, tensor in module.state_dict().items()
-        }
-    missing = [field for field in _MAP_FIELDS if field not in metadata]
-    if missing:
-        raise ValueError(f"metadata of feature maps lacks {', '.join(missing)}")
-    if layers is not None:
-        wanted = {f"layers.{index}." for index in layers}
-        maps = {key: tensor for key, tensor in maps.items() if key.startswith(tuple(wanted))}
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in maps.items()}
-    # one key: safetensors writes several in any order, and equal maps should be equal files
-    header = json.dumps({"format": FEATURE_MAPS_FORMAT, **metadata}, sort_keys=True)
-    with atomic_file(Path(file)) as unfinished:
-        save_file(tensors, unfinished, metadata={_METADATA_KEY: header})
-
-
-def read_feature_maps(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file that save_feature_maps wrote. ModelError if it is missing, torn or another kind."""
-    file = Path(file)
-    if not file.is_file():
-        raise ModelError(f"{file}: there is no such file of feature maps; run the distill stage, or correct the path")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = json.loads((opened.metadata() or {}).get(_METADATA_KEY, "{}"))
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a handle, not a dict)
-    except SafetensorError as error:
-        raise ModelError(f"{file}: truncated or not a safetensors file ({error}); make it again") from error
-    found = header.pop("format", None)
-    if found != FEATURE_MAPS_FORMAT:
-        raise ModelError(f"{file}: not a file of feature maps (its format is {found!r})")
-    return tensors, header
+    """Write the model's maps (all layers, or only `layers`), with what its config says of them and `metadata`."""
+    wanted = None if layers is None else set(layers)
+    maps = {
+        f"layers.{index}.{name}.{key}": tensor
+        for (index, name), module in feature_map_modules(model).items()
+        if wanted is None or index in wanted
+        for key, tensor in module.state_dict().items()
+    }
+    write_feature_maps(file, maps, {**feature_map_metadata(model.config), **(metadata or {})})
 
 
 def load_feature_maps(

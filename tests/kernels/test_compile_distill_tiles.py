@@ -1,4 +1,7 @@
-"""The kernels compile for GPUs that are not here, fit their shared memory, and keep their tiles in registers."""
+"""The kernels compile for GPUs that are not here, fit their shared memory, and keep their tiles in registers.
+
+The whole of it runs in `make cuda`; one kernel in `make test`.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ def compiled(*arguments: object) -> list[dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_bfloat16_kernels_fit_at_llama_2s_shape(capability):
     only = () if capability != 86 else ("sweep_queries", "weight_gradient")

@@ -194,8 +194,9 @@ def prepared(new_prepared: Callable[[], Cluster]) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def distilled_alone(new_prepared: Callable[[], Cluster]) -> Cluster:
+def distilled_alone(new_prepared: Callable[[], Cluster], run_forked: Callable[..., tuple[int, str]]) -> Cluster:
     """A run whose layers were all distilled by one process, without Slurm."""
     cluster = new_prepared()
-    cluster.hedgehog("distill", "micro.yaml")
+    status, said = run_forked(Path(__file__).with_name("distill_once.py"), [str(cluster.cwd)], cluster.environment)
+    assert status == 0, said
     return cluster

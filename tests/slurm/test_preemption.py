@@ -247,37 +247,30 @@ def test_a_job_of_a_higher_partition_comes_first(
     assert "stopped by SIGTERM: saved after step 5 of 6" in said
 
 
-def test_a_node_goes_down(disturbed: Callable[..., Disturbed]):
+def test_scancel_then_submitted_again_then_a_node_goes_down(disturbed: Callable[..., Disturbed]):
     run = disturbed("distill", alone=True)
-    run.hold()
+    run.hold(step=1)
     job = run.submit(layer_groups=1)
-    run.wait_for_step(HELD_AT)
-    node = run.job(job)["NodeList"]
-    run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    try:
-        run.wait(lambda: run.job(job).get("Restarts") == "1")
-        run.finish()
-    finally:  # or it has come back by itself
-        run.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-    assert run.steps(1)[0] >= LAST_SAVED + 1, "at most save_every_steps are lost"
-
-
-def test_scancel_then_submit_again(disturbed: Callable[..., Disturbed]):
-    run = disturbed("distill", alone=True)
-    hold = run.hold()
-    job = run.submit(layer_groups=1)
-    run.wait_for_step(HELD_AT)
+    run.wait_for_step(1)
     run.cluster.run("scancel", job)
     run.cluster.wait(lambda states: states["distill"] == "cancelled", 60)
     assert run.job(job)["Restarts"] == "0", "who cancels a job does not want it back"
-    hold.unlink()
+    assert run.steps(0) == [1, 2], "scancel's TERM leaves time to save"
+
+    run.hold()
     again = run.submit(layer_groups=1)
     assert again != job
-    run.finish()
-    starts = [record["job"] for record in run.times("start")]
-    assert starts == [job, again]
-    steps = {name: [record["step"] for record in run.times("step") if record["job"] == name] for name in starts}
-    assert steps == {job: [1, 2, 3, 4], again: [5, 6]}, "scancel's TERM leaves time to save"
+    run.wait_for_step(HELD_AT)
+    assert run.steps(0) == [1, 2, 3]
+    node = run.job(again)["NodeList"]
+    run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    try:
+        run.wait(lambda: run.job(again).get("Restarts") == "1")
+        run.finish()
+    finally:  # or it has come back by itself
+        run.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    assert [record["job"] for record in run.times("start")] == [job, again, again]
+    assert run.steps(1)[0] >= LAST_SAVED + 1, "at most save_every_steps are lost"
 
 
 def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(

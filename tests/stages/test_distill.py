@@ -10,7 +10,7 @@ import torch
 
 from hedgehog.pipeline import distillation
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError
-from hedgehog.pipeline.llama.convert import read_feature_maps
+from hedgehog.pipeline.feature_map_file import read_feature_maps
 from hedgehog.pipeline.runner import merge_layers
 
 MAPS = "distill/feature_maps.safetensors"

@@ -10,13 +10,13 @@ from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
 from hedgehog.pipeline.errors import ModelError
+from hedgehog.pipeline.feature_map_file import read_feature_maps, write_feature_maps
 from hedgehog.pipeline.llama.convert import (
     convert_llama,
     feature_map_metadata,
     feature_map_modules,
     load_feature_maps,
     load_hedgehog,
-    read_feature_maps,
     save_feature_maps,
     to_plain_llama,
 )
@@ -151,11 +151,11 @@ def test_maps_of_a_subset_of_layers(llama, tmp_path):
         assert torch.equal(tensor, maps_of(model)[name] if ".1." in name else start[name])
     with pytest.raises(ModelError, match=r"layers \[7\] do not exist"):
         load_feature_maps(file, fresh, layers=[7])
-    # a dict of tensors and the metadata serve as well: what a merge writes
-    save_feature_maps(tmp_path / "again.safetensors", tensors, feature_map_metadata(model.config))
+    # a dict of tensors and the metadata: what a merge writes
+    write_feature_maps(tmp_path / "again.safetensors", tensors, feature_map_metadata(model.config))
     assert set(read_feature_maps(tmp_path / "again.safetensors")[0]) == set(tensors)
     with pytest.raises(ValueError, match="lacks feature_map"):
-        save_feature_maps(tmp_path / "bad.safetensors", tensors, {"head_dim": 16})
+        write_feature_maps(tmp_path / "bad.safetensors", tensors, {"head_dim": 16})
 
 
 def test_files_that_do_not_fit(llama, new_llama, tmp_path):
@@ -171,7 +171,7 @@ def test_files_that_do_not_fit(llama, new_llama, tmp_path):
             load_feature_maps(file, other)
     tensors, metadata = read_feature_maps(file)
     tensors["layers.0.feature_map_q.weight"] = torch.zeros(4, 16, 8)
-    save_feature_maps(file, tensors, metadata)
+    write_feature_maps(file, tensors, metadata)
     with pytest.raises(ModelError, match=r"has shape \(4, 16, 8\), the model needs \(4, 16, 16\)"):
         load_feature_maps(file, convert_llama(llama))
 
