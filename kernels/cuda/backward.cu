@@ -5,7 +5,9 @@
 //
 // 2, and then 4 and 5, come once for each slice of the values, and 5 once for each query head that shares a key head: what
 // several launches give to one address is added up in their order, never by atomics, so that results are the same each time.
-// Beyond inputs and results there is one state per segment, and dd, four bytes a token, head and slice.
+// Beyond inputs and results there is one state per segment. dd, a float a token, head and slice, waits in dv: a slice's at the
+// head of its columns, which the second sweep reads before it writes them. Where query heads share a key head dv has no room
+// for the dd of them all, since it is added to from the first of them on: then dd is scratch.
 #include "backward.h"
 
 namespace hedgehog {
@@ -14,7 +16,8 @@ namespace {
 bool valid(const HedgehogBackwardArguments& b) {
     const HedgehogForwardArguments& a = b.forward;
     const bool fused = a.feature_map != HEDGEHOG_GIVEN;
-    return valid_inputs(a) && b.grad_out && b.grad_q && b.grad_k && b.grad_v && b.grad_denominator &&
+    return valid_inputs(a) && b.grad_out && b.grad_q && b.grad_k && b.grad_v &&
+           (b.grad_denominator || a.heads == a.kv_heads) &&
            (!fused || (b.grad_weight_q && b.grad_weight_k)) && !b.grad_final_kv == !b.grad_final_k_sum &&
            !b.grad_initial_kv == !b.grad_initial_k_sum && aligned(b.grad_out, 16) &&
            aligned(b.grad_out_stride, kUnit) && aligned(b.grad_q, 4) && aligned(b.grad_k, 4) && aligned(b.grad_v, 4) &&
@@ -46,7 +49,16 @@ BackwardParameters parameters_of(const HedgehogBackwardArguments& b) {
     p.grad_weight_k = static_cast<float*>(b.grad_weight_k);
     p.grad_initial_kv = static_cast<float*>(b.grad_initial_kv);
     p.grad_initial_k_sum = static_cast<float*>(b.grad_initial_k_sum);
-    p.grad_denominator = static_cast<float*>(b.grad_denominator);
+    if (b.grad_denominator) {
+        p.grad_denominator = static_cast<float*>(b.grad_denominator);
+        p.grad_denominator_stride = {a.heads * a.length, a.length, 1};
+        p.grad_denominator_slice = a.batch * a.heads * a.length;
+    } else {
+        const HedgehogStrides& v = b.grad_v_stride;
+        p.grad_denominator = static_cast<float*>(b.grad_v);
+        p.grad_denominator_stride = {v.batch / 2, v.head / 2, v.token / 2};  // in floats, of two bf16 each
+        p.grad_denominator_slice = a.head_dim / hedgehog_num_slices(a.head_dim, a.features) / 2;
+    }
     p.segment_states = static_cast<float*>(a.scratch);
     p.q_stride = a.q_stride;
     p.k_stride = a.k_stride;

@@ -43,10 +43,11 @@ struct BackwardParameters {
     uint16_t *grad_q, *grad_k, *grad_v;
     float *grad_weight_q, *grad_weight_k;            // (B, segments, H, D, P)
     float *grad_initial_kv, *grad_initial_k_sum;     // of S and z; or null
-    float* grad_denominator;                         // dd (slices, B, H, T): from the one sweep to the other
+    float* grad_denominator;                         // dd (slices, B, H, T), from the one sweep to the other: backward.cu
     float* segment_states;                           // forwards as in forward.cuh; backwards (slices, B, H, segments - 1, ·)
     HedgehogStrides q_stride, k_stride, v_stride, grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
-    int64_t length;
+    HedgehogStrides grad_denominator_stride;
+    int64_t grad_denominator_slice, length;
     int32_t num_chunks, chunks_per_segment, batch, heads, group, feature_map, segments;  // group: heads / kv_heads
     int32_t slice;       // of the values
     int32_t member;      // of the query heads that share a key head; launches of members follow each other
@@ -143,6 +144,10 @@ class BackwardBlock {
     __device__ __forceinline__ static Element* at(Element* data, const HedgehogStrides& stride, int64_t head,
                                                   int64_t token) {
         return data + row() * stride.batch + head * stride.head + token * stride.token;
+    }
+    // dd of the chunk's first token; of the others, a token's stride further.
+    __device__ __forceinline__ float* grad_denominators(int64_t head) const {
+        return at(p.grad_denominator, p.grad_denominator_stride, head, start()) + p.slice * p.grad_denominator_slice;
     }
     // The first of the two units of eight features that make a pair. The other lies kGap units after it.
     __device__ __forceinline__ static int unit_of(int pair) { return (kFused ? 1 : 2) * (warp() * kPairs + pair); }

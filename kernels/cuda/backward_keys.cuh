@@ -165,9 +165,8 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
     __device__ __forceinline__ void read_grad_denominator() const {
         const int thread = thread_index();
         if (thread >= kChunk) return;
-        const int64_t slice = int64_t(p.slice) * p.batch * p.heads;
-        const float* from = p.grad_denominator + (slice + this->batch_head(head())) * p.length + this->start();
-        grad_denominator[thread] = thread < this->num_rows() ? from[thread] : 0.0f;
+        const float* from = this->grad_denominators(head()) + thread * p.grad_denominator_stride.token;
+        grad_denominator[thread] = thread < this->num_rows() ? *from : 0.0f;
     }
 
     // R in bf16, and r + R μ.

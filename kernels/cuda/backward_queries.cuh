@@ -251,10 +251,8 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>
             const int64_t token = this->batch_head(head()) * p.length + this->start() + row;
             const float d = exists ? p.denominator[token] : 1.0f;
             const float grad_d = d <= p.eps ? 0.0f : -(sums[0] + sums[1]) / d;
-            if (exists && warp() == 0 && member() == 0) {
-                const int64_t slice = int64_t(p.slice) * p.batch * p.heads * p.length;
-                p.grad_denominator[slice + token] = grad_d - this->shifts[row];
-            }
+            if (exists && warp() == 0 && member() == 0)
+                this->grad_denominators(head())[row * p.grad_denominator_stride.token] = grad_d - this->shifts[row];
             float s_plus = sums[0] + grad_d * sums[2], s_minus = sums[1] + grad_d * sums[3];
             if (p.feature_map != HEDGEHOG_SOFTMAX) s_plus = s_minus = s_plus + s_minus;
 #pragma unroll

@@ -161,7 +161,7 @@ def linear_attention_backward(
 
     The inputs of `linear_attention` as it had them, its denominator (B, H, L), and the gradients of o (B, H, L, V) and
     of the final state, if any. Deterministic. Beyond results: one state per segment, the weights' gradients of each row
-    and segment, and four bytes a token, head and slice of the values. See backward.cuh.
+    and segment, and where query heads share a key head four bytes a token, head and slice of the values. See backward.cu.
     """
     sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
     batch, heads, length, head_dim, features = sizes
@@ -184,7 +184,9 @@ def linear_attention_backward(
     forward.denominator = address(denominator)
     scratch = torch.empty(library.backward_scratch_bytes(forward), dtype=torch.uint8, device=q.device)
     forward.scratch = address(scratch) if scratch.numel() else None
-    grad_denominator = denominator.new_empty(library.num_slices(head_dim, features), batch, heads, length)
+    grad_denominator = None
+    if heads != v.shape[1]:  # else it waits where dv will be
+        grad_denominator = denominator.new_empty(library.num_slices(head_dim, features), batch, heads, length)
     partial_shape = 2, batch, library.num_segments(length, segments), heads, head_dim, features // 2
     partial = denominator.new_empty(partial_shape if weight_q is not None else (0,))
     arguments = BackwardArguments(

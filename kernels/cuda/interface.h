@@ -76,7 +76,7 @@ struct HedgehogBackwardArguments {
     void* grad_weight_k;           // the same
     void* grad_initial_kv;         // (B, H, F, V); or null
     void* grad_initial_k_sum;      // (B, H, F); null together with grad_initial_kv
-    void* grad_denominator;        // (hedgehog_num_slices, B, H, T): scratch, from the first sweep to the second
+    void* grad_denominator;        // (hedgehog_num_slices, B, H, T): scratch; null if H = K, when grad_v has room for it
     HedgehogStrides grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
 };
 

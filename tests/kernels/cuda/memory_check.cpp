@@ -24,8 +24,9 @@ int check(int32_t error, const char* what, int64_t length) {
     return 1;
 }
 
-int sequence(int head_dim, int features, int feature_map, int64_t length, int segments, bool backwards) {
-    const int64_t batch = 1, heads = 2, kv_heads = 1;
+int sequence(int head_dim, int features, int feature_map, int64_t length, int segments, bool backwards,
+             int64_t kv_heads = 1) {
+    const int64_t batch = 1, heads = 2;
     const bool given = feature_map == HEDGEHOG_GIVEN;
     const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
     Array<uint16_t> q(batch * heads * length * width, kHalf), k(batch * k_heads * length * width, kHalf);
@@ -60,12 +61,14 @@ int sequence(int head_dim, int features, int feature_map, int64_t length, int se
     Array<float> grad_weight_q(weights), grad_weight_k(weights);
     Array<float> grad_kv(batch * heads * features * head_dim), grad_k_sum(batch * heads * features);
     Array<float> grad_denominator(hedgehog_num_slices(head_dim, features) * batch * heads * length);
+    const bool in_grad_v = heads == kv_heads;
     Array<unsigned char> more_scratch(hedgehog_backward_scratch_bytes(&a));
     HedgehogBackwardArguments b{};
     b.forward = a;
     b.forward.scratch = hedgehog_backward_scratch_bytes(&a) ? more_scratch.data.get() : nullptr;
     b.grad_out = grad_out, b.grad_final_kv = final_kv, b.grad_final_k_sum = final_k_sum;
-    b.grad_q = grad_q, b.grad_k = grad_k, b.grad_v = grad_v, b.grad_denominator = grad_denominator;
+    b.grad_q = grad_q, b.grad_k = grad_k, b.grad_v = grad_v;
+    if (!in_grad_v) b.grad_denominator = grad_denominator;
     if (!given) b.grad_weight_q = grad_weight_q, b.grad_weight_k = grad_weight_k;
     b.grad_initial_kv = grad_kv, b.grad_initial_k_sum = grad_k_sum;
     b.grad_out_stride = {heads * length * head_dim, length * head_dim, head_dim};
@@ -107,7 +110,7 @@ int main() {
         for (int splits : {1, 2, 4}) failures += decode(128, 256, feature_map, splits);
         failures += decode(64, 128, feature_map, 4);
     }
-    failures += sequence(128, 256, HEDGEHOG_SOFTMAX, 66, 2, true);
+    failures += sequence(128, 256, HEDGEHOG_SOFTMAX, 66, 2, true, 2);
     failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 3, 1, true);
     return failures != 0;
 }

@@ -13,6 +13,7 @@ from hedgehog.kernels.cuda import gradients
 from hedgehog.kernels.cuda.library import ForwardArguments, emulated_library
 from hedgehog.kernels.cuda.operators import linear_attention
 from hedgehog.kernels.linear_attention import LinearAttentionState, quadratic_linear_attention, run_index_BL
+from hedgehog.pipeline.allocation_peak import allocation_peak
 
 from .problems import EPS, Problem, random_problem, rms
 
@@ -66,14 +67,15 @@ def packed(problem: Problem, borders: list[int], *, left: int = 0, right: int = 
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize(("head_dim", "features"), SHAPES)
 def test_every_map_in_every_shape(feature_map, head_dim, features):
-    check(random_problem(70, head_dim=head_dim, features=features, feature_map=feature_map))
+    check(random_problem(70, head_dim=head_dim, features=features, feature_map=feature_map, kv_heads=2))
 
 
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 129])
 @pytest.mark.parametrize(("head_dim", "features"), [(64, 128), (128, 256)])
 def test_tails(length, head_dim, features):
     limit = LIMIT if length > 2 else 2 * LIMIT  # over few tokens no rounding averages out
-    check(random_problem(length, head_dim=head_dim, features=features, seed=length), limit=limit)
+    problem = random_problem(length, head_dim=head_dim, features=features, seed=length, kv_heads=1 + length % 2)
+    check(problem, limit=limit)
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog_exp", "given"])
@@ -89,7 +91,7 @@ def test_one_token(feature_map):
 @pytest.mark.parametrize("segments", [2, 4])
 @pytest.mark.parametrize("feature_map", ["hedgehog_softmax", "given"])
 def test_segments(segments, feature_map):
-    check(random_problem(290, feature_map=feature_map, batch=2), segments=segments)
+    check(random_problem(290, feature_map=feature_map, batch=2, kv_heads=segments // 2), segments=segments)
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2), (3, 1)])
@@ -115,7 +117,7 @@ def test_padding(feature_map):
 @pytest.mark.parametrize("padded", [False, True])
 def test_packed_sequences(borders, padded):
     left, right = (12, 7) if padded else (0, 0)
-    problem = packed(random_problem(140, batch=2), borders, left=left, right=right)
+    problem = packed(random_problem(140, batch=2, kv_heads=1 + padded), borders, left=left, right=right)
     check(problem, segments=1 if borders == [10] else 3)
 
 
@@ -203,7 +205,7 @@ def test_nan_comes_out_as_nan(name):
 
 
 def test_the_order_of_threads_does_not_matter(emulation):
-    problem = packed(random_problem(130, features=256, batch=2), [70], left=3)
+    problem = packed(random_problem(130, features=256, batch=2, kv_heads=2), [70], left=3)
     first = by_kernels(problem, grad_of_out(problem), segments=2)
     for seed in range(2):
         emulation.seed_emulation(seed)
@@ -222,14 +224,31 @@ def test_gradients_that_are_not_laid_out_for_the_kernel():
             assert torch.equal(grad, ones[name])
 
 
-def test_memory_beyond_the_results_does_not_grow_but_for_dd():
+@pytest.mark.parametrize(("head_dim", "features", "slices"), [(64, 128, 1), (128, 256, 2)])
+def test_memory_beyond_the_results_does_not_grow_where_each_query_head_has_a_key_head(head_dim, features, slices):
+    def beyond(length: int, kv_heads: int) -> int:
+        problem = random_problem(length, head_dim=head_dim, features=features, kv_heads=kv_heads)
+        out, denominator, *_ = problem.run()
+        with allocation_peak(CPU) as peak:
+            found = gradients.linear_attention_backward(
+                problem.q, problem.k, problem.v, problem.weight_q, problem.weight_k, None, None, None, None,
+                denominator, out, None, None, problem.feature_map, EPS, 1,
+            )  # fmt: skip
+        return peak.num_bytes - sum(x.nbytes for x in found)
+
+    short, long = (beyond(length, 2) for length in (64, 300))
+    assert long == short
+    short, long = (beyond(length, 1) for length in (64, 300))
+    assert long - short == 4 * slices * 2 * (300 - 64)
+
+
+def test_the_state_of_a_segment_is_all_that_segments_cost():
     library = emulated_library()
 
     def scratch(length: int, segments: int) -> int:
         sizes = ForwardArguments(batch=2, heads=4, head_dim=128, features=256, length=length, segments=segments)
         return library.backward_scratch_bytes(sizes)
 
-    assert library.num_slices(128, 256) == 2 and library.num_slices(128, 128) == library.num_slices(64, 256) == 1
     assert scratch(1 << 20, 1) == 0
     assert scratch(1 << 12, 4) == scratch(1 << 34, 4) == 3 * 2 * 4 * 256 * (128 + 2) * 4
 
