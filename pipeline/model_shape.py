@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .base_folder import read_llama_config
 from .config import RunConfig
 from .errors import ModelError
 
@@ -24,6 +25,8 @@ class ModelShape:
     vocab_size: int
     max_length_tokens: int | None
     tied_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -92,7 +95,7 @@ def known_shape(config: RunConfig) -> ModelShape | None:
     assert config.model.base is not None, "load_config requires a base model or the tiny section"
     base = config.model.base
     if Path(base).exists():
-        return _read_folder(Path(base))
+        return shape_from_fields(read_llama_config(Path(base)))
     if base in HUB_SHAPES:
         return HUB_SHAPES[base]
     if base.startswith(("/", ".")) or base.count("/") > 1:
@@ -100,35 +103,32 @@ def known_shape(config: RunConfig) -> ModelShape | None:
     return None
 
 
-def _read_folder(folder: Path) -> ModelShape:
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: is a file; give the model's folder.")
-    file = folder / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: has no config.json, so it is no model's folder.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON ({error}).") from error
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind != "llama":
-        raise ModelError(f"{file}: model_type is {kind!r}; only llama can be converted.")
-    missing = [name for name in _NEEDED_FIELDS if not isinstance(fields.get(name), int)]
+def shape_from_fields(fields: Mapping[str, Any]) -> ModelShape:
+    """The shape that a Llama's config.json describes.
+
+    Raises:
+        ModelError: a size is missing, or two of them exclude each other.
+    """
+    sizes = {name: fields.get(name) for name in _NEEDED_FIELDS}
+    missing = [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]
     if missing:
-        raise ModelError(f"{file}: lacks {', '.join(missing)}.")
-    return _shape_from_fields(fields)
-
-
-def _shape_from_fields(fields: dict[str, Any]) -> ModelShape:
+        raise ModelError(f"config.json lacks {', '.join(missing)}, or they are no positive numbers")
     num_heads = fields["num_attention_heads"]
+    num_key_value_heads = fields.get("num_key_value_heads") or num_heads
+    if num_heads % num_key_value_heads:
+        raise ModelError(
+            f"config.json has {num_heads} num_attention_heads, no multiple of {num_key_value_heads} num_key_value_heads"
+        )
     return ModelShape(
         hidden_size=fields["hidden_size"],
         num_layers=fields["num_hidden_layers"],
         num_heads=num_heads,
-        num_key_value_heads=fields.get("num_key_value_heads") or num_heads,
+        num_key_value_heads=num_key_value_heads,
         head_dim=fields.get("head_dim") or fields["hidden_size"] // num_heads,
         intermediate_size=fields["intermediate_size"],
         vocab_size=fields["vocab_size"],
         max_length_tokens=fields.get("max_position_embeddings"),
         tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        attention_bias=bool(fields.get("attention_bias", False)),
+        mlp_bias=bool(fields.get("mlp_bias", False)),
     )

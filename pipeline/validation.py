@@ -1,6 +1,7 @@
 """`hedgehog validate`: everything that can be wrong before a GPU or the network is touched, and what a run will need.
 
-Reads the config, a local base model's config.json, local data files and a DeepSpeed JSON. Never loads weights.
+Reads the config, a local base model's config.json and the headers of its weight files, local data files and a DeepSpeed
+JSON. Never loads weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .base_folder import check_convertible, check_not_quantized, check_weights, read_llama_config
 from .config import RunConfig
 from .config_checks import notes, schedules, world_errors
 from .config_loading import load_config, variant_configs
@@ -70,6 +72,8 @@ def validate_config(file: Path | str, overrides: Sequence[str] = (), *, world_si
         report.shape = known_shape(config)
         if report.shape is None:
             report.notes.append(f"model.base: {config.model.base} is on the hub; its sizes are known after `prepare`.")
+        else:
+            _check_local_base(config, report.shape)
     except ModelError as error:
         report.errors.append(f"model.base: {error}")
     map_errors = feature_map_errors(config, report.shape.head_dim if report.shape else None)
@@ -153,12 +157,31 @@ def count_train_rows(config: RunConfig) -> tuple[int | None, list[str]]:
     return splits["train"].counts.used, []
 
 
+def _check_local_base(config: RunConfig, shape: ModelShape) -> None:
+    """
+    Raises:
+        ModelError: the base is a folder here that a run could not start from.
+    """
+    folder = Path(config.model.base or "")
+    if config.model.base is None or not folder.is_dir():
+        return
+    fields = read_llama_config(folder)
+    check_not_quantized(str(folder), fields)
+    check_convertible(str(folder), fields, config)
+    check_weights(folder, shape)
+
+
 def _tokenizer_errors(config: RunConfig) -> list[str]:
-    tokenizer = config.model.tokenizer
-    if tokenizer is None or Path(tokenizer).is_dir():
+    given = config.model.tokenizer
+    named = given or config.model.base
+    if named is None:
         return []
-    if tokenizer.startswith((".", "/")) or tokenizer.count("/") > 1 or Path(tokenizer).exists():
-        return [f"model.tokenizer: {tokenizer} is no folder."]
+    key, folder = f"model.{'tokenizer' if given else 'base'}", Path(named)
+    if folder.is_dir():
+        there = any(file for pattern in ("tokenizer.*", "vocab.*") for file in folder.glob(pattern))
+        return [] if there else [f"{key}: {named} has no tokenizer.json or tokenizer.model; model.tokenizer names one."]
+    if given and (given.startswith((".", "/")) or given.count("/") > 1 or folder.exists()):
+        return [f"{key}: {given} is no folder."]
     return []
 
 

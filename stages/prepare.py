@@ -11,10 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.base_folder import check_convertible
 from ..pipeline.config import DataConfig, RunConfig
 from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
 from ..pipeline.data.sources import SPLITS, Split, resolve_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
+from ..pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
 from ..pipeline.errors import ConfigError, DataError
 from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.run_folder import atomic_write, write_json
@@ -54,7 +56,7 @@ def run(ctx: StageContext) -> StageResult:
 
 def _prepare(ctx: StageContext) -> StageResult:
     # Importing transformers takes seconds, and pipeline.llama needs it.
-    from ..pipeline.llama.load_base import check_base, check_tokenizer_fits
+    from ..pipeline.llama.load_base import check_base
 
     model, data = ctx.config.model, ctx.config.data
     base, artifacts = model.base, {}
@@ -68,9 +70,12 @@ def _prepare(ctx: StageContext) -> StageResult:
     # Everything that can be refused cheaply is refused before the slow work.
     splits = resolve_splits(data, ctx.rng)
     base_config = check_base(base, revision=model.revision)
+    check_convertible(base, base_config.to_dict(), ctx.config)
     tokenizer_source = model.tokenizer or base
     tokenizer = load_tokenizer(tokenizer_source, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    check_tokenizer_fits(tokenizer, base_config)
+    dialogues = [example.dialogue for example in splits["train"].examples]
+    for doubt in [*check_vocabulary(tokenizer, base_config), *check_unknown_tokens(tokenizer, dialogues)]:
+        ctx.reporter.warning(doubt)
     pad_id, pad_reason = choose_pad_id(tokenizer)
     ctx.reporter.info(f"padding with token {pad_id}: {pad_reason}")
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from hedgehog.pipeline.base_folder import expected_shapes
 from hedgehog.pipeline.config_loading import load_config, variant_configs
+from hedgehog.pipeline.model_shape import shape_from_fields
 from hedgehog.pipeline.validation import validate_config
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -30,6 +34,9 @@ def overrides_for(file: Path, tmp_path: Path) -> list[str]:
         "max_position_embeddings": 512,
     }
     (llama / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    (llama / "tokenizer.json").write_text("{}")
+    shapes = expected_shapes(shape_from_fields(sizes))
+    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, llama / "model.safetensors")
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"id": str(i), "dialogue": f"A: {i}", "summary": "so"} for i in range(500)]))
     return [f"model.base={llama}", f"data.train_file={rows}", f"data.test_file={rows}"]

@@ -19,12 +19,11 @@ from ..errors import ModelError
 from ..feature_map_file import MAP_FIELDS, read_feature_maps, write_feature_maps
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
 from .hedgehog_attention import FEATURE_MAP_NAMES, HedgehogLlamaRotaryEmbedding
-from .load_base import check_base, check_tokenizer_fits, load_base
+from .load_base import check_base, load_base
 from .modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 
 __all__ = [
     "check_base",
-    "check_tokenizer_fits",
     "convert_llama",
     "feature_map_metadata",
     "feature_map_modules",

@@ -5,17 +5,18 @@ Only safetensors are read, never pickle, and no code of the folder is run.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from ..base_folder import check_not_quantized, check_weights, not_a_llama, read_llama_config
 from ..errors import ModelError
+from ..model_shape import shape_from_fields
 from .hedgehog_attention import HedgehogLlamaRotaryEmbedding
 
 QUANTIZATIONS = ("nf4", "int8")
@@ -38,8 +39,8 @@ def load_base(
     device         where to put it; None leaves it where transformers puts it (the CPU, or ZeRO-3's shards)
 
     Raises ModelError, with the cure, for: a missing folder, a model that is not a Llama, a missing shard, a
-    truncated file, pickled weights only, tensors that are missing, a hub id that cannot be fetched, a quantization that
-    cannot be done.
+    truncated file, pickled weights only, weights quantized already, tensors that are missing or of another shape than
+    the config's, a hub id that cannot be fetched, a quantization that cannot be done.
     """
     name = str(path_or_id)
     dtype = _torch_dtype(dtype)
@@ -65,6 +66,10 @@ def load_base(
         raise ModelError(
             f"{name}: a safetensors file is truncated or damaged ({_one_line(error)}); fetch it again"
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(f"{name}: config.json and the weights are of different models; fetch it again") from error
     llama, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -91,81 +96,21 @@ def check_base(path_or_id: str | os.PathLike, *, revision: str | None = None) ->
     except (OSError, ValueError) as error:
         raise _cannot_fetch(name, error) from error
     if not isinstance(config, LlamaConfig):
-        raise _not_a_llama(name, config.model_type)
+        raise not_a_llama(name, config.model_type)
+    check_not_quantized(name, config.to_dict())
     return config
-
-
-def check_tokenizer_fits(tokenizer: Any, config: LlamaConfig) -> None:
-    """ModelError if the tokenizer has ids that the model's embedding has not."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise ModelError(
-            f"the tokenizer ({getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}) has ids up to "
-            f"{largest}, but the model's vocabulary ends at {config.vocab_size - 1}: use the tokenizer that belongs "
-            "to the model, or enlarge the model's embedding first"
-        )
 
 
 def _check_folder(folder: Path) -> LlamaConfig:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ModelError(
-            f"{folder}: has no config.json; a base model is a folder with config.json and model*.safetensors"
-        )
-    try:
-        fields = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{config_file}: cannot be read as JSON ({_one_line(error)})") from error
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
-    if model_type != "llama":
-        raise _not_a_llama(str(folder), model_type)
+    fields = read_llama_config(folder)
+    check_not_quantized(str(folder), fields)
     try:
         config = LlamaConfig.from_pretrained(folder)
     except Exception as error:  # transformers' validation has its own families of errors
-        raise ModelError(f"{config_file}: not a valid Llama configuration ({_one_line(error)})") from error
-    for file in _weight_files(folder):
-        _check_safetensors(file)
+        file = folder / "config.json"
+        raise ModelError(f"{file}: not a valid Llama configuration ({_one_line(error)})") from error
+    check_weights(folder, shape_from_fields(config.to_dict()))
     return config
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index names, or the single one. All of them exist."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        if pickled:
-            raise ModelError(
-                f"{folder}: has only pickled weights ({pickled[0]}), which are never loaded because unpickling runs "
-                "code; convert them to safetensors first (load them where you trust them, then save_pretrained)"
-            )
-        raise ModelError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: is not an index of safetensors ({error!r}); fetch it again") from error
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise ModelError(f"{folder}: the index names {', '.join(missing)}, which is missing; fetch it again")
-    return [folder / shard for shard in shards]
-
-
-def _check_safetensors(file: Path) -> None:
-    """A safetensors header says how long the file must be: a truncated one shows without reading the weights."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        reason = _one_line(error)
-        raise ModelError(f"{file}: truncated or not a safetensors file ({reason}); fetch it again") from error
-
-
-def _not_a_llama(name: str, model_type: object) -> ModelError:
-    if model_type == "hedgehog_llama":
-        return ModelError(f"{name}: is already a Hedgehog-Llama; a run starts from the Llama that it was made from")
-    return ModelError(f"{name}: is not a Llama but has model_type {model_type!r}; only Llama models can be converted")
 
 
 def _cannot_fetch(name: str, error: BaseException) -> ModelError:

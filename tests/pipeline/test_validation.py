@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from hedgehog.pipeline.base_folder import expected_shapes
 from hedgehog.pipeline.manifest import Manifest
+from hedgehog.pipeline.model_shape import shape_from_fields
 from hedgehog.pipeline.validation import validate_config, validate_configs
 
 LLAMA = {
@@ -24,9 +28,12 @@ LLAMA = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A Llama's config.json, 60 training rows (one of them twice), 5 test rows, and a config."""
+    """A Llama's folder, 60 training rows (one of them twice), 5 test rows, and a config."""
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "llama" / "tokenizer.json").write_text("{}")
+    shapes = expected_shapes(shape_from_fields(LLAMA))
+    save_file({name: np.zeros(sizes, np.float16) for name, sizes in shapes.items()}, weights_of(tmp_path))
     rows = [{"id": str(i), "dialogue": f"Ann: {i}?\nBen: yes", "summary": f"Ben agrees to {i}."} for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, rows[0]]))
     (tmp_path / "test.json").write_text(json.dumps(rows[:5]))
@@ -39,6 +46,10 @@ def folder(tmp_path: Path) -> Path:
         "variants: {soft: {overrides: {model.attention: softmax}}}\n"
     )
     return tmp_path
+
+
+def weights_of(folder: Path) -> Path:
+    return folder / "llama" / "model.safetensors"
 
 
 def errors(folder: Path, *overrides: str, world_size: int = 1) -> list[str]:
@@ -103,9 +114,15 @@ def test_a_variants_own_faults_are_told(folder):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (json.dumps({**LLAMA, "model_type": "mistral"}), "model_type is 'mistral'; only llama can be converted"),
+        (
+            json.dumps({**LLAMA, "hidden_size": 32, "head_dim": 16}),
+            "embed_tokens.weight has shape [512, 64], config.json",
+        ),
+        (json.dumps({**LLAMA, "attention_dropout": 0.1}), "attention_dropout 0.1, but linear attention has no"),
+        (json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}}), "quantized already (gptq)"),
+        (json.dumps({**LLAMA, "model_type": "mistral"}), "model_type 'mistral'; only Llama models can be converted"),
         ("{", "cannot be read as JSON"),
-        ("[]", "model_type is None"),
+        ("[]", "model_type None"),
         (json.dumps({"model_type": "llama", "hidden_size": 64}), "lacks num_hidden_layers, num_attention_heads"),
         (None, "has no config.json"),
     ],
@@ -116,6 +133,23 @@ def test_a_base_that_is_no_llama(folder, content, expected):
     (error,) = errors(folder)
     assert error.startswith("model.base: ")
     assert expected in error
+
+
+def test_a_base_without_whole_weights_or_a_tokenizer(folder):
+    weights = weights_of(folder)
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    assert "truncated or not a safetensors file" in errors(folder)[0]
+    weights.unlink()
+    (folder / "llama" / "tokenizer.json").unlink()
+    missing, tokenizer = errors(folder)
+    assert missing.startswith("model.base: ") and "has neither model.safetensors nor" in missing
+    assert tokenizer.startswith("model.base: ") and "has no tokenizer.json" in tokenizer
+
+
+def test_a_softmax_run_may_drop_attention_weights(folder):
+    (folder / "llama" / "config.json").write_text(json.dumps({**LLAMA, "attention_dropout": 0.1}))
+    assert errors(folder, "model.attention=softmax") == []
 
 
 def test_a_base_that_is_nowhere(folder):

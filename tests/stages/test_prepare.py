@@ -204,7 +204,7 @@ def test_the_base_fingerprint_notices_other_weights(base, tmp_path):
     assert changed.summary["base_fingerprint"] != first.summary["base_fingerprint"]
 
 
-def test_a_base_model_that_cannot_be_used_is_refused_and_its_repair_accepted(base, tmp_path):
+def test_a_base_model_that_cannot_be_used_is_refused_and_its_repair_accepted(base, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     weights = broken / "model.safetensors"
@@ -220,13 +220,17 @@ def test_a_base_model_that_cannot_be_used_is_refused_and_its_repair_accepted(bas
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(ModelError, match="not a Llama"):
         prepare(real_config(tmp_path, broken), force=True)
+    (broken / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    with pytest.raises(ModelError, match=r"attention_dropout 0\.1, but linear attention"):
+        prepare(real_config(tmp_path, broken), force=True)
     with pytest.raises(ModelError, match="no such folder"):
         prepare(real_config(tmp_path, "/nowhere/llama"), force=True)
     with pytest.raises(ConfigError, match=r"model\.base"):
         prepare(RunConfig(name="none", output_dir=str(tmp_path)))
-    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
     folder, _ = prepare(real_config(tmp_path, broken), force=True)
     assert (folder / "tokens_train.safetensors").exists()
+    assert "has 2 for EOS, the model's config.json 5" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_does_not_fit_or_is_not_there(base, tmp_path):

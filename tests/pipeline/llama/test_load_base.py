@@ -10,7 +10,8 @@ import torch
 from transformers import GPT2Config, LlamaForCausalLM
 
 from hedgehog.pipeline.errors import ModelError
-from hedgehog.pipeline.llama.convert import check_tokenizer_fits, convert_llama, load_base
+from hedgehog.pipeline.llama import load_base as load_base_module
+from hedgehog.pipeline.llama.convert import convert_llama, load_base
 from hedgehog.pipeline.llama.load_base import check_base
 
 
@@ -104,6 +105,47 @@ def test_missing_tensor(sharded):
     refused(sharded, "the weights lack model.layers.1")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"hidden_size": 32, "head_dim": 16},
+            r"embed_tokens.weight has shape \[61, 64\], config.json makes it \[61, 32\]",
+        ),
+        ({"intermediate_size": 64}, "gate_proj.weight has shape"),
+        ({"num_key_value_heads": 4}, "k_proj.weight has shape .* and 1 more"),
+        ({"num_hidden_layers": 1}, "layers.1.* is there, config.json has 1 layers"),
+        ({"num_hidden_layers": 3}, "the weights lack model.layers.2"),
+        ({"attention_bias": True}, r"the weights lack model.layers.0.self_attn.k_proj.bias"),
+        ({"num_key_value_heads": 3}, "no multiple of 3 num_key_value_heads"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized already \(gptq\)"),
+    ],
+)
+def test_config_and_weights_of_different_models(sharded, fields, message):
+    file = sharded / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    refused(sharded, message)
+
+
+@pytest.mark.parametrize("fields", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_ties_and_biases_are_part_of_the_shape(new_llama, tmp_path, fields):
+    new_llama(**fields).save_pretrained(tmp_path)
+    load_base(tmp_path, dtype="float32")
+
+
+def test_a_llama_saved_without_its_output_layer(new_llama, tmp_path):
+    new_llama(tie_word_embeddings=True).model.save_pretrained(tmp_path)
+    load_base(tmp_path, dtype="float32")
+
+
+def test_a_mismatch_that_only_loading_shows(folder, monkeypatch):
+    """As with a model of the hub, whose weights come after its config was checked."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": 64}))
+    monkeypatch.setattr(load_base_module, "check_weights", lambda folder, shape: None)
+    refused(folder, "config.json and the weights are of different models")
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was loaded",))
@@ -132,22 +174,6 @@ def test_hub_id_without_a_network(monkeypatch):
     for name in ("meta-llama/Llama-2-7b-hf", "nobody/has-this"):
         with pytest.raises(ModelError, match=f"{name}: is no local folder, and cannot be fetched .* give its path"):
             check_base(name)
-
-
-class Tokenizer:
-    name_or_path = "somewhere"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(index): index for index in range(self.size)}
-
-
-def test_tokenizer_must_fit(llama):
-    check_tokenizer_fits(Tokenizer(61), llama.config)
-    with pytest.raises(ModelError, match=r"somewhere\) has ids up to 61, but the model's vocabulary ends at 60"):
-        check_tokenizer_fits(Tokenizer(62), llama.config)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

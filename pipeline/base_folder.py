@@ -1,0 +1,181 @@
+"""A base model's folder on this machine: is it a Llama's, and do its config and its weights belong together?
+
+Reads config.json and the headers of the safetensors files, never a weight; imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from .config_loading import variant_configs
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .model_shape import ModelShape
+
+_SHOWN = 3
+"""Tensors that a message names."""
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def read_llama_config(folder: Path) -> dict[str, Any]:
+    """The fields of a Llama's config.json.
+
+    Raises:
+        ModelError: no such file, no JSON, or another kind of model.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: is a file; a base model is a folder with config.json and model*.safetensors")
+    file = folder / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder}: has no config.json; a base model is a folder with config.json and model*.safetensors"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON ({_one_line(error)})") from error
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type != "llama":
+        raise not_a_llama(str(folder), model_type)
+    return fields
+
+
+def not_a_llama(name: str, model_type: object) -> ModelError:
+    """The error for a model of another kind."""
+    if model_type == "hedgehog_llama":
+        return ModelError(f"{name}: is already a Hedgehog-Llama; a run starts from the Llama that it was made from")
+    return ModelError(f"{name}: is not a Llama but has model_type {model_type!r}; only Llama models can be converted")
+
+
+def check_not_quantized(name: str, fields: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ModelError: the weights were saved quantized: by another library, or without what a merge needs.
+    """
+    settings = fields.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "unknown method") if isinstance(settings, Mapping) else settings
+        raise ModelError(
+            f"{name}: its weights are quantized already ({method}); take the model they were made from, which "
+            "model.quantization quantizes as it is loaded"
+        )
+
+
+def check_convertible(name: str, fields: Mapping[str, Any], config: RunConfig) -> None:
+    """What linear attention, where the config's conversions have it, asks of a Llama beyond its shape.
+
+    Raises:
+        ModelError: it drops attention weights, of which linear attention has none.
+    """
+    dropout = fields.get("attention_dropout")
+    linear = any(one.model.attention == "linear" for one in (config, *variant_configs(config).values()))
+    if dropout and linear:
+        raise ModelError(
+            f"{name}: config.json has attention_dropout {dropout}, but linear attention has no attention weights to "
+            "drop: set it to 0 there"
+        )
+
+
+def check_weights(folder: Path, shape: ModelShape) -> None:
+    """Hold the headers of the folder's safetensors files to the config's sizes.
+
+    Raises:
+        ModelError: no safetensors, a missing or truncated file, a tensor that is missing, of another shape, or of a
+            layer that the config does not have.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        found |= _read_shapes(file)
+    if not any(name.startswith("model.") for name in found):  # saved from the model without its output layer
+        found = {name if name.startswith("lm_head.") else f"model.{name}": sizes for name, sizes in found.items()}
+    expected = expected_shapes(shape)
+    wrong = [
+        f"{name} has shape {list(found[name])}, config.json makes it {list(sizes)}"
+        for name, sizes in expected.items()
+        if name in found and found[name] != sizes
+    ]
+    wrong += [
+        f"{name} is there, config.json has {shape.num_layers} layers"
+        for name in found
+        if (layer := _LAYER.match(name)) and int(layer[1]) >= shape.num_layers
+    ]
+    if wrong:
+        raise ModelError(f"{folder}: config.json and the weights are of different models: {_some(wrong, '; ')}")
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ModelError(f"{folder}: the weights lack {_some(missing, ', ')}; the folder is incomplete: fetch it again")
+
+
+def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor that a LlamaForCausalLM of these sizes saves."""
+    hidden = shape.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not shape.tied_embeddings:
+        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
+    for layer in range(shape.num_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
+        for name, (inputs, outputs) in shape.linears.items():
+            block, biased = ("self_attn", shape.attention_bias) if name[0] in "qkvo" else ("mlp", shape.mlp_bias)
+            shapes[f"model.layers.{layer}.{block}.{name}.weight"] = (outputs, inputs)
+            if biased:
+                shapes[f"model.layers.{layer}.{block}.{name}.bias"] = (outputs,)
+    return shapes
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the folder's index names, or the single one. All of them exist.
+
+    Raises:
+        ModelError: there are none, or one is missing.
+    """
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{folder}: has only pickled weights ({pickled[0]}), which are never loaded because unpickling runs "
+                "code; convert them to safetensors first (load them where you trust them, then save_pretrained)"
+            )
+        raise ModelError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: is not an index of safetensors ({error!r}); fetch it again") from error
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: the index names {', '.join(missing)}, which is missing; fetch it again")
+    return [folder / shard for shard in shards]
+
+
+def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """A safetensors header says how long the file must be: a truncated one shows without reading the weights."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = _one_line(error)
+        raise ModelError(f"{file}: truncated or not a safetensors file ({reason}); fetch it again") from error
+
+
+def _some(items: list[str], separator: str) -> str:
+    rest = len(items) - _SHOWN
+    return separator.join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
