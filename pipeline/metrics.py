@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from .formatting import format_bytes, format_duration
+from .progress_line import ProgressLine
 from .run_folder import atomic_write, write_fault
 
 _PLAIN_INTERVAL_S = 5.0
 """Shortest time between two progress lines where there is no terminal."""
+_REFRESHES_PER_S = 4
 _SMOOTHING = 0.9
 _PLAIN_WIDTH = 160
 """Columns that a table may take in a log file."""
@@ -95,16 +97,14 @@ class Reporter:
             self.console.width = _PLAIN_WIDTH
         self._file = folder / "metrics.jsonl" if folder is not None and is_main else None
         self._log_every_steps = log_every_steps
-        self._progress: Any = None
-        self._task: Any = None
+        self._live: Any = None
         self._tokens_per_s = 0.0
         self._steps_per_s = 0.0
         self._last_time = time.monotonic()
         self._num_steps_seen = 0
         self._last_plain = 0.0
+        self._tensorboard_folder = folder / "tensorboard" if tensorboard and is_main and folder is not None else None
         self._tensorboard_writer: Any = None
-        if tensorboard and is_main and folder is not None:
-            self._tensorboard_writer = _open_tensorboard(folder / "tensorboard", self)
 
     def info(self, message: str) -> None:
         """Print a line."""
@@ -170,47 +170,51 @@ class Reporter:
             "memory_bytes": peak_memory_bytes(),
         }
         self.record(record)
+        self._record_in_tensorboard(step, metrics)
+        self._show(step, total, metrics, now)
+
+    def _record_in_tensorboard(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._tensorboard_folder is not None:
+            self._tensorboard_writer = _open_tensorboard(self._tensorboard_folder, step, self)
+            self._tensorboard_folder = None
         if self._tensorboard_writer is not None:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
                     self._tensorboard_writer.add_scalar(f"{self.title}/{name}", value, step)
-        self._show(step, total, metrics, now)
 
     def _show(self, step: int, total: int, metrics: Mapping[str, Any], now: float) -> None:
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
+        numbers = {name: f"{value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))}
+        losses = [f"loss {numbers.pop(name)}" for name in list(numbers)[:1] if name.endswith("loss_nats")]
+        diagnostics = [f"{name} {number}" for name, number in numbers.items()]
         remaining_s = (total - step) / max(self._steps_per_s, 1e-9)
-        eta = format_duration(remaining_s) if self._num_steps_seen > 1 else "–"
-        tail = f"{self._tokens_per_s:,.0f} tokens/s  ETA {eta}"
-        tail += f"  memory {format_bytes(peak_memory_bytes())}"
+        figures = [
+            *losses,
+            f"{self._tokens_per_s:,.0f} tok/s",
+            f"ETA {format_duration(remaining_s) if self._num_steps_seen > 1 else '–'}",
+            f"mem {format_bytes(peak_memory_bytes())}",
+        ]
         if self.console.is_terminal:
-            if self._progress is None:
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.live import Live
 
-                self._progress = Progress(
-                    TextColumn(f"[bold]{self.title}"),
-                    BarColumn(bar_width=24),
-                    MofNCompleteColumn(),
-                    TextColumn("{task.fields[figures]}"),
-                    console=self.console,
-                    transient=False,
-                )
-                self._progress.start()
-                self._task = self._progress.add_task("", total=total, figures="")
-            self._progress.update(self._task, completed=step, total=total, figures=f"{shown}  {tail}")
+            line = ProgressLine(self.title, step, total, figures, diagnostics)
+            if self._live is None:
+                self._live = Live(line, console=self.console, refresh_per_second=_REFRESHES_PER_S)
+                self._live.start()
+            self._live.update(line)
             if step >= total:
                 self._stop_progress()
         elif step >= total or (step % self._log_every_steps == 0 and now - self._last_plain >= _PLAIN_INTERVAL_S):
             self._last_plain = now
-            self.info(f"step {step}/{total}  {shown}  {tail}")
+            self.info("  ".join([f"step {step}/{total}", *figures, *diagnostics]))
 
     def restart_clock(self) -> None:
         """Do not count the time since the last step (a validation, a save) as part of the next one."""
         self._last_time = time.monotonic()
 
     def _stop_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
         self._num_steps_seen = 0
 
     def close(self) -> None:
@@ -221,7 +225,8 @@ class Reporter:
             self._tensorboard_writer = None
 
 
-def _open_tensorboard(folder: Path, reporter: Reporter) -> Any:
+def _open_tensorboard(folder: Path, first_step: int, reporter: Reporter) -> Any:
+    """A writer that makes TensorBoard forget what an earlier attempt wrote from `first_step` on."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -229,4 +234,4 @@ def _open_tensorboard(folder: Path, reporter: Reporter) -> Any:
             f"logging.tensorboard is on, but {error}: install the [eval] extra. metrics.jsonl is written as always."
         )
         return None
-    return SummaryWriter(os.fspath(folder))
+    return SummaryWriter(os.fspath(folder), purge_step=first_step)

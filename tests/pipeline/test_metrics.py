@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
+from hedgehog.pipeline import metrics
 from hedgehog.pipeline.metrics import (
     Reporter,
     format_bytes,
@@ -69,6 +76,63 @@ def test_tensorboard_writes_the_same_scalars(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("distill/loss_nats")] == [(1, 0.5)]
+
+
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the [eval] extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last in ((1, 5), (4, 7)):  # the first attempt was killed after step 5, its checkpoint is of step 3
+        reporter = Reporter("distill", tmp_path, tensorboard=True)
+        reporter.rewind(first - 1)
+        for step in range(first, last + 1):
+            reporter.step(step, 9, metrics={"loss_nats": float(first)})
+        reporter.close()
+        time.sleep(1.1)  # event files are sorted by the second of their names
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    values = [(event.step, event.value) for event in events.Scalars("distill/loss_nats")]
+    assert values == [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4), (7, 4)]
+
+
+METRICS = {"loss_nats": 3.918, "kl_nats": 0.5825, "layer_grad_norm_max": 1.234, "learning_rate": 0.0123}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`drawn(80)`: what a terminal of so many columns shows of the last step but one, at 4 s a step."""
+    seconds = itertools.count(0, 4)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+
+    def draw(width: int, title: str = "softmax/finetune") -> str:
+        reporter = Reporter(title, None)
+        reporter.console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+        for step in (1, 2, 599):
+            reporter.step(step, 600, tokens=50_000, metrics=METRICS)
+        line = reporter._live.get_renderable()
+        reporter.close()
+        with reporter.console.capture() as capture:
+            reporter.console.print(line)
+        (text,) = capture.get().splitlines()
+        return text
+
+    return draw
+
+
+@pytest.mark.parametrize("width", [70, 80, 120, 200])
+def test_a_terminal_shows_step_loss_speed_eta_and_memory(drawn: Callable[..., str], width: int) -> None:
+    line = drawn(width)
+    assert len(line.rstrip()) <= width
+    order = [line.index(part) for part in ("599/600", "loss 3.918", " tok/s", "ETA 0:0", "mem ")]
+    assert order == sorted(order)
+    assert ("━━━" in line) == (width >= 80)
+    assert ("kl_nats" in line, "learning_rate" in line) == (width >= 120, width == 200)
+
+
+def test_a_long_title_gives_way_to_the_figures(drawn: Callable[..., str]) -> None:
+    line = drawn(80, "a-variant-with-a-rather-long-name/distill/layers-0-15")
+    assert line.startswith("a-variant-with-") and "…" in line
+    assert line.rstrip().endswith("iB")
 
 
 def test_the_peak_falls_back_after_a_reset() -> None:
