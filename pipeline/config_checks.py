@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from .config import RunConfig, ScheduleConfig
 from .errors import ConfigError
+from .run_folder import STAGES
 
 VARIANT_SECTIONS = ("model", "distill", "finetune")
 VARIANT_FIXED_KEYS = ("model.base", "model.tokenizer", "model.revision", "model.trust_remote_code")
 """Shared by all variants, because `prepare` runs once."""
-RESERVED_VARIANT_NAMES = ("main", "prepare", "distill", "finetune", "evaluate", "export")
+RESERVED_VARIANT_NAMES = ("main", *STAGES)
 
 
 @dataclass(frozen=True)

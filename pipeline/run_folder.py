@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from .config import RunConfig
 
 STAGES = ("prepare", "distill", "finetune", "evaluate", "export")
+"""All stages in the order in which `run` works through them; `hedgehog.stages.<stage>` is the module of each."""
 VARIANT_STAGES = ("distill", "finetune")
 """The stages that every variant runs for itself."""
+SHARED_STAGES = ("prepare", "evaluate")
+"""Done once for all variants. Neither here nor above: done for the main conversion, for a variant when asked to."""
 
 _TEMPORARY_SUFFIX = ".partial"
 _SUBSET_PREFIX = "layers-"
@@ -57,7 +60,7 @@ class RunFolder:
 
     def stage(self, stage: str, variant: str | None = None, layers: str | None = None) -> Path:
         """Folder of a stage; `layers` names a subset of distill's layers (`8-15`), which has a folder of its own."""
-        base = self.root if variant is None or stage in ("prepare", "evaluate") else self.root / "variants" / variant
+        base = self.root if variant is None or stage in SHARED_STAGES else self.root / "variants" / variant
         return base / stage if layers is None else base / stage / f"{_SUBSET_PREFIX}{layers}"
 
     def subsets(self, variant: str | None = None) -> list[Path]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import itertools
 import os
 import platform
 import sys
@@ -43,6 +44,7 @@ from .run_folder import (
     HIDDEN_STATES,
     LEASE,
     PREVIOUS_SUFFIX,
+    SHARED_STAGES,
     STAGES,
     VARIANT_STAGES,
     RunFolder,
@@ -133,7 +135,7 @@ class StageContext:
 
 
 def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | None = None, force: bool = False) -> None:
-    """Run the stages from `first` to `last` in order, each for the main conversion and for every variant.
+    """Run the stages from `first` to `last` in order; stages of every variant in a row, one variant after the other.
 
     Raises:
         ConfigError: an unknown stage, or `first` after `last`.
@@ -148,15 +150,11 @@ def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | Non
         raise ConfigError(f"--from {first} comes after --to {last}; the order is {', '.join(names)}.")
     selected = names[start : end + 1]
     with listening():  # also to what comes between two stages
-        if "prepare" in selected:
-            run_stage(config, "prepare", force=force)
-        for variant in (None, *config.variants):
-            for stage in VARIANT_STAGES:
-                if stage in selected:
+        for is_each, group in itertools.groupby(selected, key=VARIANT_STAGES.__contains__):
+            stages = tuple(group)
+            for variant in (None, *config.variants) if is_each else (None,):
+                for stage in stages:
                     run_stage(config, stage, variant=variant, force=force)
-        for stage in ("evaluate", "export"):
-            if stage in selected:
-                run_stage(config, stage, force=force)
     if selected[-1] == names[-1]:
         _say_where_things_are(config)
 
@@ -193,7 +191,7 @@ def run_stage(
         LeaseError: another process works in the stage's folder, or has taken it over.
         ResourceError: the disk is full, refuses, or memory ran out.
     """
-    if variant is not None and stage in ("prepare", "evaluate"):
+    if variant is not None and stage in SHARED_STAGES:
         raise ConfigError(f"{stage} is done once for all variants; leave --variant away.")
     if shard is not None:
         check_shard(shard)

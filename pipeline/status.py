@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from .config_checks import schedules
 from .config_loading import apply_variant, load_config
 from .errors import CheckpointError, ConfigError
 from .manifest import Manifest, read_manifest
-from .run_folder import STAGES, VARIANT_STAGES, RunFolder
+from .run_folder import SHARED_STAGES, STAGES, VARIANT_STAGES, RunFolder
 from .slurm.job_status import JobView, view_jobs
 
 _LIVELY_S = 120
@@ -173,23 +174,29 @@ def _stages(folder: RunFolder, config: RunConfig | None, jobs: list[JobView]) ->
     variants: list[str] = list(config.variants) if config is not None else []
     on_disk = sorted(path.name for path in (folder.root / "variants").glob("*") if path.is_dir())
     variants += [name for name in on_disk if name not in variants]
-    yield _stage(folder, config, "prepare", None)
-    for variant in (None, *variants):
-        for stage in VARIANT_STAGES:
-            if stage == "distill":
-                begun = [subset.name.removeprefix("layers-") for subset in folder.subsets(variant)]
-                submitted = [job.part for job in jobs if job.part and (job.stage, job.variant) == (stage, variant)]
-                for layers in sorted({*begun, *submitted}, key=_first_number):
-                    yield _stage(folder, config, stage, variant, layers)
-            yield _stage(folder, config, stage, variant)
-    begun = [shard.name.removeprefix("shard-").replace("-of-", "/") for shard in folder.shards()]
-    submitted = [job.part for job in jobs if job.part and job.stage == "evaluate"]
-    for shard in sorted({*begun, *submitted}, key=_first_number):
-        yield _stage(folder, config, "evaluate", None, shard=shard)
-    yield _stage(folder, config, "evaluate", None)
-    for variant in (None, *variants):
-        if variant is None or folder.stage("export", variant).is_dir():
-            yield _stage(folder, config, "export", variant)
+    for is_each, group in itertools.groupby(STAGES, key=VARIANT_STAGES.__contains__):
+        stages = tuple(group)
+        for variant in (None, *variants):
+            for stage in stages:
+                wanted = variant is None or is_each
+                if wanted or (stage not in SHARED_STAGES and folder.stage(stage, variant).is_dir()):
+                    yield from _parts(folder, config, stage, variant, jobs)
+                    yield _stage(folder, config, stage, variant)
+
+
+def _parts(
+    folder: RunFolder, config: RunConfig | None, stage: str, variant: str | None, jobs: list[JobView]
+) -> Iterator[StageStatus]:
+    """Subsets of distill's layers and shards of evaluate's rows: those begun, and those submitted."""
+    submitted = [job.part for job in jobs if job.part and (job.stage, job.variant) == (stage, variant)]
+    if stage == "distill":
+        begun = [subset.name.removeprefix("layers-") for subset in folder.subsets(variant)]
+        for layers in sorted({*begun, *submitted}, key=_first_number):
+            yield _stage(folder, config, stage, variant, layers)
+    elif stage == "evaluate":
+        begun = [shard.name.removeprefix("shard-").replace("-of-", "/") for shard in folder.shards()]
+        for shard in sorted({*begun, *submitted}, key=_first_number):
+            yield _stage(folder, config, stage, None, shard=shard)
 
 
 def _first_number(part: str) -> tuple[int, str]:
