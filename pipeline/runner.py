@@ -155,7 +155,7 @@ def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | Non
             for variant in (None, *config.variants) if is_each else (None,):
                 for stage in stages:
                     run_stage(config, stage, variant=variant, force=force)
-    if selected[-1] == names[-1]:
+    if "export" in selected:
         _say_where_things_are(config)
 
 

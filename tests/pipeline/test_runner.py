@@ -84,6 +84,31 @@ def test_the_whole_pipeline_runs_each_conversion_then_scores_and_exports(stages:
     assert (root / "config.resolved.yaml").is_file()
 
 
+@pytest.mark.parametrize(
+    ("place", "kind", "expected"),
+    [
+        (3, None, ["finetune", "softmax/distill", "softmax/finetune", "count", "evaluate", "export"]),
+        (
+            2,
+            "VARIANT_STAGES",
+            ["count", "finetune", "softmax/distill", "softmax/count", "softmax/finetune", "evaluate"],
+        ),
+    ],
+)
+def test_a_stage_runs_where_the_table_has_it(
+    stages: FakeStages, config: RunConfig, monkeypatch: pytest.MonkeyPatch, place: int, kind: str | None, expected: list
+) -> None:
+    """What CONTRIBUTING.md promises to whoever adds one."""
+    monkeypatch.setitem(CONSUMES, "count", ("prepare",))
+    monkeypatch.setitem(sys.modules, "fake_count", stages.module("count"))
+    monkeypatch.setitem(runner.STAGE_MODULES, "count", "fake_count")
+    monkeypatch.setattr(runner, "STAGES", (*runner.STAGES[:place], "count", *runner.STAGES[place:]))
+    if kind is not None:
+        monkeypatch.setattr(runner, kind, (*getattr(runner, kind), "count"))
+    run_pipeline(config)
+    assert stages.calls[2 : 2 + len(expected)] == expected
+
+
 def test_a_finished_run_does_nothing_and_says_so(
     stages: FakeStages, config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
