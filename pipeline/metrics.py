@@ -24,6 +24,7 @@ _PLAIN_INTERVAL_S = 5.0
 """Shortest time between two progress lines where there is no terminal."""
 _REFRESHES_PER_S = 4
 _SMOOTHING = 0.9
+_WIDE = 110
 _PLAIN_WIDTH = 160
 """Columns that a table may take in a log file."""
 
@@ -108,25 +109,32 @@ class Reporter:
 
     def info(self, message: str) -> None:
         """Print a line."""
-        if self.is_main:
-            self.console.print(f"[bold]{self.title}[/bold]  ", end="")
-            self.console.print(message, markup=False)
+        self._say(message)
 
     def warning(self, message: str) -> None:
         """Print a line that should be noticed."""
+        self._say(message, ("warning: ", "yellow"))
+
+    def _say(self, message: str, *mark: tuple[str, str]) -> None:
+        """In one piece: a progress line may be drawn between two."""
         if self.is_main:
-            self.console.print(f"[bold]{self.title}[/bold]  [yellow]warning:[/yellow] ", end="")
-            self.console.print(message, markup=False)
+            from rich.text import Text
+
+            self.console.print(Text.assemble((self.title, "bold"), "  ", *mark, message))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print a table: numbers right-aligned, the first column left."""
+        """Print a table: numbers right-aligned, the first column left. Without borders, so that ten columns fit in 80."""
         if not self.is_main:
             return
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", title_style="bold")
+        gap = 0 if self.console.width < _WIDE else 1  # beside the blank that the box puts between two columns
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+        table.padding = (0, gap, 0, 0)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            whole = not any(" " in str(cell) for cell in (column, *(row[index] for row in rows)))
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=whole)
         for row in rows:
             table.add_row(*[str(cell) for cell in row])
         self.console.print(table)

@@ -129,6 +129,30 @@ def test_a_terminal_shows_step_loss_speed_eta_and_memory(drawn: Callable[..., st
     assert ("kl_nats" in line, "learning_rate" in line) == (width >= 120, width == 200)
 
 
+def test_the_table_of_scores_is_whole_in_80_columns() -> None:
+    from hedgehog.pipeline.score_report import TABLE_COLUMNS
+
+    row = ["Hedgehog + LoRA", "63.22 ± 4.63", "47.53", "60.23", "0.8124", "405.06", "0.2171", "146.7", "905.1 MiB"]
+    assert len(row) == len(TABLE_COLUMNS)
+    reporter = Reporter("evaluate", None)
+    reporter.console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    with reporter.console.capture() as capture:
+        reporter.table("tiny", TABLE_COLUMNS, [row])
+    words = capture.get().split()
+    assert "…" not in capture.get()
+    assert {word for cell in [*TABLE_COLUMNS, *row] for word in cell.split()} <= set(words)
+
+
+def test_a_message_beside_the_progress_line_stays_in_one_piece() -> None:
+    file = io.StringIO()
+    reporter = Reporter("evaluate", None)
+    reporter.console = Console(width=80, force_terminal=True, color_system=None, file=file)
+    reporter.step(1, 3)
+    reporter.info("summarizes [40] dialogues")
+    reporter.close()
+    assert "evaluate  summarizes [40] dialogues\n" in file.getvalue()
+
+
 def test_a_long_title_gives_way_to_the_figures(drawn: Callable[..., str]) -> None:
     line = drawn(80, "a-variant-with-a-rather-long-name/distill/layers-0-15")
     assert line.startswith("a-variant-with-") and "…" in line
