@@ -1,4 +1,4 @@
-"""What the Triton kernel of the distillation loss takes, and how much memory; known where Triton is not installed."""
+"""What the Triton kernel of the distillation loss takes, and how much memory either form uses. Imports nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ MAX_SCRATCH_BYTES = 2**28
 """Scratch for the heads at hand, one head at least. All 32 heads of Llama-2 7B at 4k tokens are 256 MiB."""
 WEIGHT_SHARES = 32
 """Programs a head over which dW is summed: enough, with 32 heads, for the largest GPU. Their partial sums are small."""
+MAX_CELLS = {"cpu": 2**19, "cuda": 2**25}
+"""In PyTorch: numbers in the largest tensor of one step. On a CPU a few of them should stay in the last cache."""
 CHUNK = 64
 """Tokens after which the running sum of φ(k) is kept."""
 

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .distill_limits import MAX_CELLS
 from .feature_maps import FeatureMap
 from .precomputed_gradient import attach_gradient
 from .spans import Span, causal_spans, gather_spans, span_batches
-
-# Numbers in the largest tensor of one step. On a CPU the few such tensors should stay in the last-level cache.
-MAX_CELLS = {"cpu": 2**19, "cuda": 2**25}
 
 
 class MapTraining:

@@ -254,9 +254,14 @@ def status(
     run: Run,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until the run has ended.")] = False,
     every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks with --watch.")] = 10.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Every stage, part and variant, and the results' paths.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how far a run is, what Slurm says of its jobs, and the command that goes on.
+
+    On a terminal it fits the screen: what is through or waits shares a row.
 
     \b
     Example: hedgehog status runs/tiny
@@ -266,9 +271,9 @@ def status(
         from .status_report import print_status, watch_status
 
         if watch:
-            watch_status(run, every_s=every, as_json=json_output)
+            watch_status(run, every_s=every, as_json=json_output, verbose=verbose)
         else:
-            print_status(run, as_json=json_output)
+            print_status(run, as_json=json_output, verbose=verbose)
 
 
 @app.command()

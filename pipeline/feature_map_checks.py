@@ -1,4 +1,4 @@
-"""Does the config's feature map exist, and does it take the options and the feature_dim given? Imports torch."""
+"""Does the config's feature map exist, does it take the options and the feature_dim given, and how large is it?"""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ _ANY_HEAD_DIM = 64
 """Stands in where the base model's head_dim is not known; then a given feature_dim is taken to fit."""
 
 
+UNTRAINED_MAPS = frozenset({"elu", "exp_t", "cosformer", "taylor", "performer"})
+"""Feature maps without weights: there is nothing to train."""
+
+
 @dataclass(frozen=True)
 class FeatureMapSize:
     """Numbers per head and side."""
@@ -23,14 +27,32 @@ class FeatureMapSize:
 
 
 def feature_map_size(model: ModelConfig, head_dim: int) -> FeatureMapSize:
-    """Size of the feature map that `model` names.
+    """Size of the feature map that `model` names. Imports no torch, which login nodes have little use for.
 
+    Raises:
+        ValueError: an unknown name.
+    """
+    projected = model.feature_dim or head_dim
+    widths = {
+        **dict.fromkeys(("hedgehog_softmax", "hedgehog_exp", "hedgehog_joint"), 2 * projected),
+        **dict.fromkeys(("relu", "elu", "exp_t", "performer"), projected),
+        "cosformer": 2 * head_dim,
+        "taylor": 1 + head_dim + head_dim * (head_dim + 1) // 2,
+    }
+    if model.feature_map not in widths:
+        raise ValueError(f"unknown feature map '{model.feature_map}'; known: {', '.join(widths)}")
+    num_weights = 0 if model.feature_map in UNTRAINED_MAPS else head_dim * projected
+    return FeatureMapSize(widths[model.feature_map], num_weights)
+
+
+def _try_to_make(model: ModelConfig, head_dim: int) -> None:
+    """
     Raises:
         ValueError: unknown name or option, or a feature_dim that does not fit.
     """
     from ..kernels.feature_maps import make_feature_map
 
-    feature_map = make_feature_map(
+    make_feature_map(
         model.feature_map,
         num_heads=1,
         head_dim=head_dim,
@@ -38,12 +60,10 @@ def feature_map_size(model: ModelConfig, head_dim: int) -> FeatureMapSize:
         side="query",
         options=model.feature_map_options,
     )
-    num_weights = sum(parameter.numel() for parameter in feature_map.parameters())
-    return FeatureMapSize(feature_map.num_features, num_weights)
 
 
 def feature_map_errors(config: RunConfig, head_dim: int | None = None) -> list[Problem]:
-    """What the registry refuses about the main conversion's and the variants' feature maps."""
+    """What the registry refuses about the main conversion's and the variants' feature maps. Imports torch."""
     from .config_loading import variant_configs
 
     problems: list[Problem] = []
@@ -51,7 +71,7 @@ def feature_map_errors(config: RunConfig, head_dim: int | None = None) -> list[P
         if variant.model.attention == "softmax":
             continue
         try:
-            feature_map_size(variant.model, head_dim or variant.model.feature_dim or _ANY_HEAD_DIM)
+            _try_to_make(variant.model, head_dim or variant.model.feature_dim or _ANY_HEAD_DIM)
         except ValueError as error:
             key = "model.feature_map" if not name else f"variants.{name}.overrides.model.feature_map"
             if all(str(error) != problem.message for problem in problems):

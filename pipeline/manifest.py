@@ -82,10 +82,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         CheckpointError: the file is not a manifest of this format.
     """
     file = folder / "manifest.json"
-    if not file.is_file():
-        return None
     try:
         return Manifest.model_validate(json.loads(file.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (ValueError, ValidationError) as error:
         raise CheckpointError(
             f"{file}: not a manifest of format {FORMAT} ({str(error).splitlines()[0]}). "

@@ -7,8 +7,9 @@ fragments or a library's scratch. Every term has a name and its formula. Sizes i
     L layers, E hidden size, I MLP width, H query heads, K key/value heads, D head dim, P feature_dim, F features,
     S vocabulary, N_map weights of the feature maps, N_lora weights of the adapters
 
-Documentation of the stages' memory: distillation keeps nothing of a layer once it is left, so its activations are flat
-in depth and linear in T; finetuning keeps what each layer's backward needs; generation keeps one fp32 state per row.
+Distillation keeps nothing of a layer once it is left, so its activations are flat in depth and linear in T; finetuning
+keeps what each layer's backward needs; generation keeps one fp32 state per row. Imports no torch: `submit` shows the
+estimate on login nodes.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def estimate_memory(config: RunConfig, shape: ModelShape, *, world_size: int, de
         device: `cuda` or `cpu`.
 
     Raises:
-        ValueError: a feature map that the registry refuses.
+        ValueError: an unknown feature map.
     """
     from .config_loading import variant_configs
 
@@ -239,7 +240,7 @@ def _distill_terms(sizes: _Sizes) -> list[Term]:
 
 def _loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
     """What the losses of a layer take, and how much of it is gone when the teacher's MLP runs."""
-    from ..kernels.map_training import MAX_CELLS
+    from ..kernels.distill_limits import MAX_CELLS
 
     terms, features = _attention_loss_terms(sizes)
     distill, num_features = sizes.config.distill, sizes.map_size.num_features
@@ -258,8 +259,7 @@ def _loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
 
 def _attention_loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
     """The attention loss, as the Triton kernel where that serves; and the part that scales with tokens."""
-    from ..kernels.distill_limits import heads_at_once, scratch_bytes
-    from ..kernels.map_training import MAX_CELLS
+    from ..kernels.distill_limits import MAX_CELLS, heads_at_once, scratch_bytes
 
     shape, distill, length = sizes.shape, sizes.config.distill, sizes.config.data.max_length_tokens
     tokens, num_features = distill.micro_batch_size * length, sizes.map_size.num_features

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import re
 import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from .config import RunConfig
-from .config_checks import schedules
-from .config_loading import apply_variant, load_config
+from .config_loading import load_config
 from .errors import CheckpointError, ConfigError
-from .manifest import Manifest, read_manifest
+from .manifest import read_manifest
 from .run_folder import SHARED_STAGES, STAGES, VARIANT_STAGES, RunFolder
 from .slurm.job_status import JobView, view_jobs
-
-_LIVELY_S = 120
-"""A stage that wrote metrics this recently is taken to be running."""
-
-_ETA_STEPS = 50
-"""Newest steps whose mean time says how long the rest will take."""
+from .stage_progress import last_sign, read_progress
 
 State = Literal["not started", "unfinished", "done", "skipped", "queued", "running", "failed", "cancelled"]
 """The first four are the manifest's word; the others are Slurm's about a stage that is not done."""
@@ -42,6 +33,7 @@ class StageStatus:
     detail: str = ""
     """Why it was skipped, or when an unfinished one last wrote."""
     step: int | None = None
+    """Optimizer steps; summaries of all variants where it is evaluate."""
     total_steps: int | None = None
     loss_name: str | None = None
     loss: float | None = None
@@ -146,7 +138,6 @@ def _resolved_config(folder: RunFolder) -> RunConfig | None:
 def _with_jobs(stages: tuple[StageStatus, ...], jobs: list[JobView]) -> tuple[StageStatus, ...]:
     """The stages with what Slurm says of their newest jobs; where a manifest says done, that is the last word."""
     newest = {(job.stage, job.variant, job.part): job for job in jobs}
-    failed = {job.name for job in jobs if job.activity == "failed"}
     found = []
     for stage in stages:
         job = newest.get((stage.stage, stage.variant, stage.layers or stage.shard))
@@ -157,8 +148,8 @@ def _with_jobs(stages: tuple[StageStatus, ...], jobs: list[JobView]) -> tuple[St
         if stage.state in ("not started", "unfinished"):
             word = " ".join(part for part in (job.state, f"({job.reason})" if job.reason else "") if part)
             if job.activity in ("queued", "running", "failed", "cancelled"):
-                if job.activity == "cancelled" and failed and job.name not in failed:
-                    word = f"needs {', '.join(sorted(failed))}, which failed"
+                if job.activity == "cancelled" and job.failed_parents:
+                    word = f"needs {', '.join(job.failed_parents)}, which failed"
                 detail = stage.detail if job.activity == "running" else word
                 stage = replace(stage, state=job.activity, detail=detail)
             elif job.activity == "unknown":
@@ -217,101 +208,28 @@ def _stage(
     manifest = read_manifest(path)
     if manifest is None:
         return StageStatus(stage, variant, layers, "not started", shard=shard)
-    records = _read_metrics(path / "metrics.jsonl")
-    step = max((int(record.get("step", 0)) for record in records), default=None)
-    loss_name, loss = _last_loss(records)
+    progress = read_progress(folder, config, manifest, path, shard)
     if manifest.status == "done":
         state, detail = ("skipped", manifest.skipped) if manifest.skipped else ("done", "")
-        total, minutes = step, manifest.duration_s / 60
+        seconds = manifest.duration_s
     else:
-        state, detail = "unfinished", _last_sign(path)
-        total = _planned_steps(folder, config, stage, variant)
-        minutes = max(manifest.duration_s, sum(float(record.get("step_s", 0)) for record in records)) / 60
+        state, detail = "unfinished", last_sign(path)
+        seconds = max(manifest.duration_s, progress.recorded_s)
     return StageStatus(
         stage=stage,
         variant=variant,
         layers=layers,
         state=state,  # type: ignore[arg-type]
         detail=detail,
-        step=step,
-        total_steps=total,
-        loss_name=loss_name,
-        loss=loss,
-        minutes=round(minutes, 2),
+        step=progress.step,
+        total_steps=progress.total,
+        loss_name=progress.loss_name,
+        loss=progress.loss,
+        minutes=round(seconds / 60, 2),
         artifacts={name: str(path / artifact.path) for name, artifact in manifest.artifacts.items()},
         shard=shard,
-        eta_s=_remaining_s(records, step, total) if state == "unfinished" else None,
+        eta_s=progress.remaining_s,
     )
-
-
-def _remaining_s(records: list[dict[str, Any]], step: int | None, total: int | None) -> float | None:
-    """Mean time of the newest steps x steps that are left."""
-    times = [float(record["step_s"]) for record in records if isinstance(record.get("step_s"), (int, float))]
-    times = times[-_ETA_STEPS:]
-    if not times or step is None or total is None:
-        return None
-    return max(0, total - step) * sum(times) / len(times)
-
-
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Every whole record; a kill may have torn the last line."""
-    if not file.is_file():
-        return []
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def _last_loss(records: list[dict[str, Any]]) -> tuple[str | None, float | None]:
-    """Name and value of the newest training loss (`loss_nats`)."""
-    for record in reversed(records):
-        for name, value in record.items():
-            if name.startswith("loss") and isinstance(value, (int, float)):
-                return name, float(value)
-    return None, None
-
-
-def _last_sign(path: Path) -> str:
-    """When an unfinished stage last wrote anything: a process that was killed leaves no other trace."""
-    age_s = time.time() - max(file.stat().st_mtime for file in path.iterdir())
-    if age_s < _LIVELY_S:
-        return "wrote just now"
-    return f"last wrote {age_s / 60:.0f} min ago" if age_s < 7200 else f"last wrote {age_s / 3600:.0f} h ago"
-
-
-def _planned_steps(folder: RunFolder, config: RunConfig | None, stage: str, variant: str | None) -> int | None:
-    """Optimizer steps of a training stage; None where that takes more than the config and the number of rows."""
-    if config is None or (variant is not None and variant not in config.variants):
-        return None
-    conversion = config if variant is None else apply_variant(config, variant)
-    schedule = dict(schedules(conversion)).get(stage)
-    if schedule is None:
-        return None
-    if schedule.max_steps is not None:
-        return schedule.max_steps
-    num_rows = _num_train_rows(folder)
-    if num_rows is None or schedule.packing:
-        return None
-    return max(1, math.ceil(schedule.epochs * num_rows / schedule.global_batch_size - 1e-9))
-
-
-def _num_train_rows(folder: RunFolder) -> int | None:
-    """Rows of the tokenized training split, from the header of its safetensors file."""
-    manifest: Manifest | None = read_manifest(folder.stage("prepare"))
-    if manifest is None or "tokens_train" not in manifest.artifacts:
-        return None
-    try:
-        with open(folder.stage("prepare") / manifest.artifacts["tokens_train"].path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return int(header["offsets"]["shape"][0]) - 1
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _commands(folder: RunFolder, config: RunConfig | None, stages: tuple[StageStatus, ...]) -> Iterator[str]:

@@ -66,7 +66,6 @@ def validate_config(file: Path | str, overrides: Sequence[str] = (), *, world_si
         report.errors.append(str(error))
         return report
     report.config, report.device = config, reckoned_device(config)
-    report.notes += [str(note) for note in notes(config)]
     report.errors += [str(problem) for problem in world_errors(config, world_size)]
     try:
         report.shape = known_shape(config)
@@ -81,15 +80,27 @@ def validate_config(file: Path | str, overrides: Sequence[str] = (), *, world_si
     report.errors += [*_tokenizer_errors(config), *_adapter_errors(config), *_deepspeed_errors(config)]
     if report.shape is not None:
         report.errors += _layer_errors(config, report.shape)
-        report.notes += _length_notes(config, report.shape)
     num_rows, data_errors = count_train_rows(config)
+    report.notes += config_notes(config, report.shape, num_rows)
     report.errors += data_errors
     if not report.errors:
         report.batches = batch_arithmetic(config, num_rows, world_size)
         if report.shape is not None:
             report.memory = estimate_memory(config, report.shape, world_size=world_size, device=report.device)
-            report.notes += _cache_notes(config, report.shape, num_rows)
     return report
+
+
+def config_notes(config: RunConfig, shape: ModelShape | None, num_rows: int | None = None) -> list[str]:
+    """What is allowed and deserves a look. Imports no torch.
+
+    Args:
+        shape: the base model's, where known.
+        num_rows: training rows, where known.
+    """
+    found = [str(note) for note in notes(config)]
+    if shape is not None:
+        found += [*_length_notes(config, shape), *_cache_notes(config, shape, num_rows)]
+    return found
 
 
 def validate_configs(files: Sequence[str], overrides: Sequence[str], *, world_size: int, as_json: bool) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -20,6 +19,7 @@ import torch
 
 from ..config import ScheduleConfig
 from ..errors import ConfigError, DataError
+from .packing import best_fit
 from .tokens import TokenizedSplit
 
 NO_LOSS = -100
@@ -54,19 +54,7 @@ def pack_rows(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int
     assert max(lengths, default=0) <= capacity
     order = torch.randperm(len(lengths), generator=_generator(seed, "packing")).tolist()
     order.sort(key=lambda row: -lengths[row])
-    sequences: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
-    for row in order:
-        slot = bisect_left(free, (lengths[row], -1))
-        if slot < len(free):
-            left, sequence = free.pop(slot)
-        else:
-            left, sequence = capacity, len(sequences)
-            sequences.append([])
-        sequences[sequence].append(row)
-        if left > lengths[row]:
-            insort(free, (left - lengths[row], sequence))
-    return sequences
+    return best_fit(lengths, order, capacity)
 
 
 def collate(

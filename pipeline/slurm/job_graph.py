@@ -15,12 +15,12 @@ from pathlib import Path
 from ..config import RunConfig
 from ..config_loading import apply_variant, config_differences, flatten
 from ..errors import ConfigError
+from ..feature_map_checks import UNTRAINED_MAPS
 from ..manifest import read_manifest
 from ..model_shape import ModelShape, known_shape
 from ..run_folder import STAGES, RunFolder
 from ..validation import HUB_TRAIN_ROWS
 from .layer_groups import (
-    UNTRAINED_MAPS,
     DistillCost,
     balanced_groups,
     distill_cost,

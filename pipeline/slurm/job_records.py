@@ -40,6 +40,12 @@ class JobRecord(BaseModel):
     """The job's name in Slurm; empty in older records."""
 
     @property
+    def parents(self) -> list[str]:
+        """Slurm's names (`12`, `12_3`) of the jobs that must succeed before this one."""
+        conditions = self.dependency.split(",")
+        return [name for part in conditions if part.startswith("afterok:") for name in part.split(":")[1:]]
+
+    @property
     def submitted(self) -> SubmittedJob:
         """By what Slurm's commands know it."""
         return SubmittedJob(self.job_id, self.token, self.slurm_name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +17,24 @@ Activity = Literal["queued", "running", "failed", "cancelled", "ended", "unknown
 _TAIL_BYTES = 1 << 16
 _START_LINE = "=== "
 """Begins every start of a script in its log; a requeued job appends."""
+_RANK_PREFIX = re.compile(r"^(\[(rank|default)\d+\]:|\d+:) ?")
+"""What torch's excepthook, torchrun and `srun --label` put before a line."""
+_CONSEQUENCES = r"((DistBackend|DistNetwork|ChildFailed|ncclRemote)Error|\b[Cc]onnection (closed|reset) by peer)"
+"""What a rank says when another one died first."""
 _ERROR_KINDS = (
     re.compile(r"^error( \(rank \d+\))?: "),
     re.compile(r"could not be queued again|is not queued again"),
-    re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b.*"),
+    re.compile(rf"^(?!Exception ignored|.*{_CONSEQUENCES})[\w.]*(Error|Exception|Interrupt)\b"),
+    re.compile(r"\b(Segmentation fault|Bus error|Illegal instruction|Floating point exception)\b|^Fatal Python error"),
+    re.compile(r"\bLmod has detected the following error\b|^FATAL: |\bERROR: Unable to locate a modulefile\b"),
+    re.compile(r"\b(CUDA (runtime |driver )?error|no CUDA-capable device|CUDA driver version is insufficient)\b"),
     re.compile(r"^slurmstepd[^\s:]*: error: .*(CANCELLED|oom|out.of.memory|exceeded|unable)", re.IGNORECASE),
-    re.compile(r"^(srun|slurmstepd[^\s:]*): error: "),
-    re.compile(r"\b(command not found|No such file or directory|Permission denied)\b"),
+    re.compile(r"\b(command not found|No such file or directory|Permission denied)\b|^bash: .*: not found$"),
+    re.compile(rf"{_CONSEQUENCES}|\bNCCL (WARN|error)\b|collective operation timeout"),
+    re.compile(r"^(srun|slurmstepd[^\s:]*): (error|fatal): (?!.*\b(Exited with exit code|Terminated|Killed)\b)"),
+    re.compile(r"^(srun|slurmstepd[^\s:]*): (error|fatal): "),
 )
-"""Lines that say what went wrong, the most telling kind first."""
+"""Lines that say what went wrong, the most telling kind first: the program's own, then those of what ran it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class JobView:
     error: str | None
     """Last line of the log that says what went wrong."""
     log: str
+    failed_parents: tuple[str, ...] = ()
+    """Names in the graph of those jobs it waited for, directly or through others, that failed."""
 
 
 def view_jobs(folder: RunFolder) -> tuple[list[JobView], list[str], JobRecords]:
@@ -60,10 +71,29 @@ def view_jobs(folder: RunFolder) -> tuple[list[JobView], list[str], JobRecords]:
     with contextlib.suppress(SchedulerError):  # `observe` says so
         records.adopt()
     seen = observe(records.submitted)
-    views = [
-        _view(folder, record, index, seen.states.get((record.job_id, index))) for record, index in records.newest()
-    ]
+    newest = list(records.newest())
+    views = [_view(folder, record, index, seen.states.get((record.job_id, index))) for record, index in newest]
+    parents = {record.job_id: record.parents for record, _ in newest}
+    views = [replace(view, failed_parents=_failed_parents(view, views, parents)) for view in views]
     return views, seen.notes, records
+
+
+def _failed_parents(view: JobView, views: Sequence[JobView], parents: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Follows the dependencies as they were given to sbatch; a parent is a job (`12`) or an element (`12_3`)."""
+    found: list[str] = []
+    seen: set[str] = set()
+    waiting = [view.job_id.partition("_")[0]]
+    while waiting:
+        for parent in parents.get(waiting.pop(), ()):
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent.partition("_")[0])
+                found += [
+                    job.name
+                    for job in views
+                    if job.activity == "failed" and parent in (job.job_id, job.job_id.partition("_")[0])
+                ]
+    return tuple(sorted(set(found)))
 
 
 def _view(folder: RunFolder, record: JobRecord, index: int | None, state: JobState | None) -> JobView:
@@ -115,8 +145,6 @@ def last_error(log: Path) -> str | None:
 
 
 def _matching(lines: list[str]) -> Iterator[str]:
+    lines = [_RANK_PREFIX.sub("", line).strip() for line in reversed(lines)]
     for kind in _ERROR_KINDS:
-        for line in reversed(lines):
-            if kind.search(line):
-                yield line.strip()
-                break
+        yield from (line for line in lines if kind.search(line))

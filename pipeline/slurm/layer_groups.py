@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import RunConfig
+from ..feature_map_checks import feature_map_size
 from ..hidden_state_size import lower_layers_share
 from ..model_shape import ModelShape
 
-UNTRAINED_MAPS = frozenset({"elu", "exp_t", "cosformer", "taylor", "performer"})
-"""Feature maps without weights: there is nothing to train, so nothing to spread over an array."""
 LOSS_SLOWNESS = 4.0
 """Time of a FLOP of the loss, which is in float32, over one of the teacher's forward pass in bfloat16."""
 REFERENCE_FLOPS_PER_S = 0.4 * 312e12
@@ -56,7 +55,7 @@ def distill_flops(config: RunConfig, shape: ModelShape, row_tokens: float) -> tu
     """(forward, own) of the module's equations: FLOPs per token of a layer's teacher, and of its loss and maps."""
     heads, head_dim = shape.num_heads, shape.head_dim
     feature_dim = config.model.feature_dim or head_dim
-    num_features = 2 * feature_dim if config.model.feature_map.startswith("hedgehog") else feature_dim
+    num_features = feature_map_size(config.model, head_dim).num_features
     keys = (row_tokens + 1) / 2
     forward = 2 * shape.num_layer_weights + 4 * head_dim * heads * keys
     pairs = config.distill.query_fraction * heads * keys

@@ -18,9 +18,11 @@ from ..config import RunConfig
 from ..config_checks import world_errors
 from ..config_loading import apply_variant, dump_resolved, load_config
 from ..errors import ConfigError
+from ..feature_map_checks import feature_map_size
 from ..lease import Lease
 from ..run_folder import STAGES, RunFolder, atomic_write, fenced, storage_errors
 from .dry_run import describe_graph, describe_scripts
+from .expected_memory import memory_lines
 from .frozen_config import differences, freeze
 from .job_graph import Job, JobGraph, Queued, build_graph
 from .job_records import JobRecord, JobRecords, read_records, write_records
@@ -131,6 +133,7 @@ def submit(
                 print()
             if dry_run:
                 print(describe_graph(plan.config, plan.folder, plan.graph))
+                print("\n" + "\n".join(memory_lines(plan.config, stages)))
                 print(describe_scripts(plan.config, plan.folder, plan.graph, plan.launch))
             else:
                 with storage_errors("submit"):
@@ -144,6 +147,7 @@ def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
         ConfigError.
     """
     config = load_config(path, overrides)
+    _check_feature_maps(config)
     _check_worlds(config)
     _check_times(config)
     _check_clusters(config)
@@ -283,6 +287,9 @@ def _submit_plan(plan: Plan, command: list[str]) -> None:
         write_records(folder, plan.records)
     plan.records.command = command
     print(f"{config.name}: {folder.root}")
+    wanted = {job.run_stage for job in plan.graph.jobs if job.wanted and not job.done and not plan.live_of(job)}
+    for line in memory_lines(config, tuple(wanted)):
+        print(f"  {line}")
     submitted: dict[str, list[str]] = {}
     num_submitted = 0
     for job in plan.graph.jobs:
@@ -388,6 +395,15 @@ def _dependency(plan: Plan, job: Job, submitted: dict[str, list[str]]) -> str:
     if ending:
         parts.append(f"afterany:{':'.join(ending)}")
     return ",".join(parts)
+
+
+def _check_feature_maps(config: RunConfig) -> None:
+    """Refuse names that no job would know; the jobs check the options too, which takes torch."""
+    for conversion in (config, *(apply_variant(config, name) for name in config.variants)):
+        try:
+            feature_map_size(conversion.model, head_dim=1)
+        except ValueError as error:
+            raise ConfigError(f"model.feature_map: {error}") from None
 
 
 def _check_worlds(config: RunConfig) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hedgehog.kernels.distill_loss import output_mse_loss
-from hedgehog.kernels.feature_maps import make_feature_map
+from hedgehog.kernels.feature_maps import FEATURE_MAPS, make_feature_map
 from hedgehog.pipeline.allocation_peak import allocation_peak
 from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.feature_map_checks import feature_map_size
 from hedgehog.pipeline.memory_estimate import GIB, estimate_memory, saved_per_token, state_bytes
 from hedgehog.pipeline.model_shape import HUB_SHAPES, ModelShape
 
@@ -49,6 +50,16 @@ def test_llama_2_has_its_published_numbers_of_weights():
         "meta-llama/Llama-2-13b-hf": 13_015_864_320,
         "meta-llama/Llama-2-70b-hf": 68_976_648_192,
     }
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_sizes_of_maps_are_the_registrys(name):
+    """Reckoned without torch for login nodes, and held to the maps themselves here."""
+    feature_dim = None if FEATURE_MAPS[name].feature_dim_is_head_dim else 24
+    made = make_feature_map(name, num_heads=1, head_dim=16, feature_dim=feature_dim, side="key")
+    size = feature_map_size(make_config(model={"feature_map": name, "feature_dim": feature_dim}).model, 16)
+    assert size.num_features == made.num_features
+    assert size.num_weights == sum(weight.numel() for weight in made.parameters())
 
 
 def test_weights_maps_and_state_of_7b():

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
+import shutil
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hedgehog.pipeline.config import RunConfig
-from hedgehog.pipeline.config_loading import dump_resolved
+from hedgehog.pipeline.config_loading import dump_resolved, load_config
+from hedgehog.pipeline.data.batches import BatchPlan
+from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import CheckpointError, ConfigError
 from hedgehog.pipeline.manifest import Artifact, Manifest
+from hedgehog.pipeline.stage_progress import last_sign
 from hedgehog.pipeline.status import find_run_folder, read_status
 from hedgehog.pipeline.status_report import print_status
 
@@ -48,13 +56,27 @@ def add_stage(run: Path, place: str, *, records: list[dict[str, Any]] | None = N
     return folder
 
 
-def prepared(run: Path, num_rows: int) -> None:
-    """`prepare` finished, with a tokens file of this many rows (a safetensors header is all that is read)."""
-    tokens = Artifact(path="tokens_train.safetensors", sha256="", num_bytes=0)
-    folder = add_stage(run, "prepare", artifacts={"tokens_train": tokens}, duration_s=30.0)
-    shape = {"offsets": {"dtype": "I64", "shape": [num_rows + 1], "data_offsets": [0, 8 * (num_rows + 1)]}}
+def prepared(run: Path, num_rows: int, lengths: Sequence[int] = ()) -> None:
+    """`prepare` finished, with files of so many rows' tokens: a safetensors header and offsets, what is read."""
+    splits = {
+        f"tokens_{split}": Artifact(path=f"{split}.tokens", sha256="", num_bytes=0) for split in ("train", "test")
+    }
+    folder = add_stage(run, "prepare", artifacts=splits, duration_s=30.0)
+    offsets = [0, *itertools.accumulate(lengths or [1] * num_rows)]
+    # behind other tensors, as in a real file
+    shape = {"offsets": {"dtype": "I64", "shape": [len(offsets)], "data_offsets": [16, 16 + 8 * len(offsets)]}}
     header = json.dumps(shape).encode()
-    (folder / tokens.path).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8 * (num_rows + 1)))
+    content = struct.pack("<Q", len(header)) + header + bytes(16) + struct.pack(f"<{len(offsets)}q", *offsets)
+    for tokens in splits.values():
+        (folder / tokens.path).write_bytes(content)
+
+
+def with_config(run: Path, **sections: Any) -> None:
+    """The run's config with other values."""
+    config = load_config(run / "config.resolved.yaml").model_dump()
+    for name, changes in sections.items():
+        config[name] |= changes
+    (run / "config.resolved.yaml").write_text(dump_resolved(RunConfig.model_validate(config)))
 
 
 def states(run: Path) -> dict[str, str]:
@@ -82,6 +104,59 @@ def test_an_unfinished_stage_shows_how_far_it_is(run):
     assert (stage.state, stage.step, stage.total_steps) == ("unfinished", 3, 5)
     assert (stage.loss_name, stage.loss, stage.minutes) == ("loss_nats", 1.0, 3.0)
     assert stage.detail == "last wrote 10 min ago"
+
+
+def test_packed_rows_are_counted_as_training_packs_them(run):
+    drawn = random.Random(0)
+    lengths = [drawn.randint(5, 60) for _ in range(101)]
+    with_config(run, distill={"packing": True}, data={"max_length_tokens": 64})
+    prepared(run, num_rows=101, lengths=lengths)
+    records = [{"step": step, "loss_nats": 3.0, "step_s": 2.0} for step in (1, 2, 3)]
+    add_stage(run, "distill", status="running", records=records)
+    stage = read_status(str(run)).stages[1]
+    config = load_config(run / "config.resolved.yaml")
+    split = TokenizedSplit.from_rows([([0], [1] * (length - 1)) for length in lengths])
+    world = SimpleNamespace(rank=0, world_size=1)
+    plan = BatchPlan(split, config.distill, 64, pad_id=0, seed=0, world=world)
+    assert len(plan.sequences) < 101
+    assert (stage.total_steps, stage.eta_s) == (plan.num_steps, 2.0 * (plan.num_steps - 3))
+
+
+def test_how_long_an_evaluation_will_take(run):
+    """20 rows in batches of 8 for two variants: 40 summaries, 24 in a shard's first and third batches of both."""
+    with_config(run, evaluate={"batch_size": 8})
+    prepared(run, num_rows=20)
+    generated = [{"step": step, "new_tokens_per_summary": 9.0, "step_s": 10.0} for step in (1, 2, 3)]
+    measured = {"step": 4, "loss_nats": 2.0, "step_s": 1.0}
+    for place in ("evaluate", "evaluate/shard-0-of-2"):
+        folder = run / place
+        for kind, num_rows in (("predictions", 20), ("reference_losses", 8)):
+            (folder / kind).mkdir(parents=True)
+            for file, count in (("main.jsonl", num_rows - 4), ("main.rank1.jsonl", 4)):
+                (folder / kind / file).write_text('{"index": 0}\n' * count + '{"ind')
+        Manifest(stage="evaluate", fingerprint="f", config={}, world_size=2).write(folder)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (*generated, measured)))
+    stages = {stage.title: stage for stage in read_status(str(run)).stages}
+    whole, shard = stages["evaluate"], stages["evaluate 0/2"]
+    # two processes share the batches: 20 / 8 of 10 s, then 32 / 8 of 1 s
+    assert (whole.step, whole.total_steps, whole.eta_s) == (20, 40, (20 / 8 * 10 + 32 / 8) / 2)
+    assert (shard.step, shard.total_steps, shard.eta_s) == (20, 24, (4 / 8 * 10 + 16 / 8) / 2)
+
+
+def test_a_live_stage_renames_files_while_it_is_looked_at(run, monkeypatch):
+    """Whatever is listed may be gone when it is opened, at every moment."""
+    add_stage(run, "distill", status="running", records=[{"step": 1, "loss_nats": 3.0, "step_s": 2.0}])
+    listed, is_file = Path.iterdir, Path.is_file
+    gone = [Path("manifest.json.x.partial"), Path("checkpoints/step-000001.partial")]
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([*(self / name for name in gone), *listed(self)]))
+    assert read_status(str(run)).stages[1].detail == "wrote just now"
+    for vanishing in ("manifest.json", "metrics.jsonl"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "is_file", lambda self, name=vanishing: self.name == name or is_file(self))
+            (run / "distill" / vanishing).unlink()
+            read_status(str(run))
+    shutil.rmtree(run / "distill")
+    assert last_sign(run / "distill") == ""
 
 
 def test_done_and_skipped_stages(run):
@@ -151,4 +226,6 @@ def test_json_and_the_table_say_the_same(run, capsys):
     print_status(str(run), as_json=False)
     shown = capsys.readouterr().out
     assert "to go on: hedgehog run runs/trial/config.resolved.yaml" in shown
-    assert "soft/finetune" in shown
+    assert "soft" in shown
+    print_status(str(run), as_json=False, verbose=True)
+    assert "soft/finetune" in capsys.readouterr().out

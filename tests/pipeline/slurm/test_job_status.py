@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from hedgehog.pipeline.run_folder import RunFolder
+from hedgehog.pipeline.slurm import job_status
 from hedgehog.pipeline.slurm.cancelling import cancel
+from hedgehog.pipeline.slurm.job_records import JobRecord, JobRecords, write_records
 from hedgehog.pipeline.slurm.job_status import last_error
+from hedgehog.pipeline.slurm.scheduler import JobState, Observation
 from hedgehog.pipeline.slurm.submission import submit
 from hedgehog.pipeline.status import read_status
 from hedgehog.pipeline.status_report import print_status, watch_status
@@ -115,10 +120,23 @@ def test_cancel_takes_out_what_lives_children_first(run, slurm, capsys):
     assert len(slurm.calls("scancel")) == 1
 
 
-def test_watching_ends_with_the_jobs(run, slurm, capsys):
+def test_watching_redraws_and_ends_with_the_jobs(run, slurm, capsys, monkeypatch):
     cancel(run)
-    status = watch_status(run, every_s=0.1, as_json=True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
+    looks = iter([None])
+    between_looks = SimpleNamespace(sleep=lambda _: next(looks), strftime=lambda _: "12:34:56")
+    monkeypatch.setattr("hedgehog.pipeline.status_report.time", between_looks)
+    slurm.set(_101="RUNNING")
+    slurm.after_a_look(_101="CANCELLED")
+    capsys.readouterr()
+    status = watch_status(run, every_s=0.1, as_json=False)
     assert not status.finished and not status.live
+    start, *frames = capsys.readouterr().out.split("\033[H")
+    assert start == "\033[2J" and len(frames) == 2, "drawn over in place, never scrolled"
+    for frame in frames:
+        assert frame.count("\n") < 24 and frame.count("\033[K\n") == frame.count("\n") and frame.endswith("\033[J")
+    assert "running" in frames[0] and "to go on" in frames[1] and "12:34:56" in frames[1]
 
 
 def test_watching_ends_on_a_cluster_without_accounting(run, slurm, capsys, monkeypatch):
@@ -132,19 +150,88 @@ def test_watching_ends_on_a_cluster_without_accounting(run, slurm, capsys, monke
     assert not watch_status(run, every_s=0.1, as_json=True).notes, "as long as squeue fails jobs may be running"
 
 
-def test_the_line_that_says_most(tmp_path):
-    log = tmp_path / "log"
-    for text, expected in (
+OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+EXITED = "srun: error: n1: task 0: Exited with exit code 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("fine\n", None),
         ("=== 1\nRuntimeError: x\n=== 2\nfine\n", None),
-        ("error (rank 3): y\nsrun: error: z\n", "error (rank 3): y"),
-        ("torch.OutOfMemoryError: CUDA out of memory\nsrun: error: z\n", "torch.OutOfMemoryError: CUDA out of memory"),
+        (f"error (rank 3): y\n{EXITED}\n", "error (rank 3): y"),
+        (f"{OOM}\n{EXITED}\n", OOM),
+        (f"[rank0]: Traceback (most recent call last):\n[rank0]:   File x\n[rank0]: {OOM}\n{EXITED}\n", OOM),
+        # the others only notice that one died
+        (f"[rank1]: {OOM}\n[rank0]: torch.distributed.DistBackendError: NCCL error in: x\n{EXITED}\n", OOM),
+        (f"RuntimeError: [x] Connection closed by peer [10.0.0.1]:3\n{EXITED}\n", "RuntimeError: [x] Connection"),
+        (
+            f"Exception ignored in: <f>\nsrun: error: n1: task 0: Segmentation fault (core dumped)\n{EXITED}\n",
+            "srun: error: n1: task 0: Segmentation fault",
+        ),
+        (
+            "/tmp/script: line 51: 812 Bus error (core dumped)\nsrun: error: n1: task 1: Killed\n",
+            "/tmp/script: line 51",
+        ),
+        (
+            'Lmod has detected the following error:  The following module(s) are unknown: "cuda/99"\n\nPlease check\n',
+            'Lmod has detected the following error:  The following module(s) are unknown: "cuda/99"',
+        ),
+        (
+            f"terminate called after throwing\n  what():  CUDA error: an illegal memory access\n{EXITED}\n",
+            "what():  CUDA",
+        ),
+        (f"n1:7:9 [0] NCCL WARN Call to connect failed\n{EXITED}\n", "n1:7:9 [0] NCCL WARN"),
         (
             "slurmstepd: error: *** JOB 3 ON n1 CANCELLED AT x DUE TO TIME LIMIT ***\n",
             "slurmstepd: error: *** JOB 3 ON",
         ),
+        (
+            "srun: error: n1: task 0: Out Of Memory\nslurmstepd: error: Detected 1 oom_kill event\n",
+            "slurmstepd: error: Detected",
+        ),
+        (f"bash: line 1: exec: hedgehog: not found\n{EXITED}\n", "bash: line 1: exec: hedgehog: not found"),
         ("/tmp/script: line 30: hedgehog: command not found\n", "/tmp/script: line 30: hedgehog: command not found"),
-    ):
-        log.write_text(text)
-        found = last_error(log)
-        assert (found or "").startswith(expected or "") and (found is None) == (expected is None)
+        (
+            "srun: error: Unable to create step for job 7: More processors requested\n" + EXITED,
+            "srun: error: Unable to create",
+        ),
+        (f"step 3\n{EXITED}\n", EXITED),
+    ],
+)
+def test_the_line_that_says_most(text, expected, tmp_path):
+    log = tmp_path / "log"
+    log.write_text(text)
+    found = last_error(log)
+    assert (found is None) == (expected is None) and (found or "").startswith(expected or "")
+
+
+def test_each_job_blames_those_that_it_waits_for(tmp_path, monkeypatch):
+    """Two failures in two branches: what hangs on one of them does not name the other."""
+    after = {"prepare": "", "distill": "afterok:1", "merge": "afterok:2", "soft.distill": "afterok:1"}
+    after |= {"soft.finetune": "afterok:4", "elu.finetune": "afterok:1", "evaluate": "afterok:3:5:6,afterany:77"}
+    records = [
+        JobRecord(
+            name=name,
+            stage=name,
+            job_id=str(number),
+            elements={0: "0-1", 1: "2"} if name == "distill" else {},
+            dependency=dependency,
+            script="",
+            submitted_at="",
+        )
+        for number, (name, dependency) in enumerate(after.items(), 1)
+    ]
+    folder = RunFolder(tmp_path)
+    write_records(folder, JobRecords(jobs=records))
+    states = dict.fromkeys(((str(number), None) for number in range(1, 8)), JobState("CANCELLED"))
+    states |= {("1", None): JobState("COMPLETED"), ("2", 0): JobState("COMPLETED"), ("2", 1): JobState("FAILED")}
+    states |= {("4", None): JobState("TIMEOUT")}
+    monkeypatch.setattr(job_status, "observe", lambda jobs: Observation(states, []))
+    views, _, _ = job_status.view_jobs(folder)
+    assert {view.name: view.failed_parents for view in views if view.activity == "cancelled"} == {
+        "merge": ("distill",),
+        "soft.finetune": ("soft.distill",),
+        "elu.finetune": (),
+        "evaluate": ("distill", "soft.distill"),
+    }

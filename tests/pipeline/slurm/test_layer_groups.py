@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hedgehog.kernels.feature_maps import FEATURE_MAPS, LearnedFeatureMap
 from hedgehog.pipeline.config_loading import load_config
 from hedgehog.pipeline.model_shape import HUB_SHAPES
 from hedgehog.pipeline.slurm.layer_groups import (
-    UNTRAINED_MAPS,
     DistillCost,
     balanced_groups,
     distill_cost,
@@ -108,7 +106,3 @@ def test_kept_hidden_states_make_the_lower_layers_run_once_per_row(overrides, nu
 def test_layers_as_text_and_back():
     for text in ("0-7", "0-3,8,10-11", "5"):
         assert layers_text(layers_of(text)) == text
-
-
-def test_maps_without_weights_are_known_by_name():
-    assert {name for name, cls in FEATURE_MAPS.items() if not issubclass(cls, LearnedFeatureMap)} == UNTRAINED_MAPS

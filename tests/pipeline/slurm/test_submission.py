@@ -24,6 +24,9 @@ NAMES = [
 ]
 
 
+LLAMA_70B = Path(__file__).parents[3] / "configs" / "llama2-70b-samsum.yaml"
+
+
 def script(name: str) -> str:
     return Path(f"runs/trial/slurm/{name}.sbatch").read_text()
 
@@ -383,6 +386,34 @@ def test_a_finished_stage_of_another_config_is_refused_before_the_queue(slurm, w
     assert slurm.calls("sbatch") == []
 
 
+def memory_shown(capsys, config: Path, *overrides: str, **options) -> tuple[dict[str, str], list[str]]:
+    """What a dry run says of each stage's memory, and its warnings."""
+    submit(str(config), overrides, dry_run=True, **options)
+    shown = capsys.readouterr().out
+    return (
+        dict(re.findall(r"^  (\w+) +([\d.]+ GiB .*)$", shown, flags=re.MULTILINE)),
+        re.findall(r"^(?:warning|note): (.*)$", shown, flags=re.MULTILINE),
+    )
+
+
+def test_70b_fits_as_shipped_and_a_hopeless_submission_is_told_so(capsys):
+    memory, said = memory_shown(capsys, LLAMA_70B, last="finetune")
+    assert memory == {"distill": "21.0 GiB on each of 8 GPUs", "finetune": "21.6 GiB on each of 8 GPUs"}
+    assert [line.split(":")[0] for line in said] == ["engine.zero_stage"], "validate's note, and no warning"
+    evaluation = ["model.quantization=nf4", "engine.zero_stage=1"]
+    memory, said = memory_shown(capsys, LLAMA_70B, *evaluation)
+    assert memory["evaluate"].startswith("40.2 GiB") and memory["export"] == "130.2 GiB of its node" and said == []
+    memory, said = memory_shown(capsys, LLAMA_70B, "slurm.gpus=1", "slurm.export.memory=64G")
+    warned = {line.split()[0]: line for line in said}
+    assert memory["finetune"] == "135.5 GiB on its GPU"
+    assert "about 145 GB on each GPU, more than the 80 GB" in warned["finetune"]
+    assert "slurm.finetune.gpus" in warned["finetune"] and "micro_batch_size" not in warned["finetune"]
+    assert "model.quantization=nf4 engine.zero_stage=1" in warned["evaluate"]
+    assert "slurm.export.memory is 64G" in warned["export"]
+    _, said = memory_shown(capsys, LLAMA_70B.with_name("llama2-7b-samsum.yaml"), "finetune.micro_batch_size=8")
+    assert any(line.startswith("finetune needs") and "finetune.gradient_checkpointing=true" in line for line in said)
+
+
 def test_batches_that_do_not_fit_the_tasks(slurm, write_config):
     write_config(slurm={"nodes": 3})
     with pytest.raises(
@@ -467,6 +498,9 @@ def test_submitting_from_inside_a_job_passes_nothing_of_it_on():
 
 def test_submit_status_and_cancel_import_no_torch():
     modules = ["slurm.submission", "slurm.cancelling", "status_report"]
-    code = "import sys, importlib\n" + "".join(f"importlib.import_module('hedgehog.pipeline.{m}')\n" for m in modules)
-    code += "print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    code = "import sys, importlib, hedgehog.pipeline\n" + "".join(
+        f"importlib.import_module('hedgehog.pipeline.{m}')\n" for m in modules
+    )
+    code += "hedgehog.pipeline.slurm.submission.submit(sys.argv[1], dry_run=True)\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(LLAMA_70B)], capture_output=True, text=True)
+    assert "memory of a process" in done.stdout and done.stdout.endswith("\nFalse\n"), done.stderr
