@@ -171,9 +171,10 @@ class _Sizes:
         if sharded and self.zero_stage == 3:
             gathered, formula = min(shape.num_weights, GATHERED_WEIGHTS), "p · min(W, 10⁹)"
             if forward_only:
-                layer = shape.num_layer_weights + prefetch_elements(shape.num_layer_weights)
+                largest = max(inputs * outputs for inputs, outputs in shape.linears.values())
+                layer = shape.num_layer_weights + prefetch_elements(shape.num_layer_weights) + largest
                 gathered = max(layer, shape.vocab_size * shape.hidden_size)
-                formula = "p · max(a layer + min(a layer, 5·10⁷) ahead, S E)"
+                formula = "p · max(a layer + min(a layer, 5·10⁷) and a matrix ahead, S E)"
             return [
                 Term("base weights", shape.num_weights * p / self.world_size, "p · W / n", "weights"),
                 Term("gathered weights", gathered * p if self.world_size > 1 else 0, formula, "weights"),
