@@ -86,6 +86,37 @@ def deepspeed_settings(
     return settings
 
 
+def frozen_settings(engine: EngineConfig, *, layer_size: int, keep_size: int) -> dict[str, Any]:
+    """The dictionary for a frozen module under ZeRO-3, run forward only: one layer of it is whole at a time.
+
+    Of `engine.deepspeed_config` its zero_optimization is heeded (not the parts about an optimizer, as there is none).
+
+    Args:
+        layer_size: elements of one layer; of the next one at most `prefetch_elements` more are gathered ahead.
+        keep_size: parameters of at most so many elements stay whole on every process (the norms).
+
+    Raises:
+        ConfigError: `engine.deepspeed_config` is unreadable.
+    """
+    ahead = prefetch_elements(layer_size)
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": ahead,
+        "stage3_max_live_parameters": layer_size + ahead,
+        "stage3_max_reuse_distance": 0,  # in a forward pass nothing is used twice
+        "stage3_param_persistence_threshold": keep_size,
+    }
+    if engine.deepspeed_config is not None:
+        asked = read_expert_settings(Path(engine.deepspeed_config)).get("zero_optimization", {})
+        _merge(zero, {key: value for key, value in asked.items() if key not in ("stage", "offload_optimizer")})
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+
+
+def prefetch_elements(layer_size: int) -> int:
+    """Elements that a frozen module's next submodules may have gathered ahead."""
+    return min(_BUCKET_ELEMENTS, layer_size)
+
+
 def read_expert_settings(file: Path) -> dict[str, Any]:
     """A DeepSpeed JSON without its "auto" entries, which mean "whatever the trainer decides".
 

@@ -66,6 +66,7 @@ class Teacher(nn.Module):
             keep_entering=keep_entering,
         ):
             visit(layer)
+            del layer  # else it would live until the next one is there
 
 
 class FeatureMapDistillation(nn.Module):

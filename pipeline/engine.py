@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .deepspeed_import import import_deepspeed
-from .deepspeed_settings import deepspeed_settings
+from .deepspeed_settings import deepspeed_settings, frozen_settings
 from .engine_state import gather_state, restore_optimizer, restore_weights
 from .errors import ConfigError
 
@@ -161,14 +161,7 @@ def build_engine(
     module.to(world.device)
     options = {"betas": (ADAM_BETA1, adam_beta2), "eps": ADAM_EPS, "weight_decay": weight_decay}
     client = _make_optimizer(optimizer, groups, options)
-    try:
-        deepspeed_engine, *_ = deepspeed.initialize(
-            model=module, optimizer=client, config=settings, dist_init_required=False
-        )
-    except (ValueError, AssertionError) as error:  # pydantic's ValidationError is a ValueError
-        if config.deepspeed_config is None:
-            raise
-        raise ConfigError(f"engine.deepspeed_config: DeepSpeed refuses {config.deepspeed_config}: {error}") from error
+    deepspeed_engine, *_ = _initialize(deepspeed, config, model=module, optimizer=client, config=settings)
     engine = TrainingEngine(deepspeed_engine, module, optimizer, world)
     if keep_weights_whole and config.zero_stage == 3:
         # DeepSpeed gathers kept weights at a submodule's first call; ours are also read without calling the submodule
@@ -180,14 +173,20 @@ def build_engine(
     return engine
 
 
-def shard_frozen(module: nn.Module, world: World) -> nn.Module:
+def shard_frozen(module: nn.Module, layers: nn.ModuleList, *, config: EngineConfig, world: World) -> nn.Module:
     """Put a frozen module under ZeRO-3: every weight is sharded over the ranks and gathered when its module is called.
 
-    Call it for the forward pass like the module itself.
+    Call it for the forward pass like the module itself. `layers` are those of its submodules that follow one another;
+    their size bounds what is gathered at once.
+
+    Raises:
+        ConfigError: `engine.deepspeed_config` is unreadable, or DeepSpeed refuses it.
     """
     deepspeed = _start_deepspeed(world)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    engine, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    sizes = [[getattr(p, "ds_numel", p.numel()) for p in layer.parameters()] for layer in layers]
+    norms = [getattr(p, "ds_numel", p.numel()) for p in module.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
+    settings = frozen_settings(config, layer_size=max(map(sum, sizes)), keep_size=max(norms, default=0))
+    engine, *_ = _initialize(deepspeed, config, model=module, config=settings)
     engine.eval()
     return engine
 
@@ -233,6 +232,16 @@ def _start_deepspeed(world: World) -> ModuleType:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     world.ensure_process_group()
     return deepspeed
+
+
+def _initialize(deepspeed: ModuleType, engine_config: EngineConfig, **arguments: Any) -> tuple[Any, ...]:
+    try:
+        return deepspeed.initialize(dist_init_required=False, **arguments)
+    except (ValueError, AssertionError) as error:  # pydantic's ValidationError is a ValueError
+        file = engine_config.deepspeed_config
+        if file is None:
+            raise
+        raise ConfigError(f"engine.deepspeed_config: DeepSpeed refuses {file}: {error}") from error
 
 
 def _make_optimizer(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:

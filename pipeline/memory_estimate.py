@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .config import RunConfig
+from .deepspeed_settings import prefetch_elements
 from .feature_map_checks import FeatureMapSize, feature_map_size
 from .model_shape import ModelShape
 
@@ -36,7 +37,7 @@ ADAM_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 BUCKET_BYTES = 200 * 10**6
 """Largest ZeRO communication bucket: 50 M fp32 numbers, never more than what learns."""
 GATHERED_WEIGHTS = 10**9
-"""Weights that ZeRO-3 lets live at once (DeepSpeed's stage3_max_live_parameters)."""
+"""Weights that ZeRO-3 lets live at once where they are trained (DeepSpeed's stage3_max_live_parameters)."""
 SUMMARY_SHARE = 0.25
 """Part of a training row's tokens that belong to the summary and get logits (SAMSum: 0.15 to 0.2)."""
 FEATURE_RESULTS = {"hedgehog_exp": 1.5, "performer": 2.0, "taylor": 2.0}
@@ -151,8 +152,8 @@ class _Sizes:
         per_layer = sum(sum(linears[name]) for name in lora.target_modules if name in linears)
         return self.shape.num_layers * lora.rank * per_layer
 
-    def base_terms(self, *, sharded: bool) -> list[Term]:
-        """The frozen base, quantized or sharded as the config says."""
+    def base_terms(self, *, sharded: bool, forward_only: bool = False) -> list[Term]:
+        """The frozen base, quantized or sharded as the config says; as a teacher it runs forward only."""
         shape, p = self.shape, self.precision_bytes
         quantization = self.config.model.quantization
         if quantization is not None:
@@ -169,10 +170,15 @@ class _Sizes:
                 Term("dequantized weight", largest * p, "p · largest linear weight", "weights"),
             ]
         if sharded and self.zero_stage == 3:
-            gathered = min(shape.num_weights, GATHERED_WEIGHTS) * p if self.world_size > 1 else 0
+            gathered, formula = min(shape.num_weights, GATHERED_WEIGHTS), "p · min(W, 10⁹)"
+            if forward_only:
+                largest = max(inputs * outputs for inputs, outputs in shape.linears.values())
+                layer = shape.num_layer_weights + prefetch_elements(shape.num_layer_weights) + largest
+                gathered = max(layer, shape.vocab_size * shape.hidden_size)
+                formula = "p · max(a layer + min(a layer, 5·10⁷) and a matrix ahead, S E)"
             return [
                 Term("base weights", shape.num_weights * p / self.world_size, "p · W / n", "weights"),
-                Term("gathered weights", gathered, "p · min(W, 10⁹)", "weights"),
+                Term("gathered weights", gathered * p if self.world_size > 1 else 0, formula, "weights"),
             ]
         return [Term("base weights", shape.num_weights * p, "p · W", "weights")]
 
@@ -216,33 +222,46 @@ class _Sizes:
 
 
 def _distill_terms(sizes: _Sizes) -> list[Term]:
-    shape, distill = sizes.shape, sizes.config.distill
-    p, batch, length = sizes.precision_bytes, distill.micro_batch_size, sizes.config.data.max_length_tokens
-    tokens = batch * length
+    distill = sizes.config.distill
     learns = distill.enabled and sizes.num_map_weights > 0
-    terms = sizes.base_terms(sharded=True)
+    terms = sizes.base_terms(sharded=True, forward_only=True)
     if learns:
         terms += sizes.training_terms(sizes.num_map_weights, "adamw", weights_whole=True)
         terms.append(Term("dW until the backward", 4 * sizes.num_map_weights, "4 · N_map", "training"))
     else:
         terms.append(Term("feature maps", 4 * sizes.num_map_weights, "4 · N_map", "weights"))
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    teacher = tokens * (p * (2 * shape.hidden_size + 2 * queries + 2 * keys) + 4 * shape.hidden_size)
-    terms.append(Term("teacher's layer", teacher, "B T (p (2E + 2HD + 2KD) + 4E)"))
-    loss, features = _loss_terms(sizes)
-    terms += loss
-    mlp = tokens * 3 * shape.intermediate_size * p
-    if mlp > features:
-        terms.append(Term("teacher's MLP", mlp - features, "p · 3 B T I, less the features, which are gone by then"))
+    terms += _teacher_terms(sizes)
     terms.append(sizes.overhead_term())
     return terms
 
 
-def _loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
-    """What the losses of a layer take, and how much of it is gone when the teacher's MLP runs."""
+def _teacher_terms(sizes: _Sizes) -> list[Term]:
+    """The teacher's pass: while a layer's loss is computed, or else while its MLP or the rotation of q and k runs."""
+    shape, distill, p = sizes.shape, sizes.config.distill, sizes.precision_bytes
+    tokens = distill.micro_batch_size * sizes.config.data.max_length_tokens
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    always = shape.hidden_size + 2 * shape.head_dim  # the hidden states; cosine and sine of the positions
+    seen = tokens * (p * (always + 2 * queries + 2 * keys) + 4 * shape.num_heads)
+    terms = [Term("teacher's layer", seen, "B T (p (E + 2HD + 2KD + 2D) + 4H)"), *_loss_terms(sizes)]
+    at_the_loss = sum(term.num_bytes for term in terms)
+    mlp = tokens * p * (always + shape.hidden_size + 3 * shape.intermediate_size)
+    rotation = tokens * p * (always + max(4 * queries + 2 * keys, 2 * queries + 5 * keys))
+    most, name, formula = max(
+        (mlp, "teacher's MLP", "B T p (2E + 3I + 2D)"),
+        (rotation, "teacher's rotation of q and k", "B T p (E + 2D + max(4HD + 2KD, 2HD + 5KD))"),
+    )
+    if most > at_the_loss:
+        terms.append(Term(name, most - at_the_loss, f"{formula}, less the layer and its loss, which are gone by then"))
+    if distill.cache_hidden_states:
+        terms.append(Term("hidden states of the cache", tokens * shape.hidden_size * p, "p · B T E"))
+    return terms
+
+
+def _loss_terms(sizes: _Sizes) -> list[Term]:
+    """What the losses of a layer take; the layer's own passes begin when it is gone."""
     from ..kernels.distill_limits import MAX_CELLS
 
-    terms, features = _attention_loss_terms(sizes)
+    terms = _attention_loss_terms(sizes)
     distill, num_features = sizes.config.distill, sizes.map_size.num_features
     if distill.output_mse_weight > 0:
         tokens = distill.micro_batch_size * sizes.config.data.max_length_tokens
@@ -253,12 +272,11 @@ def _loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
         if output > attention:
             formula = "(36D + 26F) · min(H B T, max(T, cells / F)), less the attention loss, which is gone by then"
             terms.append(Term("output loss", output - attention, formula))
-        features = max(features, output)
-    return terms, features
+    return terms
 
 
-def _attention_loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
-    """The attention loss, as the Triton kernel where that serves; and the part that scales with tokens."""
+def _attention_loss_terms(sizes: _Sizes) -> list[Term]:
+    """The attention loss, as the Triton kernel where that serves."""
     from ..kernels.distill_limits import MAX_CELLS, heads_at_once, scratch_bytes
 
     shape, distill, length = sizes.shape, sizes.config.distill, sizes.config.data.max_length_tokens
@@ -268,7 +286,7 @@ def _attention_loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
         heads = heads_at_once(shape.num_heads, tokens, num_features)
         scratch = scratch_bytes(shape.num_heads, tokens, shape.head_dim, projected, num_features)
         formula = f"{heads} heads at once · (B T (8F + F/16 + 8) + 136 D P)"
-        return [Term("loss kernel's scratch", scratch, formula)], scratch
+        return [Term("loss kernel's scratch", scratch, formula)]
     cells = MAX_CELLS[sizes.device]
     head_tokens = min(shape.num_heads * tokens, max(length, cells // distill.query_block))
     features = head_tokens * 4 * (2 * shape.head_dim + 2 * projected + 6 * num_features)
@@ -276,7 +294,7 @@ def _attention_loss_terms(sizes: _Sizes) -> tuple[list[Term], float]:
     return [
         Term("features of some heads", features, "4 (2D + 2P + 6F) · min(H B T, max(T, cells / query_block))"),
         Term("loss tiles", 3 * 4 * max(tile, length * distill.query_block), "12 · max(cells, T · query_block)"),
-    ], features
+    ]
 
 
 def _kernel_serves(sizes: _Sizes, feature_dim: int) -> bool:

@@ -333,7 +333,9 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCa
         chunk_size=config.model.chunk_size,
     )
     teacher = Teacher(llama, layers)
-    callable_teacher = shard_frozen(teacher, ctx.world) if sharded else teacher
+    callable_teacher = teacher
+    if sharded:
+        callable_teacher = shard_frozen(teacher, llama.model.layers, config=config.engine, world=ctx.world)
     module = FeatureMapDistillation(
         hedgehog,
         callable_teacher,

@@ -42,14 +42,14 @@ class TeacherForward:
             loss = attention_distillation_loss(layer.q_BHLD, layer.k_BKLD, …)
 
     No layer above the last one asked for is run, nor that layer's MLP, nor the logits. No gradient is recorded
-    inside; the caller's own grad mode holds between layers.
+    inside; the caller's own grad mode holds between layers. A layer's MLP runs after the layer was handed out: let go
+    of it (`del layer`) at the loop's end, and q, k, v and o are not beside the MLP's activations, nor the next layer's.
     """
 
     def __init__(self, llama: LlamaForCausalLM | LlamaModel) -> None:
         self.decoder: LlamaModel = llama.model if isinstance(llama, LlamaForCausalLM) else llama
         self.num_layers = self.decoder.config.num_hidden_layers
 
-    @torch.no_grad()
     def __call__(
         self,
         input_ids_BL: torch.Tensor,
@@ -77,23 +77,33 @@ class TeacherForward:
             raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
         if not wanted:
             return
-        hidden_BLE = self.decoder.embed_tokens(input_ids_BL) if entering_BLE is None else entering_BLE
         mask_BL = None if mask_BL is None else mask_BL.bool()
         spans = attention_spans(mask_BL, segment_ids_BL)
         if position_ids_BL is None:
             position_ids_BL = row_positions(input_ids_BL.shape, mask_BL, segment_ids_BL, input_ids_BL.device)
-        position_embeddings = self.decoder.rotary_emb(hidden_BLE, position_ids=position_ids_BL)
         first, last = min(wanted), max(wanted)
-        for layer_index in range(0 if entering_BLE is None else first, last + 1):
-            if layer_index == first and entering_BLE is None and keep_entering is not None:
+        given = entering_BLE is not None
+        # no_grad as this generator's decorator would keep the last layer yielded while the next one is computed
+        with torch.no_grad():
+            hidden_BLE = self.decoder.embed_tokens(input_ids_BL) if entering_BLE is None else entering_BLE
+            position_embeddings = self.decoder.rotary_emb(hidden_BLE, position_ids=position_ids_BL)
+        del entering_BLE
+        for layer_index in range(first if given else 0, last + 1):
+            if layer_index == first and not given and keep_entering is not None:
                 hidden_BLE = keep_entering(hidden_BLE)
             layer = cast(LlamaDecoderLayer, self.decoder.layers[layer_index])
-            seen = _attend(layer, layer_index, hidden_BLE, position_embeddings, spans)
-            if layer_index < last:
-                hidden_BLE = _finish_layer(layer, hidden_BLE, seen.o_BHLV)
+            with torch.no_grad():
+                seen = _attend(layer, layer_index, hidden_BLE, position_embeddings, spans)
+            o_BHLV = seen.o_BHLV
             if layer_index in wanted:
                 yield seen
             del seen
+            if layer_index == last:
+                return
+            with torch.no_grad():
+                hidden_BLE = hidden_BLE + _project(layer, o_BHLV)
+                del o_BHLV
+                hidden_BLE = hidden_BLE + layer.mlp(layer.post_attention_layernorm(hidden_BLE))
 
 
 def attention_spans(
@@ -138,6 +148,7 @@ def _attend(
     q_BHLD = attention.q_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
     k_BKLD = attention.k_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
     v_BKLV = attention.v_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
+    del normed_BLE
     q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
     if spans is None:
         o_BHLV, log_sum_exp_BHL = causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, attention.scaling)
@@ -154,10 +165,9 @@ def _attend(
     return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, attention.scaling, o_BHLV, log_sum_exp_BHL)
 
 
-def _finish_layer(layer: LlamaDecoderLayer, hidden_BLE: torch.Tensor, o_BHLV: torch.Tensor) -> torch.Tensor:
+def _project(layer: LlamaDecoderLayer, o_BHLV: torch.Tensor) -> torch.Tensor:
     B, _, L, _ = o_BHLV.shape
-    hidden_BLE = hidden_BLE + layer.self_attn.o_proj(o_BHLV.transpose(1, 2).reshape(B, L, -1))
-    return hidden_BLE + layer.mlp(layer.post_attention_layernorm(hidden_BLE))
+    return layer.self_attn.o_proj(o_BHLV.transpose(1, 2).reshape(B, L, -1))
 
 
 __all__ = ["TeacherForward", "TeacherLayer", "attention_spans"]

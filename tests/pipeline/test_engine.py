@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from hedgehog.pipeline.config import EngineConfig
-from hedgehog.pipeline.deepspeed_settings import deepspeed_settings
+from hedgehog.pipeline.deepspeed_settings import deepspeed_settings, frozen_settings
 from hedgehog.pipeline.distributed import World
-from hedgehog.pipeline.engine import TrainingEngine, build_engine, release_deepspeed
+from hedgehog.pipeline.engine import TrainingEngine, build_engine, release_deepspeed, shard_frozen
 from hedgehog.pipeline.errors import CheckpointError, ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -201,3 +201,40 @@ def test_the_offloaded_optimizer_resumes(stage: int, tmp_path: Path) -> None:
     one_step(resumed, 3.0)
     assert torch.equal(resumed.full_weights()["weight"], expected)
     resumed.close()
+
+
+def test_a_frozen_module_has_one_layer_whole_at_a_time() -> None:
+    """And a layer fetched ahead, with one matrix too many; not a billion weights, which DeepSpeed's limits allow."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    layers = nn.ModuleList(
+        nn.Sequential(nn.Linear(32, 64, bias=False), nn.LayerNorm(64), nn.Linear(64, 32, bias=False)) for _ in range(8)
+    )
+    tower = nn.Sequential(*layers)
+    x = torch.randn(2, 32)
+    expected = tower(x)
+    sharded = shard_frozen(
+        tower.requires_grad_(False), layers, config=EngineConfig(zero_stage=3, device="cpu"), world=WORLD
+    )
+    whole: list[int] = []
+
+    def look(*_: Any) -> None:
+        matrices = [p for p in layers.parameters() if len(p.ds_shape) == 2]
+        whole.append(sum(p.ds_numel for p in matrices if p.ds_status != ZeroParamStatus.NOT_AVAILABLE))
+
+    for layer in layers:
+        layer[2].register_forward_pre_hook(look)  # after DeepSpeed's own, which gathers
+    for _ in range(4):  # the second is recorded; from the third on modules are fetched ahead
+        assert torch.allclose(sharded(x), expected)
+    assert len(whole) == 32 and min(whole) >= 64 * 32 and max(whole) <= (2 + 2 + 1) * 64 * 32
+    sharded.destroy()
+    release_deepspeed()
+
+
+def test_an_experts_json_reaches_the_frozen_module(tmp_path: Path) -> None:
+    asked = {"stage": 3, "stage3_max_live_parameters": 77, "offload_optimizer": {"device": "cpu"}}
+    file = write_json(tmp_path, {"zero_optimization": asked, "gradient_clipping": 1.0})
+    zero = frozen_settings(EngineConfig(zero_stage=3, deepspeed_config=file), layer_size=100, keep_size=8)
+    assert zero["zero_optimization"]["stage3_max_live_parameters"] == 77
+    assert zero["zero_optimization"]["stage3_prefetch_bucket_size"] == 100
+    assert "offload_optimizer" not in zero["zero_optimization"]

@@ -133,6 +133,43 @@ def test_the_output_loss_takes_what_the_estimate_says(head_dim: int, feature_dim
     assert sum(activations(1).values()) == pytest.approx(peak.num_bytes - learned, rel=0.1)
 
 
+@pytest.mark.parametrize("num_key_value_heads", [8, 2])
+def test_the_teachers_pass_takes_what_the_estimate_says(num_key_value_heads: int):
+    """At Llama-2 7B's proportions, where the MLP decides."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hedgehog.pipeline.distillation import Teacher
+
+    length, width, mlp, vocab = 4096, 256, 688, 64
+    shape = ModelShape(width, 3, 8, num_key_value_heads, 32, mlp, vocab, length)
+    settings = LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=num_key_value_heads,
+        intermediate_size=mlp,
+        vocab_size=vocab,
+        max_position_embeddings=length,
+    )
+    teacher = Teacher(LlamaForCausalLM(settings), range(3))
+    batch = {
+        "input_ids": torch.zeros(1, length, dtype=torch.long),
+        "mask": torch.ones(1, length, dtype=torch.bool),
+        "position_ids": torch.arange(length).unsqueeze(0),
+    }
+    with allocation_peak("cpu") as peak:
+        teacher(batch, False, lambda seen: None)
+    config = make_config(
+        data={"dataset": "a/b", "max_length_tokens": length},
+        engine={"precision": "float32"},
+        distill={"micro_batch_size": 1, "query_block": 128},
+    )
+    terms = estimate_memory(config, shape, world_size=1, device="cpu")[0].terms
+    assert "teacher's MLP" in [term.name for term in terms], "else the loss is the peak, not the pass"
+    estimated = sum(term.num_bytes for term in terms if term.kind == "activations")
+    assert estimated == pytest.approx(peak.num_bytes, rel=0.1)
+
+
 def test_what_each_setting_saves():
     base = stages(make_config(engine={"zero_stage": 1}), world_size=8)
     assert stages(make_config(engine={"zero_stage": 2}), world_size=8)["finetune"]["gradients"] == pytest.approx(
@@ -140,6 +177,7 @@ def test_what_each_setting_saves():
     )
     sharded = stages(make_config(engine={"zero_stage": 3}), world_size=8)
     assert sharded["distill"]["base weights"] == base["distill"]["base weights"] / 8
+    assert sharded["distill"]["gathered weights"] == 2 * (202_375_168 + 50_000_000 + 4096 * 11008)
     assert sharded["evaluate"]["base weights"] == base["evaluate"]["base weights"], "evaluate does not shard"
     assert sharded["distill"]["trained weights"] == base["distill"]["trained weights"]
     checkpointed = stages(make_config(finetune={"gradient_checkpointing": True}), world_size=8)

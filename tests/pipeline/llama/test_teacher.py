@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,15 +175,25 @@ def test_no_quadratic_tensor(llama, token_ids, padded):
 
 
 def test_keeps_nothing_of_a_layer_and_leaves_the_grad_mode_alone(llama, token_ids):
-    import weakref
+    """Nor is it there while its own MLP runs, or the next layer."""
+    from hedgehog.pipeline.distillation import Teacher
 
-    earlier = []
-    for layer in TeacherForward(llama)(token_ids(1, 8)):
+    earlier, alive = [], []
+
+    def look(*_):
+        alive.append(sum(reference() is not None for reference in earlier))
+
+    def visit(layer):
         assert torch.is_grad_enabled()
         assert not layer.q_BHLD.requires_grad
-        assert all(reference() is None for reference in earlier)
-        earlier.append(weakref.ref(layer.q_BHLD))
-        del layer
+        earlier.extend(weakref.ref(tensor) for tensor in (layer.q_BHLD, layer.k_BKLD, layer.v_BKLV, layer.o_BHLV))
+
+    for layer in llama.model.layers:
+        layer.input_layernorm.register_forward_hook(look)
+        layer.mlp.register_forward_hook(look)
+    Teacher(llama, (0, 1))({"input_ids": token_ids(1, 8), "mask": None, "position_ids": None}, False, visit)
+    assert len(earlier) == 8
+    assert alive == [0, 0, 0]
 
 
 def test_unknown_layer(llama, token_ids):
