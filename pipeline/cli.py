@@ -330,10 +330,14 @@ def _load(path: Path, overrides: list[str] | None, stage: str | None = None) -> 
     from .config_checks import check_world
     from .config_loading import load_config
 
+    submitted = os.environ.get("HEDGEHOG_SUBMITTED_CONFIG")  # a job of `hedgehog submit`
+    if submitted:
+        from .slurm.frozen_config import check_visible
+
+        check_visible(Path(submitted))
     config = load_config(path, overrides or [])
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)), stage)
-    submitted = os.environ.get("HEDGEHOG_SUBMITTED_CONFIG")
-    if submitted:  # a job of `hedgehog submit`
+    if submitted:
         from .slurm.frozen_config import check_unchanged
 
         check_unchanged(config, Path(submitted))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from .errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from .config import EngineConfig
 
 
-_TIMEOUT = timedelta(hours=3)
-"""How long ranks wait for one another: rank 0 merges and writes an export alone."""
+TIMEOUT_VARIABLE = "HEDGEHOG_RANK_TIMEOUT_MINUTES"
+"""How long ranks wait for one that does not come before they end with an error, where the defaults do not fit."""
+_TRAINING_TIMEOUT_MINUTES = 30
+"""Ranks that train meet at every step. The longest way between two meetings is loading the model, or a validation."""
+_TIMEOUT_MINUTES = 180
+"""Elsewhere rank 0 works alone for long: it counts tokens, or merges and writes an export of hundreds of GB."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
+    timeout_minutes: int = _TIMEOUT_MINUTES
 
     @property
     def is_main(self) -> bool:
@@ -52,12 +57,14 @@ class World:
 
         os.environ.setdefault("RANK", str(self.rank))
         os.environ.setdefault("WORLD_SIZE", str(self.world_size))
-        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        # DeepSpeed takes it for the number of the device
+        os.environ["LOCAL_RANK"] = str(self.local_rank if self.device.index is None else self.device.index)
+        timeout = timedelta(minutes=self.timeout_minutes)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.world_size == 1:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_TIMEOUT)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -108,6 +115,10 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     The rendezvous is on the step's first node, where rank 0 is, at a port that the job and step ids decide, so that
     jobs that share a node do not meet. A MASTER_ADDR or MASTER_PORT that is set stays.
 
+    Where that node's name is in no DNS, its address is the one that srun was started at: sbatch runs a job's script on
+    the first node of the allocation, and a step over all of its nodes begins there. (Not so for an srun that is typed
+    into salloc on a login node: there only a name that resolves, or MASTER_ADDR, helps.)
+
     Raises:
         ConfigError: a variable that should be a number is none.
     """
@@ -124,9 +135,20 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": str(num_tasks),
         # `4(x2),3`: the most that any node has, by which the cores are shared
         "LOCAL_WORLD_SIZE": str(max(int(n) for n in re.findall(r"(?:^|,)(\d+)", tasks_per_node))),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _address(first_host(nodes), environment),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + seed % 12000),  # below the ephemeral ports
     }
+
+
+def _address(host: str, environment: Mapping[str, str]) -> str:
+    launched_at = environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    if not launched_at or first_host(environment.get("SLURM_JOB_NODELIST", "")) != host:
+        return host
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return launched_at
+    return host
 
 
 def first_host(nodes: str) -> str:
@@ -144,14 +166,17 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
         raise ConfigError(f"the environment's {name} is '{value}', which is no number: unset it.") from None
 
 
-def discover_world(engine: EngineConfig) -> World:
+def discover_world(engine: EngineConfig, *, trains: bool = False) -> World:
     """Read rank and world size, choose this process's device and its number of CPU threads.
 
     torchrun's RANK, WORLD_SIZE and LOCAL_RANK come first, then those of a Slurm step (`srun`); else one process alone.
 
+    Args:
+        trains: the ranks meet at every step, so that one that does not come is given up sooner.
+
     Raises:
-        ConfigError: several processes but no rendezvous address, a variable that is no number, or CUDA asked for and
-            not there.
+        ConfigError: several processes but no rendezvous address, or a variable that is no number.
+        ResourceError: CUDA asked for and not there.
     """
     import torch
 
@@ -166,9 +191,13 @@ def discover_world(engine: EngineConfig) -> World:
         )
     use_cuda = torch.cuda.is_available() if engine.device == "auto" else engine.device == "cuda"
     if use_cuda and not torch.cuda.is_available():
-        raise ConfigError("engine.device: cuda, but torch finds no CUDA device; set engine.device=cpu or auto.")
+        raise ResourceError(
+            f"engine.device: cuda, but torch finds no CUDA device on {socket.gethostname()}; set engine.device=cpu or "
+            "auto."
+        )
     if use_cuda:
-        device = torch.device("cuda", local_rank)
+        # --gpus-per-task and --gpu-bind let every task see its own GPUs only, numbered from 0
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -176,4 +205,8 @@ def discover_world(engine: EngineConfig) -> World:
         threads = engine.cpu_threads or max(1, _num_cores() // local_world_size)
         if engine.cpu_threads or world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)  # torchrun sets OMP_NUM_THREADS to 1, whatever the number of cores
-    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+    default = _TRAINING_TIMEOUT_MINUTES if trains else _TIMEOUT_MINUTES
+    timeout_minutes = _integer(os.environ, TIMEOUT_VARIABLE, default)
+    if timeout_minutes < 1:
+        raise ConfigError(f"the environment's {TIMEOUT_VARIABLE} is '{timeout_minutes}': give minutes, 1 or more.")
+    return World(rank, world_size, local_rank, device, timeout_minutes)

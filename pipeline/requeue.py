@@ -5,6 +5,8 @@ it preempts the job: most sites announce a preemption by TERM alone, and a job t
 has ended for Slurm, which then does not queue it again. Otherwise TERM means that a user cancels the job, who does not
 want it back; that Slurm has queued it again already; or its time limit, where the script's own signal has come before.
 So a job never comes back that somebody wanted to end.
+
+Signals that come before the program listens end it; its script (slurm/*.sbatch) then asks Slurm the same questions.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from .slurm.scheduler import command_environment
 
 REQUEUE_FILE = "HEDGEHOG_REQUEUE_FILE"
 """Names a file that asks the job's script to queue the job again: it runs on the node itself and has Slurm's commands,
-while a program in a container often has none. The file says what must stand in Slurm's description of the job first;
-an empty one asks for nothing."""
+while a program in a container often has none. The file says, as a pattern of grep's, what must stand in Slurm's
+description of the job first."""
+_NOT_ENDED = r"JobState=RUNNING \|Reason=TimeLimit "
+"""In `scontrol -o show job`: nobody has ended the job; at its time limit it may come back."""
 _PREEMPTED = r"JobState=RUNNING .*PreemptTime=[0-9]"
 """In `scontrol -o show job`: Slurm preempts the job, and nobody has ended it. Its next start has no such time."""
 _NOT_FOUND = 127
@@ -52,7 +56,7 @@ def requeue(job: str) -> tuple[bool, str]:
     code, output = _scontrol("requeue", job)
     if code == 0:
         return True, f"job {job} is queued again and goes on there"
-    if code == _NOT_FOUND and _ask_script(""):
+    if code == _NOT_FOUND and _ask_script(_NOT_ENDED):
         return True, f"job {job} is queued again by its script"
     reason = " ".join(output.split()) or f"exit status {code}"
     return False, f"job {job} could not be queued again ({reason}): submit it again"

@@ -230,7 +230,7 @@ def _run_stage(
     title = "/".join(part for part in (variant, stage, layers or shard) if part)
     with listening(), storage_errors(title):
         function = load()
-        world = discover_world(effective.engine)
+        world = discover_world(effective.engine, trains=stage in ("distill", "finetune"))
         attempt = _describe(config, effective, stage, variant, layers, shard, world, force, title)
         try:
             return _skip_or_run(attempt, function)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from ..config import RunConfig
 from ..config_loading import config_differences, dump_resolved, flatten, load_config
-from ..errors import ConfigError
+from ..errors import ConfigError, ResourceError
 from ..run_folder import atomic_write
 
 VARIABLE = "HEDGEHOG_SUBMITTED_CONFIG"
@@ -31,17 +32,25 @@ def differences(submitted: RunConfig, now: RunConfig) -> list[str]:
     return config_differences(before, after)
 
 
+def check_visible(file: Path) -> None:
+    """Refuse to work on a node that does not see the run folder. Before the config is read: it may be missing too.
+
+    Raises:
+        ResourceError: the submitted config is not there. Every rank that does not see it says so, and where it is.
+    """
+    if not file.is_file():
+        raise ResourceError(
+            f"{socket.gethostname()} does not see {file}: the run folder must be on a file system that all nodes "
+            "share, and must not be moved while its jobs wait. Set output_dir to a folder on one, then submit again."
+        )
+
+
 def check_unchanged(config: RunConfig, file: Path) -> None:
     """Refuse a job whose config is no longer the one that was submitted.
 
     Raises:
-        ConfigError: with the differences; or the file is not there.
+        ConfigError: with the differences.
     """
-    if not file.is_file():
-        raise ConfigError(
-            f"{file}: the submitted config is not there; the run folder must be on a file system that all nodes share, "
-            "and must not be moved while its jobs wait."
-        )
     changed = differences(load_config(file), config)
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)

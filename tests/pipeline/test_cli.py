@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +179,17 @@ def test_other_ranks_tell_only_what_may_be_theirs_alone(config_file, monkeypatch
     fail_with(monkeypatch, ConfigError("wrong on every rank"))
     result = invoke("prepare", config_file)
     assert (result.exit_code, result.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("sees_config", [True, False])
+def test_a_later_node_that_does_not_see_the_run_folder_says_so(config_file, calls, monkeypatch, tmp_path, sees_config):
+    monkeypatch.setenv("RANK", "2")
+    submitted = tmp_path / "elsewhere" / "config.submitted.yaml"
+    monkeypatch.setenv("HEDGEHOG_SUBMITTED_CONFIG", str(submitted))
+    result = invoke("finetune", config_file if sees_config else "nowhere.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error (rank 2): {socket.gethostname()} does not see {submitted}: ")
+    assert not calls
 
 
 def test_ctrl_c_gives_the_command_that_goes_on(config_file, monkeypatch):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from hedgehog.pipeline.config import EngineConfig
-from hedgehog.pipeline.distributed import World, discover_world, first_host, free_port, slurm_variables
-from hedgehog.pipeline.errors import ConfigError
+from hedgehog.pipeline.distributed import (
+    TIMEOUT_VARIABLE,
+    World,
+    discover_world,
+    first_host,
+    free_port,
+    slurm_variables,
+)
+from hedgehog.pipeline.errors import ConfigError, ResourceError
 
 CPU = EngineConfig(device="cpu")
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS"):
+    mine = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", TIMEOUT_VARIABLE)
+    for name in mine:
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     yield
@@ -63,6 +73,20 @@ def test_a_slurm_step_is_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (world.rank, world.world_size, world.local_rank) == (2, 3, 0)
 
 
+def test_a_first_node_in_no_dns_is_found_where_srun_was_started() -> None:
+    step = {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "gone.invalid,n2",
+        "SLURM_JOB_NODELIST": "gone.invalid,n2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9",
+    }  # fmt: skip
+    assert slurm_variables(step)["MASTER_ADDR"] == "10.0.0.9"
+    assert slurm_variables({**step, "MASTER_ADDR": "10.0.0.1"})["MASTER_ADDR"] == "10.0.0.1"
+    later_nodes = {**step, "SLURM_JOB_NODELIST": "n0,gone.invalid,n2"}
+    assert slurm_variables(later_nodes)["MASTER_ADDR"] == "gone.invalid", "srun was started on another node than rank 0"
+    known = dict.fromkeys(("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "localhost,n2")
+    assert slurm_variables({**step, **known})["MASTER_ADDR"] == "localhost"
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -86,9 +110,40 @@ def test_a_variable_that_is_no_number_is_one_message(monkeypatch: pytest.MonkeyP
 def test_cuda_is_refused_where_there_is_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(ConfigError, match=r"engine\.device"):
+    with pytest.raises(ResourceError, match=r"engine\.device.* on \S+; set"):
         discover_world(EngineConfig(device="cuda"))
     assert discover_world(EngineConfig()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("num_visible", "device"), [(4, 3), (1, 0), (2, 1)])
+def test_a_task_takes_one_of_the_gpus_that_it_sees(
+    num_visible: int, device: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the node's, or only its own where Slurm binds them."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    world = discover_world(EngineConfig())
+    assert world.device == chosen[0] == torch.device("cuda", device)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    import deepspeed
+
+    told = []
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: told.append(os.environ["LOCAL_RANK"]))
+    world.ensure_process_group()
+    assert told == [str(device)], "DeepSpeed takes LOCAL_RANK for the device"
+
+
+def test_a_rank_that_does_not_come_is_given_up_sooner_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert discover_world(CPU, trains=True).timeout_minutes < discover_world(CPU).timeout_minutes
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "7")
+    assert discover_world(CPU, trains=True).timeout_minutes == discover_world(CPU).timeout_minutes == 7
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "0")
+    with pytest.raises(ConfigError, match=TIMEOUT_VARIABLE):
+        discover_world(CPU)
 
 
 def test_threads_follow_the_config_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

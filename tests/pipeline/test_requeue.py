@@ -140,7 +140,7 @@ def test_without_scontrol_the_jobs_script_is_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HEDGEHOG_REQUEUE_FILE", str(tmp_path / "requeue-7"))
     assert requeue("7") == (True, "job 7 is queued again by its script")
-    assert (tmp_path / "requeue-7").exists()
+    assert (tmp_path / "requeue-7").read_text() == r"JobState=RUNNING \|Reason=TimeLimit "
     monkeypatch.setenv("HEDGEHOG_REQUEUE_FILE", str(tmp_path / "nowhere" / "requeue-7"))
     assert requeue("7")[0] is False
 

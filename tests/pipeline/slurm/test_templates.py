@@ -5,15 +5,48 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hedgehog.pipeline.requeue import _PREEMPTED
+from hedgehog.pipeline.requeue import _NOT_ENDED, _PREEMPTED
 from hedgehog.pipeline.slurm.scripts import TEMPLATES
 from hedgehog.pipeline.slurm_config import SlurmConfig, SlurmResources
 
 ROOT = Path(__file__).parents[3]
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+RUNNING = "JobState=RUNNING Reason=None PreemptTime=None"
+BEING_PREEMPTED = "JobState=RUNNING Reason=None PreemptTime=2026-11-23T19:15:44"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """`run(name, hedgehog="exit 1")`: a template with a pretended srun, scontrol and hedgehog on the path.
+
+    `state` is what scontrol shows. Its command lines are in tmp_path/calls.
+    """
+
+    def start(
+        name: str, *, hedgehog: str, state: str = "", setup: str = "", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "calls").touch()
+        for program, body in (
+            ("srun", 'echo "options: $1"; shift; exec "$@"'),
+            ("hedgehog", hedgehog),
+            ("scontrol", f'echo "$@" ${{SLURM_CLUSTERS-}} >> {tmp_path}/calls; [ $1 = requeue ] || echo "{state}"'),
+        ):
+            (tmp_path / program).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / program).chmod(0o755)
+        job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
+        environment = os.environ | job | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        environment.pop("SLURM_CPUS_PER_TASK", None)
+        script = (TEMPLATES / f"{name}.sbatch").read_text().replace("# module load cuda", setup)
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -23,50 +56,62 @@ ROOT = Path(__file__).parents[3]
         ("array", "distill configs/tiny.yaml --layers 2"),
     ],
 )
-def test_a_template_runs_as_it_is(name: str, called: str, tmp_path: Path):
-    for program, body in (("srun", 'echo "options: $1"; shift; exec "$@"'), ("hedgehog", 'echo "$@"')):
-        (tmp_path / program).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / program).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1"}
-    environment = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    environment.pop("SLURM_CPUS_PER_TASK", None)
-    done = subprocess.run(
-        ["bash", str(TEMPLATES / f"{name}.sbatch")], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[1:] == ["options: --kill-on-bad-exit=1", called]
+def test_a_template_runs_as_it_is(name: str, called: str, run: Run):
+    done = run(name, hedgehog='echo "$@"')
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, ["options: --kill-on-bad-exit=1", called])
 
 
 @pytest.mark.parametrize(("name", "job"), [("stage", "7"), ("array", "5_1")])
 @pytest.mark.parametrize(
     ("condition", "state", "again"),
     [
-        ("", "", True),
-        (_PREEMPTED, "JobState=RUNNING Reason=None PreemptTime=2026-11-23T19:15:44", True),
-        (_PREEMPTED, "JobState=RUNNING Reason=None PreemptTime=None", False),
+        (_NOT_ENDED, RUNNING, True),
+        (_PREEMPTED, BEING_PREEMPTED, True),
+        (_PREEMPTED, RUNNING, False),
         (_PREEMPTED, "JobState=CANCELLED Reason=None PreemptTime=2026-11-23T19:15:44", False),
     ],
-    ids=["asked", "preempted", "not preempted", "cancelled"],
+    ids=["warned", "preempted", "not preempted", "cancelled"],
 )
 def test_the_script_queues_the_job_again_for_a_program_that_cannot(
-    name: str, job: str, condition: str, state: str, again: bool, tmp_path: Path
+    name: str, job: str, condition: str, state: str, again: bool, run: Run, tmp_path: Path
 ):
-    calls = tmp_path / "calls"
-    for program, body in (
-        ("srun", 'shift; exec "$@"'),
-        ("hedgehog", 'printf %s "$CONDITION" > "$HEDGEHOG_REQUEUE_FILE"; echo "$SLURM_EXPORT_ENV"; exit 75'),
-        ("scontrol", f'echo "$@" ${{SLURM_CLUSTERS-}} >> {calls}; [ $1 = requeue ] || echo "{state}"'),
-    ):
-        (tmp_path / program).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / program).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
-    environment = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_EXPORT_ENV": "NONE"}
-    environment |= {"CONDITION": condition, "SLURM_CLUSTERS": "far"}
-    script = str(TEMPLATES / f"{name}.sbatch")
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[1:]) == (75, ["ALL"])
-    looks = [f"-o show job {job}"] if condition else []
-    assert calls.read_text().splitlines() == looks + [f"requeue {job}"] * again
+    hedgehog = 'printf %s "$CONDITION" > "$HEDGEHOG_REQUEUE_FILE"; echo "$SLURM_EXPORT_ENV"; exit 75'
+    given = {"CONDITION": condition, "SLURM_CLUSTERS": "far", "SLURM_EXPORT_ENV": "NONE"}
+    done = run(name, hedgehog=hedgehog, state=state, **given)
+    assert (done.returncode, done.stdout.splitlines()[2]) == (75, "ALL")
+    assert (tmp_path / "calls").read_text().splitlines() == [f"-o show job {job}"] + [f"requeue {job}"] * again
     assert not list(tmp_path.glob("requeue-*"))
+
+
+@pytest.mark.parametrize("name", ["stage", "array"])
+@pytest.mark.parametrize(
+    ("hedgehog", "state", "again"),
+    [
+        ("kill -USR2 $$", RUNNING, True),  # the warning, before there are handlers
+        ("kill -USR2 $PPID; kill -KILL $$", RUNNING, True),  # the same, and the end of another rank comes first
+        ("kill -USR2 $PPID; exit 75", RUNNING, False),  # the program has seen to it
+        ("kill -USR2 $PPID; exit 0", RUNNING, False),
+        ("kill -USR2 $$", "JobState=COMPLETING Reason=None PreemptTime=None", False),  # somebody cancels the job
+        ("kill -USR2 $$", "JobState=COMPLETING Reason=TimeLimit PreemptTime=None", True),
+        ("kill -TERM $PPID; kill -TERM $$", BEING_PREEMPTED, True),
+        ("kill -TERM $$", RUNNING, False),
+        ("exit 1", BEING_PREEMPTED, True),
+        ("exit 2", BEING_PREEMPTED, False),
+    ],
+)
+def test_a_signal_that_comes_before_the_program_listens(
+    name: str, hedgehog: str, state: str, again: bool, run: Run, tmp_path: Path
+):
+    done = run(name, hedgehog=hedgehog, state=state)
+    assert ("requeue " in (tmp_path / "calls").read_text()) is again, done
+    assert not list(tmp_path.glob("requeue-*"))
+
+
+@pytest.mark.parametrize("name", ["stage", "array"])
+def test_a_preemption_while_the_environment_is_set_up(name: str, run: Run, tmp_path: Path):
+    done = run(name, hedgehog="exit 0", setup="kill -TERM $$; bash -c 'kill -TERM $$'", state=BEING_PREEMPTED)
+    assert done.returncode == 143
+    assert "requeue " in (tmp_path / "calls").read_text()
 
 
 def test_templates_and_all_packages_are_shipped():
