@@ -26,6 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401  before all that imports hedgehog
 import gpu_decoding
 import gpu_methods
 import gpu_problems

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401  before all that imports hedgehog
 import torch
 
 from hedgehog.kernels.distill_backends import select_distill_backend

@@ -1,7 +1,9 @@
 """Compiles the kernels: with nvcc for a GPU, with g++ for the emulation. Each build is made once and kept.
 
-The name of a build holds a hash of sources, flags and compiler version, so that an old one is never taken for a new.
+A build's name holds a hash of sources and flags and one of the compiler's version (not of where it lies), so that
+an old one is never taken for a new, and one made elsewhere is found: a GPU machine without nvcc takes any compiler's.
 Builds lie in `$HEDGEHOG_KERNEL_CACHE`, or in `$XDG_CACHE_HOME` or `~/.cache` under `hedgehog-llama/kernels`.
+Sources are compiled side by side, then linked.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -33,28 +37,53 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
 
 
+@dataclass(frozen=True)
+class Compiler:
+    """A program, the flags of both steps, and those that only one of them takes."""
+
+    program: str
+    flags: tuple[str, ...]
+    compiling: tuple[str, ...] = ()
+    linking: tuple[str, ...] = ()
+
+    def options(self) -> tuple[str, ...]:
+        """What a build depends on: no paths."""
+        return *self.flags, "-c", *self.compiling, "-o", *self.linking
+
+    def version(self) -> str:
+        return subprocess.run([self.program, "--version"], capture_output=True, text=True).stdout
+
+
 def build_cuda_library(capability: tuple[int, int]) -> Path:
     """The shared library for GPUs of this compute capability. Raises BuildError."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError("nvcc was not found (on the path, in $CUDA_HOME or in /usr/local/cuda)")
     number = f"{capability[0]}{capability[1]}"
-    flags = (*NVCC_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}", "--cudart=static")
-    return _build([nvcc, *flags, "--shared", "-Xcompiler=-fPIC"], f"cuda-sm{number}")
+    flags = (*NVCC_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}")
+    nvcc = find_nvcc()
+    compiler = Compiler(nvcc or "nvcc", flags, ("-Xcompiler=-fPIC",), ("--shared", "--cudart=static"))
+    label = f"cuda-sm{number}"
+    if nvcc is not None:
+        return _build(compiler, label)
+    made_before = _cache_folder().glob(f"{label}-{_digest_of_sources(compiler)}-*.so")
+    newest = max(made_before, key=lambda file: file.stat().st_mtime, default=None)
+    if newest is None:
+        raise BuildError(
+            "nvcc was not found (on the path, in $CUDA_HOME or in /usr/local/cuda), nor a build of these sources in "
+            f"{_cache_folder()}"
+        )
+    return newest
 
 
 def build_emulated_library() -> Path:
     """The same sources for this CPU, as a shared library. Raises BuildError."""
-    return _build([_gxx(), *GXX_FLAGS, "-shared", "-fPIC", "-x", "c++"], "emulated")
+    return _build(Compiler(_gxx(), (*GXX_FLAGS, "-fPIC"), ("-x", "c++"), ("-shared",)), "emulated")
 
 
 def build_program(main: Path, *, with_kernels: bool, sanitize: bool) -> Path:
     """`main` (C++) on the emulation as a program, if asked under AddressSanitizer. Raises BuildError."""
     # not optimised: compiling takes longer than running
     sanitizer = ("-O0", "-g", "-fsanitize=address", "-fno-omit-frame-pointer") if sanitize else ()
-    command = [_gxx(), *GXX_FLAGS, *sanitizer, f"-I{FOLDER}", "-x", "c++"]
-    units = UNITS if with_kernels else ()
-    return _build(command, main.stem, units, more_sources=(main,))
+    compiler = Compiler(_gxx(), (*GXX_FLAGS, *sanitizer), ("-x", "c++"))
+    return _build(compiler, main.stem, UNITS if with_kernels else (), more_sources=(main,))
 
 
 def _gxx() -> str:
@@ -69,37 +98,54 @@ def source_files() -> list[Path]:
     return sorted(file for file in FOLDER.rglob("*") if file.suffix in (".cu", ".cuh", ".h"))
 
 
-def _build(command: list[str], label: str, units: tuple[str, ...] = UNITS, more_sources: tuple[Path, ...] = ()) -> Path:
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256("\0".join([*command, version]).encode())
+def _digest_of_sources(compiler: Compiler, more_sources: tuple[Path, ...] = ()) -> str:
+    digest = hashlib.sha256("\0".join(compiler.options()).encode())
     for file in [*source_files(), *more_sources]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _build(compiler: Compiler, label: str, units: tuple[str, ...] = UNITS, more_sources: tuple[Path, ...] = ()) -> Path:
+    version = hashlib.sha256(compiler.version().encode()).hexdigest()[:12]
     folder = _cache_folder()
-    target = folder / f"{label}-{digest.hexdigest()[:20]}.so"
+    target = folder / f"{label}-{_digest_of_sources(compiler, more_sources)}-{version}.so"
     if target.exists():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not target.exists():
-                _compile(command, [*(FOLDER / unit for unit in units), *more_sources], target)
+                _compile(compiler, [*(FOLDER / unit for unit in units), *more_sources], target)
     except OSError as error:
         raise BuildError(f"the kernels cannot be built in {folder}: {error}") from error
     return target
 
 
-def _compile(command: list[str], sources: list[Path], target: Path) -> None:
+def _compile(compiler: Compiler, sources: list[Path], target: Path) -> None:
     """Beside the target first: a build that is cut off leaves nothing that looks finished."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch, f"{source.stem}.o") for source in sources]
+
+        def compile_one(source: Path, built: Path) -> None:
+            # the folder, for a main program that lies elsewhere
+            _run(compiler, *compiler.compiling, f"-I{FOLDER}", "-c", str(source), "-o", str(built))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler of its own
+            list(pool.map(compile_one, sources, objects))
         output = Path(scratch, target.name)
-        whole = [*command, *map(str, sources), "-o", str(output)]
-        try:
-            done = subprocess.run(whole, capture_output=True, text=True, timeout=COMPILE_LIMIT_S)
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{Path(command[0]).name} took longer than {COMPILE_LIMIT_S} s") from error
-        if done.returncode:
-            raise BuildError(f"{Path(command[0]).name} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+        _run(compiler, *compiler.linking, *map(str, objects), "-o", str(output))
         os.replace(output, target)
+
+
+def _run(compiler: Compiler, *arguments: str) -> None:
+    name = Path(compiler.program).name
+    command = [compiler.program, *compiler.flags, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{name} took longer than {COMPILE_LIMIT_S} s") from error
+    if done.returncode:
+        raise BuildError(f"{name} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
 
 
 def _cache_folder() -> Path:

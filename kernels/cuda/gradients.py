@@ -161,8 +161,7 @@ def linear_attention_backward(
 
     The inputs of `linear_attention` as it had them, its denominator (B, H, L), and the gradients of o (B, H, L, V) and
     of the final state, if any. Deterministic. Beyond results: one state per segment, the weights' gradients of each row
-    and segment, and where query heads share a key head four bytes a token, head and slice of the values; backward.cu
-    says why.
+    and segment, and where query heads share a key head four bytes a token, head and slice of the values (backward.cu).
     """
     sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
     batch, heads, length, head_dim, features = sizes
