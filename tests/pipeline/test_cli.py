@@ -85,6 +85,18 @@ def test_every_commands_help_has_an_example(command):
     assert f"Example: hedgehog {command}" in result.stdout
 
 
+def test_the_examples_of_validate_are_valid(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    lines = [line for line in invoke("validate", "--help").stdout.splitlines() if " hedgehog validate configs" in line]
+    assert len(lines) == 2
+    for line in lines:
+        words = line.split("hedgehog validate ")[1].split()
+        paths = [str(path.relative_to(root)) for word in words for path in root.glob(word)]
+        result = invoke("validate", *paths, *(word for word in words if not word.startswith("configs/")))
+        assert paths and result.exit_code == 0, result.output
+
+
 def test_help_of_run_shows_the_stages_in_order():
     assert ", ".join(STAGES) in invoke("run", "--help").stdout
     assert [stage.value for stage in cli.Stage] == list(STAGES)
