@@ -26,7 +26,7 @@ from safetensors.torch import save
 from .errors import CheckpointError, HedgehogError, ResourceError
 from .interrupts import stopping_together
 from .manifest import hash_file
-from .run_folder import atomic_directory, storage_errors, temporary_path, write_json
+from .run_folder import atomic_directory, final_path, storage_errors, temporary_path, write_json
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -166,7 +166,7 @@ class Checkpoints:
         """Write this rank's files: (their facts, fault or None). Not raised here: all ranks must learn of it."""
         written: dict[str, dict[str, Any]] = {}
         try:
-            with storage_errors(f"saving {folder.with_suffix('')}"):
+            with storage_errors(f"saving {final_path(folder)}"):
                 for name, tensors in files.items():
                     # safetensors' own save_file hides the operating system's error number
                     content = save(dict(tensors))

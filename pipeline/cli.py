@@ -197,10 +197,11 @@ def validate(
 ) -> None:
     """Check configs: every error, batch arithmetic, estimated memory.
 
-    Touches neither a GPU nor the network.
+    Touches neither a GPU nor the network. What a config leaves open (configs/small-llama-*.yaml: base model, data) is
+    given here as for `run`.
 
     \b
-    Example: hedgehog validate configs/*.yaml
+    Example: hedgehog validate configs/tiny.yaml configs/llama2-7b-*.yaml
              hedgehog validate configs/llama2-70b-samsum.yaml --gpus 8
     """
     with _errors_shown():

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit) of base and tokenizer."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base model. Off unless you ask for it."""
+    """Run Python code that comes with the tokenizer. Code of the base model is never run, whatever stands here."""
     attention: Literal["linear", "softmax"] = "linear"
     """`linear`: Hedgehog. `softmax`: leave the attention as it is (the baseline)."""
     feature_map: str = "hedgehog_softmax"

@@ -96,14 +96,15 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
     if model.base is None:
         yield Problem(
             ("model.base", "tiny"),
-            "missing; give the folder or hub id of a Llama, here or as model.base=… on the command line.",
+            "left open; give the folder or hub id of a Llama, here or on the command line: model.base=…",
         )
     if data.dataset is None:
         for split in ("train", "test"):
             if getattr(data, f"{split}_file") is None:
                 yield Problem(
                     (f"data.{split}_file", "data.dataset", "tiny"),
-                    "missing; give a .json or .jsonl file, or data.dataset (a folder or hub id).",
+                    f"left open; give a .json or .jsonl file, here or on the command line: data.{split}_file=… "
+                    "(or data.dataset=…, a folder or hub id).",
                 )
 
 

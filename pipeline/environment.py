@@ -26,11 +26,12 @@ REQUIRED_PACKAGES = (
     "typer",
 )
 OPTIONAL_PACKAGES = {
+    "triton": ("triton", "the distillation loss on a GPU; the same loss in PyTorch otherwise"),
     "flash-attn": (
         "flash_attn",
-        "softmax attention; this version runs torch's SDPA, which has a flash kernel of its own",
+        "softmax exports that are loaded with attn_implementation=flash_attention_2; nothing here imports it, for "
+        "torch's SDPA has FlashAttention built in",
     ),
-    "triton": ("triton", "compiled GPU kernels; this version's kernels are all PyTorch"),
     "bitsandbytes": ("bitsandbytes", "model.quantization and finetune.optimizer=adamw8bit; refused otherwise"),
     "tensorboard": ("tensorboard", "logging.tensorboard; metrics.jsonl is written in any case"),
 }
@@ -64,6 +65,8 @@ class Environment:
     nvcc: str
     compiler: str
     attention_backend: str
+    loss_backend: str
+    """Of distillation."""
     process_group: str
 
 
@@ -72,11 +75,18 @@ def read_environment() -> Environment:
     import torch
 
     from ..kernels.backends import select_attention_backend
+    from ..kernels.distill_backends import select_distill_backend
+    from ..kernels.feature_maps import make_feature_map
 
     devices, reason = _cuda_devices(torch)
     device = "cuda" if devices else "cpu"
     dtype = torch.bfloat16 if devices else torch.float32
     backend = select_attention_backend("auto", device=device, dtype=dtype, num_features=256, value_dim=128)
+    map_q, map_k = (
+        make_feature_map("hedgehog_softmax", num_heads=1, head_dim=128, side=side).to(device)
+        for side in ("query", "key")
+    )
+    loss = select_distill_backend("auto", map_q, map_k, device=device, dtype=dtype)
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -86,9 +96,12 @@ def read_environment() -> Environment:
         torch_cuda=torch.version.cuda,
         devices=devices,
         no_device_reason=reason,
-        nvcc=_program("nvcc", "needed only to build the CUDA kernels and flash-attn"),
-        compiler=_program("g++", "needed only to build flash-attn"),
+        nvcc=_program("nvcc", "builds the CUDA kernels at first use; linear attention runs in PyTorch otherwise"),
+        compiler=_program(
+            "g++", "nvcc, Triton and DeepSpeed's offloaded optimizer build with it on a GPU; tests emulate"
+        ),
         attention_backend=f"{backend.name} ({backend.reason})",
+        loss_backend=f"{loss.name} ({loss.reason})",
         process_group="nccl" if devices else "gloo",
     )
 
@@ -116,6 +129,7 @@ def print_environment(*, as_json: bool) -> None:
         ("nvcc", environment.nvcc),
         ("g++", environment.compiler),
         ("attention", environment.attention_backend),
+        ("distillation loss", environment.loss_backend),
         ("processes talk by", environment.process_group),
     ]
     for package in environment.optional:
@@ -160,10 +174,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _program(name: str, without: str) -> str:
+def _program(name: str, use: str) -> str:
     path = shutil.which(name)
     if path is None:
-        return f"not found; {without}"
+        return f"not found; {use}"
     try:
         output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_NVCC_TIMEOUT_S).stdout
     except (OSError, subprocess.TimeoutExpired) as error:

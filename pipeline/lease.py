@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import LeaseError
+from .errors import LeaseError, ResourceError
 from .interrupts import stop_if_asked, stopping_together
 from .run_folder import LEASE, fenced, fsync_directory, remove_temporaries
 
@@ -183,9 +183,15 @@ def acquire(folder: Path, say: Callable[[str], None] = lambda _: None, *, for_jo
     Raises:
         LeaseError: the folder is in use, or a later restart of this job was here.
         Interrupted: a signal came while waiting.
+        ResourceError: the folder cannot be made there.
     """
     leases = folder / LEASE
-    leases.mkdir(parents=True, exist_ok=True)
+    try:
+        leases.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # as in /proc, though its permissions would allow it
+        raise ResourceError(
+            f"no folder can be made in {Path(error.filename).parent}: choose another output_dir"
+        ) from None
     me = _this_process(for_job=for_job)
     while True:
         newest = _newest(leases)

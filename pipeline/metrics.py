@@ -123,7 +123,7 @@ class Reporter:
             self.console.print(Text.assemble((self.title, "bold"), "  ", *mark, message))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print a table: numbers right-aligned, the first column left. No borders, so that ten columns fit in 80."""
+        """Print a table: numbers right-aligned, the first column left. Nine columns of scores fit in 80."""
         if not self.is_main:
             return
         from rich import box

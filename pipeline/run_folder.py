@@ -31,6 +31,8 @@ SHARED_STAGES = ("prepare", "evaluate")
 """Done once for all variants. Neither here nor above: done for the main conversion, for a variant when asked to."""
 
 _TEMPORARY_SUFFIX = ".partial"
+_TEMPORARY_NAME = re.compile(r"(\.\d+)?\.partial$")
+"""With a fence's tag."""
 _SUBSET_PREFIX = "layers-"
 _SHARD_PREFIX = "shard-"
 _OWN_STAGES = (_SUBSET_PREFIX, _SHARD_PREFIX)
@@ -175,6 +177,11 @@ def temporary_path(path: Path) -> Path:
     fence = _fence.get()
     tag = f".{fence.tag}" if fence is not None and path.is_relative_to(fence.folder) else ""
     return path.with_name(path.name + tag + _TEMPORARY_SUFFIX)
+
+
+def final_path(temporary: Path) -> Path:
+    """The path that `temporary_path` (or a path below it) stands for; any other path is its own."""
+    return Path(*(_TEMPORARY_NAME.sub("", part) for part in temporary.parts))
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -357,7 +364,7 @@ def storage_errors(what: str) -> Iterator[None]:
         if code not in _CURES:
             raise
         name = getattr(error, "filename", None)
-        where = f" ({name})" if name else ""
+        where = f" ({final_path(Path(os.fsdecode(name)))})" if isinstance(name, (str, bytes)) else ""
         raise ResourceError(f"{what}: {_CURES[code]}{where}. What was saved before is untouched.") from error
 
 

@@ -1,19 +1,17 @@
-"""Runs a pipeline in forked children and kills some of them at random moments: a kill costs no new imports.
+"""Runs a pipeline in forked children and sends them signals at given moments: a kill costs no new imports.
 
-    fork_runs.py CONFIG OUTPUT_DIR NUM_KILLS SEED        (run by forking_server.py)
+    fork_runs.py CONFIG OUTPUT_DIR SIGNALS        (run by forking_server.py)
 
-Each child runs the whole pipeline of CONFIG into OUTPUT_DIR, going on where the last one stopped. The first NUM_KILLS
-children get SIGKILL after a random time; then one may finish. Prints one JSON line: the moments, the stages hit.
-
-With FORK_RUNS_SIGNALS, JSON such as [["distill", 0.3, ["SIGUSR2", "SIGTERM"]], …], the children get these signals
-instead, so many seconds after the stage has begun or gone on. Who is asked to stop must leave with 75, or be done.
+SIGNALS is JSON such as [["distill", 0.3, ["SIGUSR2", "SIGTERM"]], …]: for each entry a child runs the whole pipeline of
+CONFIG into OUTPUT_DIR, going on where the last one stopped, and gets these signals so many seconds after the stage has
+begun or gone on. Who is asked to stop must leave with 75, or be done. At last one child may finish. Prints one JSON
+line: what became of each child, and which stage it was in.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -54,9 +52,10 @@ def stage_at_work(root: Path) -> str:
 
 
 def send_signals(config: RunConfig, root: Path, signals: list[tuple[str, float, list[str]]]) -> list[list[object]]:
-    """Start a child for each entry and signal it; (stage, delay, exit status, seconds to leave) of each."""
+    """Start a child for each entry and signal it; (stage, delay, exit status, seconds to leave, stage hit) of each."""
     outcomes: list[list[object]] = []
     for stage, delay_s, names in signals:
+        kill = names == ["SIGKILL"]
         lease = root / stage / "lease"
         before = sorted(os.listdir(lease)) if lease.is_dir() else []
         pid = start_child(config)
@@ -66,42 +65,26 @@ def send_signals(config: RunConfig, root: Path, signals: list[tuple[str, float, 
             if ended:
                 status = os.waitstatus_to_exitcode(code)
             elif signalled_at is None and lease.is_dir() and sorted(os.listdir(lease)) != before:
+                if kill and stage_at_work(root) != stage:
+                    continue  # it holds the lease, and is about to say that it runs
                 time.sleep(delay_s)
                 signalled_at = time.monotonic()
                 for name in names:
                     os.kill(pid, signal.Signals[name])  # the child is not waited for yet: the pid is still its own
             time.sleep(0.002)
         took_s = None if signalled_at is None else round(time.monotonic() - signalled_at, 3)
-        outcomes.append([stage, delay_s, status, took_s])
-        if status not in (0, Interrupted.exit_code):
+        outcomes.append([stage, delay_s, status, took_s, stage_at_work(root)])
+        if status not in (0, Interrupted.exit_code, *([-signal.SIGKILL] if kill else [])):
             break
     return outcomes
 
 
 def main() -> None:
-    config_file, output_dir, num_kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    random_generator = random.Random(seed)
+    config_file, output_dir, signals = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     config = load_config(config_file, [f"output_dir={output_dir}", "engine.cpu_threads=1"])
-    longest_s = float(os.environ.get("FORK_RUNS_LONGEST_S", "6"))
-    signals = json.loads(os.environ.get("FORK_RUNS_SIGNALS", "[]"))
     outcomes = send_signals(config, Path(output_dir) / config.name, signals)
-    kills = []
-    for _ in range(num_kills):
-        delay_s = random_generator.uniform(0.0, longest_s)
-        pid = start_child(config)
-        deadline = time.monotonic() + delay_s
-        finished = False
-        while time.monotonic() < deadline and not finished:
-            time.sleep(0.005)
-            finished = os.waitpid(pid, os.WNOHANG)[0] == pid
-        if finished:
-            break
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        kills.append((round(delay_s, 3), stage_at_work(Path(output_dir) / config.name)))
-    started = time.monotonic()
     _, status = os.waitpid(start_child(config), 0)
-    print(json.dumps({"kills": kills, "signals": outcomes, "last_run_s": round(time.monotonic() - started, 2)}))
+    print(json.dumps(outcomes))
     sys.exit(0 if status == 0 else 1)
 
 

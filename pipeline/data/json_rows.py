@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ from ..errors import DataError
 _JSON_TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
+_BETWEEN_ROWS = re.compile(r"[\s,]*")
+
+
 @dataclass(frozen=True)
 class Row:
-    """One object and where it stands ("train.jsonl:17" or "train.json: row 17"), for messages."""
+    """One object and where it stands ("train.jsonl:17" or "train.json:52 (row 17)"), for messages."""
 
     fields: dict[str, Any]
     place: str
@@ -41,9 +46,20 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _list_rows(path: Path, text: str) -> Iterator[Row]:
-    values = _parse(path, text, first_line=1)
-    for number, value in enumerate(values, start=1):
-        yield Row(_object(value, f"{path}: row {number}"), f"{path}: row {number}")
+    _parse(path, text, first_line=1)  # bad JSON anywhere is told before the first row is used
+    decode = json.JSONDecoder().raw_decode  # one row after the other, for their lines
+    place, line = text.index("[") + 1, 1
+    line += text.count("\n", 0, place)
+    for number in itertools.count(1):
+        between = _BETWEEN_ROWS.match(text, place)
+        assert between is not None
+        line += between.group().count("\n")
+        if text[between.end()] == "]":
+            return
+        value, place = decode(text, between.end())
+        where = f"{path}:{line} (row {number})"
+        yield Row(_object(value, where), where)
+        line += text.count("\n", between.end(), place)
 
 
 def _line_rows(path: Path, text: str) -> Iterator[Row]:

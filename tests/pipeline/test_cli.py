@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -84,6 +85,18 @@ def test_every_commands_help_has_an_example(command):
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert f"Example: hedgehog {command}" in result.stdout
+
+
+def test_the_examples_of_validate_are_valid(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    lines = [line for line in invoke("validate", "--help").stdout.splitlines() if " hedgehog validate configs" in line]
+    assert len(lines) == 2
+    for line in lines:
+        words = line.split("hedgehog validate ")[1].split()
+        paths = [str(path.relative_to(root)) for word in words for path in root.glob(word)]
+        result = invoke("validate", *paths, *(word for word in words if not word.startswith("configs/")))
+        assert paths and result.exit_code == 0, result.output
 
 
 def test_help_of_run_shows_the_stages_in_order():
@@ -275,8 +288,21 @@ def test_validate_takes_several_files_and_overrides(config_file, tmp_path):
 def test_env_reports_versions_and_what_is_missing():
     result = invoke("env")
     assert result.exit_code == 0
-    for name in ("python", "torch", "transformers", "deepspeed", "attention", "flash-attn", "bitsandbytes"):
+    for name in ("python", "torch", "transformers", "deepspeed", "attention", "distillation loss", "bitsandbytes"):
         assert f"\n{name} " in "\n" + result.stdout
+
+
+def test_env_claims_nothing_that_the_code_belies():
+    """A package is said to be imported here, or not to be, as it is."""
+    from hedgehog.pipeline.environment import OPTIONAL_PACKAGES
+
+    sources = Path(__file__).parents[2]
+    code = "\n".join(
+        p.read_text() for floor in ("kernels", "pipeline", "stages") for p in (sources / floor).rglob("*.py")
+    )
+    for module, use in OPTIONAL_PACKAGES.values():
+        imported = re.search(rf"^\s*(import|from) {module}\b|from torch\.utils\.{module}", code, re.MULTILINE)
+        assert bool(imported) != ("nothing here imports it" in use), module
 
 
 def test_a_step_of_slurm_checks_its_own_stages_batches_and_tells_once(config_file, calls, monkeypatch):

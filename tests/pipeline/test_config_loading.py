@@ -123,7 +123,7 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(tmp_path, line, expected):
 
 def test_the_run_needs_a_base_model_and_rows(tmp_path):
     shown = message(tmp_path, "name: trial\n")
-    for key in ("model.base: missing", "data.train_file: missing", "data.test_file: missing"):
+    for key in ("model.base: left open", "data.train_file: left open", "data.test_file: left open"):
         assert key in shown
 
 

@@ -10,7 +10,16 @@ import pytest
 
 from hedgehog.pipeline import run_folder
 from hedgehog.pipeline.errors import ResourceError
-from hedgehog.pipeline.run_folder import RunFolder, atomic_directory, atomic_file, atomic_write, storage_errors
+from hedgehog.pipeline.run_folder import (
+    RunFolder,
+    atomic_directory,
+    atomic_file,
+    atomic_write,
+    fenced,
+    final_path,
+    storage_errors,
+    temporary_path,
+)
 
 
 def test_a_variant_keeps_its_training_stages_apart_and_shares_the_rest(tmp_path: Path) -> None:
@@ -82,6 +91,23 @@ def test_a_refusing_file_system_becomes_one_clear_message(code: int, words: str)
         raise OSError(code, os.strerror(code), "runs/x/checkpoint")
     assert "runs/x/checkpoint" in str(caught.value)
     assert "finetune" in str(caught.value)
+
+
+def test_the_message_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    class Full:
+        folder, tag = tmp_path, "17"
+
+        def fault(self) -> None:
+            return None
+
+    target = tmp_path / "checkpoints" / "step-000002"
+    with fenced(Full()):
+        temporary = temporary_path(target)
+    assert temporary != target and final_path(temporary / "weights.safetensors") == target / "weights.safetensors"
+    assert final_path(target.with_name("v1.5")) == target.with_name("v1.5")
+    with pytest.raises(ResourceError) as caught, storage_errors("distill"):
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary / "weights.safetensors"))
+    assert f"({target}/weights.safetensors)" in str(caught.value)
 
 
 def test_safetensors_own_error_is_understood(tmp_path: Path) -> None:

@@ -261,6 +261,12 @@ def test_a_changed_file_from_outside_is_refused(stages: FakeStages, config: RunC
         run_stage(config, "prepare")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="takes a file system that makes no folders")
+def test_a_place_where_no_folder_can_be_made(stages: FakeStages, config: RunConfig) -> None:
+    with pytest.raises(ResourceError, match="no folder can be made in /proc: choose another output_dir"):
+        run_pipeline(config.model_copy(update={"output_dir": "/proc/x"}))
+
+
 def test_a_full_disk_is_one_message(stages: FakeStages, config: RunConfig) -> None:
     stages.failure = OSError(errno.ENOSPC, "No space left on device", "x")
     with pytest.raises(ResourceError, match="prepare: the disk is full"):

@@ -138,8 +138,12 @@ def test_samples_are_seeded_and_test_takes_the_first(folder):
         ('{"dialogue": "a", "summary": "b"}\n\n{"dialogue": "a", "summ', r"bad\.json:3: bad JSON"),
         ('[\n{"dialogue": "a", "summary": "b"},\n{"dialogue": }\n]', r"bad\.json:3: bad JSON"),
         ('{"dialogue": "a", "summary": "b"}\n"text"\n', r"bad\.json:2: a row must be an object .* not a string"),
-        ('[{"dialogue": "a", "summary": "b"}, 5]', r"bad\.json: row 2: a row must be an object .* not a number"),
-        ('[{"text": "a", "summary": "b"}]', r"row 1: no field 'dialogue' \(fields found: summary, text\)"),
+        ('[{"dialogue": "a", "summary": "b"}, 5]', r"bad\.json:1 \(row 2\): a row must be an object .* not a number"),
+        ('[\n{"dialogue": "a\\n",\n "summary": "b"}\n ,7]', r"bad\.json:4 \(row 2\): a row must be"),
+        (
+            '[{"text": "a", "summary": "b"}]',
+            r"bad\.json:1 \(row 1\): no field 'dialogue' \(fields found: summary, text\)",
+        ),
         (
             '{"dialogue": "a", "gist": "b"}\n',
             r"no field 'summary' \(fields found: dialogue, gist\); set data.summary_f",
