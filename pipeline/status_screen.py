@@ -242,6 +242,10 @@ def _ending(status: RunStatus, width: int, verbose: bool) -> Iterator[str]:
                 yield f"  {stage.title}, {name}: {path}"
     for note in status.notes:
         yield from _wrapped(f"note: {note}", width, max_lines=2)
+    if status.trained_layer_cost is not None:
+        cost = f"{status.trained_layer_cost:.2g}"
+        text = f"measured: training a layer took {cost} times as long as running it; for a next run's groups:"
+        yield from _wrapped(f"{text} slurm.trained_layer_cost={cost}", width, max_lines=2)
     for command in status.commands:
         yield f"  to go on: {command}"
     if status.finished:
