@@ -290,7 +290,7 @@ def _submit_plan(plan: Plan, command: list[str]) -> None:
     plan.records.command = command
     print(f"{config.name}: {folder.root}")
     wanted = {job.run_stage for job in plan.graph.jobs if job.wanted and not job.done and not plan.live_of(job)}
-    for line in memory_lines(config, tuple(wanted)):
+    for line in memory_lines(config, tuple(wanted)) if wanted else ():
         print(f"  {line}")
     submitted: dict[str, list[str]] = {}
     num_submitted = 0
