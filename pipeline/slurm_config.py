@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -45,8 +46,10 @@ class SlurmResources(Section):
     Null: `hedgehog` where there are setup lines, else the Python that submits."""
     sbatch_lines: tuple[str, ...] | None = None
     """Further options of sbatch, such as `--mail-type=FAIL`."""
+    srun_lines: tuple[str, ...] | None = None
+    """Further options of srun, which starts the processes, such as `--container-image=…` for pyxis."""
 
-    @field_validator("setup", "sbatch_lines", mode="before")
+    @field_validator("setup", "sbatch_lines", "srun_lines", mode="before")
     @classmethod
     def _one_line_is_a_list(cls, value: Any) -> Any:
         """A single text may stand for a list; a block of text (`|`) is its lines."""
@@ -63,6 +66,19 @@ class SlurmResources(Section):
             if not line.startswith("-") or "\n" in line:
                 raise ValueError(f"expected an option of sbatch such as --mail-type=FAIL, got {line!r}")
         return lines
+
+    @field_validator("srun_lines")
+    @classmethod
+    def _words_only(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Options with their values, quoted as in a shell."""
+        for line in value or ():
+            try:
+                words = shlex.split(line)
+            except ValueError as error:
+                raise ValueError(f"{line!r} cannot be split into words ({error})") from None
+            if not words or not words[0].startswith("-"):
+                raise ValueError(f"expected an option of srun such as --container-image=IMAGE, got {line!r}")
+        return value
 
 
 class SlurmConfig(SlurmResources):

@@ -16,6 +16,7 @@ from .errors import CheckpointError, ConfigError
 from .manifest import read_manifest
 from .run_folder import SHARED_STAGES, STAGES, VARIANT_STAGES, RunFolder
 from .slurm.job_status import JobView, view_jobs
+from .slurm.measured_cost import measured_trained_layer_cost
 from .stage_progress import last_sign, read_progress
 
 State = Literal["not started", "unfinished", "done", "skipped", "queued", "running", "failed", "cancelled"]
@@ -70,6 +71,8 @@ class RunStatus:
     """Why Slurm's states are missing."""
     queue_unknown: bool = False
     """Whether squeue did not answer: a job may wait or run that is not seen here."""
+    trained_layer_cost: float | None = None
+    """What the elements of distill's array say about the config's key of this name."""
 
     @property
     def finished(self) -> bool:
@@ -96,11 +99,13 @@ def read_status(run: str) -> RunStatus:
     config = _resolved_config(folder)
     jobs, notes, records = view_jobs(folder)
     stages = tuple(_stages(folder, config, jobs))
+    measured = None if config is None else measured_trained_layer_cost(folder, config)
     if not jobs:
-        return RunStatus(str(folder.root), stages, tuple(_commands(folder, config, stages)))
+        commands = tuple(_commands(folder, config, stages))
+        return RunStatus(str(folder.root), stages, commands, trained_layer_cost=measured)
     stages = _with_jobs(stages, jobs)
     unknown = any(note.startswith("squeue") for note in notes)
-    status = RunStatus(str(folder.root), stages, (), tuple(notes), unknown)
+    status = RunStatus(str(folder.root), stages, (), tuple(notes), unknown, measured)
     waits_for_a_failure = any(stage.state in ("failed", "cancelled") for stage in stages)
     if not status.finished and (waits_for_a_failure or not status.live):
         status = replace(status, commands=(shlex.join(records.command),))

@@ -44,8 +44,7 @@ def watch_status(run: str, *, every_s: float, as_json: bool, verbose: bool = Fal
     while True:
         if redraws:
             status = read_status(run)
-            first, *rest = _lines(status, verbose)
-            lines = [f"{first}   {time.strftime('%H:%M:%S')}, every {every_s:g} s", *rest]
+            lines = _lines(status, verbose, f"{time.strftime('%H:%M:%S')}, every {every_s:g} s")
             # each line is cleared to its end, then what an earlier and longer screen left below
             print("\033[H" + "".join(f"{line}\033[K\n" for line in lines) + "\033[J", end="", flush=True)
         else:
@@ -56,9 +55,10 @@ def watch_status(run: str, *, every_s: float, as_json: bool, verbose: bool = Fal
         time.sleep(every_s)
 
 
-def _lines(status: RunStatus, verbose: bool) -> list[str]:
+def _lines(status: RunStatus, verbose: bool, clock: str = "") -> list[str]:
     if not sys.stdout.isatty():
         return screen_lines(status, width=_PLAIN_WIDTH, height=None, verbose=verbose)
     columns, rows = shutil.get_terminal_size()
+    styled = "NO_COLOR" not in os.environ
     # the last line is the prompt's
-    return screen_lines(status, width=columns, height=rows - 1, verbose=verbose, styled="NO_COLOR" not in os.environ)
+    return screen_lines(status, width=columns, height=rows - 1, verbose=verbose, styled=styled, clock=clock)

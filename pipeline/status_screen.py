@@ -19,7 +19,7 @@ _WIDE = 100
 """Columns of a terminal that has room for the jobs' ids, and for minutes beside Slurm's longer states."""
 _NAME_WIDTH = 24
 _LAYOUTS = ((1, 8), (1, 3), (2, 3), (3, 3), (3, 1))
-"""Level of folding and number of errors shown, the most telling first."""
+"""Level of folding, and how many errors and commands are shown; the most telling first."""
 _THROUGH: tuple[State, ...] = ("done", "skipped")
 _QUIET: tuple[State, ...] = ("queued", "not started", "cancelled")
 """States of which nothing but their name is to be told."""
@@ -66,7 +66,13 @@ class _Family:
 
 
 def screen_lines(
-    status: RunStatus, *, width: int, height: int | None, verbose: bool = False, styled: bool = False
+    status: RunStatus,
+    *,
+    width: int,
+    height: int | None,
+    verbose: bool = False,
+    styled: bool = False,
+    clock: str = "",
 ) -> list[str]:
     """The lines to print.
 
@@ -75,18 +81,25 @@ def screen_lines(
         height: lines that there are room for, wrapped ones counted; None: any number.
         verbose: every stage, part and variant, and all results, whatever room there is.
         styled: with colours, as escape sequences.
+        clock: what stands behind the run's folder in the first line.
     """
-    layouts = ((0, len(status.stages)),) if verbose else _LAYOUTS
-    lines: list[str] = []
-    for level, num_errors in layouts:
+    everything = len(status.stages) + len(status.commands)
+    layouts = _LAYOUTS if height is not None else ((1, everything),)
+    if verbose:
+        layouts, height = ((0, everything),), None
+    title = f"{status.folder}  {clock}".rstrip()
+    table, below, spare = [], [], 0
+    for level, limit in layouts:
         rows = [_row(stage, stage.title) for stage in status.stages] if level == 0 else list(_rows(status, level))
         table = _table(rows, status, width, styled)
-        below = [*_errors(status, num_errors, width), *_ending(status, width, verbose)]
-        lines = [status.folder, *table, *below]
-        num_lines = len(table) + sum(-(-max(1, len(line)) // width) for line in (status.folder, *below))
-        if height is None or num_lines <= height:
+        below = [*_errors(status, limit, width), *_ending(status, limit, width, verbose)]
+        num_lines = len(table) + sum(-(-max(1, len(line)) // width) for line in (title, *below))
+        spare = 0 if height is None else height - num_lines
+        if spare >= 0:
             break
-    return lines
+    if spare < 0:
+        table[max(1, len(table) + spare - 1) :] = ["  … more rows: --verbose"]
+    return [title, *table, *below]
 
 
 def _rows(status: RunStatus, level: int) -> Iterator[_Row]:
@@ -117,6 +130,12 @@ def _family_rows(family: _Family, name: str, level: int) -> Iterator[_Row]:
     if all(part.state in _THROUGH for part in parts):
         yield _row(whole, f"{name} ({len(parts)})", "all done; to join: ")
         return
+    waiting = [part for part in parts if part.state not in _THROUGH]
+    if waiting[0].state in _QUIET and len({_words(part) for part in waiting}) == 1:
+        num_done = len(parts) - len(waiting)
+        text = f"{num_done} done, others " * bool(num_done) + _words(waiting[0])
+        yield _Row(f"{name} ({len(parts)})", waiting[0].state, text)
+        return
     counts = [(state, sum(part.state == state for part in parts)) for state in _BY_URGENCY]
     text = ", ".join(f"{number} {state}" for state, number in counts if number)
     times = [part.eta_s for part in parts if part.eta_s is not None]
@@ -130,7 +149,10 @@ def _family_rows(family: _Family, name: str, level: int) -> Iterator[_Row]:
     for words, group in itertools.groupby(sorted(quiet, key=_words), key=_words):
         members = list(group)
         names = [part.layers or part.shard or "" for part in members]
-        yield _Row(f"  {names[0] if len(names) == 1 else f'{len(names)} of them'}", members[0].state, words, members[0])
+        if len(names) == 1:
+            yield _row(members[0], f"  {names[0]}")
+        else:
+            yield _Row(f"  {len(names)} of them", members[0].state, words)
 
 
 def _variant_rows(variants: dict[str, list[_Family]], level: int) -> Iterator[_Row]:
@@ -235,15 +257,21 @@ def _errors(status: RunStatus, limit: int, width: int) -> Iterator[str]:
         yield f"  {len(alike) - limit} more errors: --verbose"
 
 
-def _ending(status: RunStatus, width: int, verbose: bool) -> Iterator[str]:
+def _ending(status: RunStatus, limit: int, width: int, verbose: bool) -> Iterator[str]:
     if verbose:
         for stage in status.stages:
             for name, path in stage.artifacts.items():
                 yield f"  {stage.title}, {name}: {path}"
     for note in status.notes:
         yield from _wrapped(f"note: {note}", width, max_lines=2)
-    for command in status.commands:
+    if status.trained_layer_cost is not None:
+        cost = f"{status.trained_layer_cost:.2g}"
+        text = f"measured: training a layer took {cost} times as long as running it; for a next run's groups:"
+        yield from _wrapped(f"{text} slurm.trained_layer_cost={cost}", width, max_lines=3)
+    for command in status.commands[:limit]:
         yield f"  to go on: {command}"
+    if len(status.commands) > limit:
+        yield f"  {len(status.commands) - limit} more commands: --verbose"
     if status.finished:
         made = status.stages[-1].artifacts if status.stages else {}
         yield f"  finished. {made['model']}" if "model" in made else "  finished."

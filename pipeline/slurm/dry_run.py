@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 from ..config import RunConfig
 from ..run_folder import RunFolder
+from .gpu_hours import GATHER_BYTES_PER_S, PEAK_FLOPS_PER_S, REFERENCE_FLOPS_PER_S, UTILISATION
 from .job_graph import GroupCosts, Job, JobGraph
-from .layer_groups import LOSS_SLOWNESS, REFERENCE_FLOPS_PER_S, layers_text
-from .scripts import Launch, render_script, script_file, stage_settings
+from .layer_groups import LOSS_SLOWNESS, layers_text
+from .resources import stage_settings, world_size
+from .scripts import Launch, render_script, script_file
 
 _LITTLE_GAIN = 1.3
 """An array that is less than so many times as fast as one job is pointed out."""
@@ -23,6 +25,17 @@ def describe_graph(config: RunConfig, folder: RunFolder, graph: JobGraph) -> str
         lines.append(f"  {job.name:<22} {_size(config, job):<44} {_state(job):<14} {after}".rstrip())
     for costs in graph.costs:
         lines += ["", *_cost_lines(config, costs)]
+    if graph.finetune_gpu_hours:
+        again = ", forward again for gradient_checkpointing" if config.finetune.gradient_checkpointing else ""
+        hours = ", ".join(f"{name} {figure:.2f}" for name, figure in graph.finetune_gpu_hours.items())
+        lines += ["", f"GPU-hours of finetuning (forward, the gradient of activations{again}): {hours}"]
+    if graph.costs or graph.finetune_gpu_hours:
+        lines += [
+            "",
+            f"GPU-hours are reckoned, not measured: A100s at {UTILISATION * 100:.0f} % of their "
+            f"{PEAK_FLOPS_PER_S / 1e12:.0f} TFLOP/s in bfloat16. Not in them: a job's start, loading, validation, "
+            "checkpoints, padding, evaluate and export.",
+        ]
     return "\n".join(lines)
 
 
@@ -68,11 +81,18 @@ def _cost_lines(config: RunConfig, costs: GroupCosts) -> Iterator[str]:
     if config.slurm.trained_layer_cost is not None:
         yield f"  (slurm.trained_layer_cost; {costs.row_tokens:.0f} tokens a row{assumed})"
     else:
-        slower = f", a FLOP of the float32 loss taken for {LOSS_SLOWNESS:g} of the bfloat16 teacher's"
+        slower = f", a FLOP of the float32 loss taken for {LOSS_SLOWNESS:g} of the bfloat16 teacher's, a guess"
         slower = slower if config.engine.precision == "bfloat16" else ""
         yield (
             f"  (reckoned from FLOPs at {costs.row_tokens:.0f} tokens a row{assumed}{slower}; short rows leave a GPU "
             "idle: measured it can be more, see slurm.trained_layer_cost)"
+        )
+    if costs.gathers:
+        tasks = world_size(config, "distill")
+        yield (
+            f"  (ZeRO-3: a layer waits {costs.gathers:.1f} times as long for its weights as its teacher computes; each "
+            f"of {tasks} GPUs receives {tasks - 1}/{tasks} of them at {GATHER_BYTES_PER_S / 1e9:.0f} GB/s for every "
+            "micro-batch, so larger ones are cheaper)"
         )
     if costs.cost.lower_share < 1:
         yield (
@@ -94,13 +114,15 @@ def _cost_lines(config: RunConfig, costs: GroupCosts) -> Iterator[str]:
             row += f" {group_hours:>10.2f}"
         yield row
     work = sum(costs.cost.of(group) for group in costs.groups)
+    if costs.num_tokens:
+        yield f"  {total_hours:.2f} GPU-hours in all"
+    if len(costs.groups) == 1:
+        return
     yield (
         f"  one job would take {alone / dearest:.1f} times as long as this array; the array does {work / alone:.1f} "
         "times its work"
     )
-    if len(costs.groups) > 1 and alone < _LITTLE_GAIN * dearest:
+    if alone < _LITTLE_GAIN * dearest:
         yield "  the teacher's pass decides here, so the array gains little: slurm.layer_groups=1 saves its extra work"
-    if costs.num_tokens:
-        yield f"  {total_hours:.2f} GPU-hours in all, for A100s at 40 % of their 312 TFLOP/s in bfloat16"
     if len(costs.groups) < config.slurm.layer_groups:
         yield f"  {len(costs.groups)} elements, not {config.slurm.layer_groups}: more would not end earlier"

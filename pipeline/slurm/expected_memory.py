@@ -9,7 +9,7 @@ from ..config import RunConfig
 from ..memory_estimate import GIB, StageEstimate, estimate_memory
 from ..model_shape import ModelShape, known_shape
 from ..validation import config_notes, reckoned_device
-from .scripts import stage_settings, world_size
+from .resources import stage_settings, world_size
 
 _GPU_BYTES = 80e9
 """A large GPU of today: A100 and H100. Which ones a cluster gives, nobody knows here."""

@@ -20,14 +20,16 @@ from ..manifest import read_manifest
 from ..model_shape import ModelShape, known_shape
 from ..run_folder import STAGES, RunFolder
 from ..validation import HUB_TRAIN_ROWS
+from .gpu_hours import finetune_gpu_hours, num_training_tokens
 from .layer_groups import (
     DistillCost,
     balanced_groups,
     distill_cost,
+    distill_flops,
     layers_of,
     layers_text,
-    num_distill_tokens,
 )
+from .resources import world_size
 
 _ASSUMED_FILL = 0.25
 """Typical row over `data.max_length_tokens` before `prepare` has counted tokens (SAMSum at 1024: 0.2)."""
@@ -73,7 +75,7 @@ class Job:
 
 @dataclass(frozen=True)
 class GroupCosts:
-    """The array of one conversion's distill: what its elements cost."""
+    """One conversion's distill: what the elements of its array cost, or the one job."""
 
     job: str
     cost: DistillCost
@@ -81,6 +83,8 @@ class GroupCosts:
     row_tokens: float
     num_tokens: float | None
     assumed_length: bool
+    gathers: float | None = None
+    """How many times as long a layer waits for its weights under ZeRO-3 as its teacher computes, where above 1."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class JobGraph:
 
     jobs: tuple[Job, ...]
     costs: tuple[GroupCosts, ...] = ()
+    finetune_gpu_hours: Mapping[str, float] = field(default_factory=dict)
+    """By name of the job, where it can be reckoned."""
 
     def __getitem__(self, name: str) -> Job:
         return next(job for job in self.jobs if job.name == name)
@@ -121,6 +127,8 @@ def build_graph(
         )
     jobs = [Job("prepare", "prepare", None, ("prepare",), (), done=_done(folder.stage("prepare")))]
     costs: list[GroupCosts] = []
+    hours: dict[str, float] = {}
+    shape = known_shape(config)
     last: list[str] = []
     for variant in (None, *config.variants):
         conversion = config if variant is None else apply_variant(config, variant)
@@ -130,6 +138,8 @@ def build_graph(
         done = _done(stage_folder)
         grouped = None if done else _groups(conversion, folder, variant, f"{prefix}distill", queued)
         if grouped is None:
+            if not done and _trains(conversion) and shape is not None:
+                costs.append(_costs(conversion, folder, shape, f"{prefix}distill"))
             settings = _LIGHT if conversion.model.attention == "softmax" else "distill"
             jobs.append(Job(f"{prefix}distill", settings, variant, ("distill", *options), ("prepare",), done=done))
             parent = f"{prefix}distill"
@@ -155,13 +165,18 @@ def build_graph(
             jobs.append(Job(parent, "merge", variant, ("merge", *options), (f"{prefix}distill",)))
         last.append(f"{prefix}finetune")
         finished_tuning = _done(folder.stage("finetune", variant))
+        if shape is not None and conversion.finetune.enabled and not finished_tuning:
+            rows, row_tokens = _train_rows(conversion, folder)
+            length = row_tokens or _ASSUMED_FILL * conversion.data.max_length_tokens
+            reckoned = finetune_gpu_hours(conversion, shape, length, rows, world_size(conversion, "finetune"))
+            hours |= {} if reckoned is None else {last[-1]: reckoned}
         settings = "finetune" if conversion.finetune.enabled else _LIGHT
         jobs.append(Job(last[-1], settings, variant, ("finetune", *options), (parent,), done=finished_tuning))
     jobs += _evaluation(config, folder, tuple(last), queued)
     jobs.append(Job("export", "export", None, ("export",), ("evaluate",), done=_done(folder.stage("export"))))
     jobs = [replace(job, wanted=job.run_stage in stages) for job in jobs]
     _check_manifests(config, folder, [job for job in jobs if job.wanted])
-    return JobGraph(tuple(jobs), tuple(costs) if "distill" in stages else ())
+    return JobGraph(tuple(jobs), tuple(costs) if "distill" in stages else (), hours if "finetune" in stages else {})
 
 
 def _evaluation(config: RunConfig, folder: RunFolder, parents: tuple[str, ...], queued: Queued) -> list[Job]:
@@ -194,6 +209,12 @@ def _done(folder: Path) -> bool:
     return manifest is not None and manifest.status == "done"
 
 
+def _trains(conversion: RunConfig) -> bool:
+    """Whether distill has maps to train, and so layers to spread over an array."""
+    model = conversion.model
+    return model.attention == "linear" and conversion.distill.enabled and model.feature_map not in UNTRAINED_MAPS
+
+
 def _groups(
     conversion: RunConfig, folder: RunFolder, variant: str | None, name: str, queued: Queued
 ) -> GroupCosts | None:
@@ -201,9 +222,7 @@ def _groups(
     begun = [path.name.removeprefix("layers-") for path in folder.subsets(variant) if read_manifest(path) is not None]
     kept = list(dict.fromkeys([*begun, *queued.elements.get(name, ())]))
     whole_begun = (folder.stage("distill", variant) / "checkpoints").is_dir() or name in queued.whole
-    trains = conversion.model.attention == "linear" and conversion.distill.enabled
-    trains = trains and conversion.model.feature_map not in UNTRAINED_MAPS
-    if not kept and (conversion.slurm.layer_groups == 1 or whole_begun or not trains):
+    if not kept and (conversion.slurm.layer_groups == 1 or whole_begun or not _trains(conversion)):
         return None
     shape = _shape(conversion, folder)
     groups = [layers_of(text) for text in kept]
@@ -216,20 +235,28 @@ def _groups(
             f"{folder.stage('distill', variant)}: its subsets ({', '.join(f'layers-{text}' for text in kept)}) do not "
             f"fit together: {fault}. Remove the folders that you do not want, then submit again."
         )
-    rows, row_tokens = _train_rows(conversion, folder)
-    length = row_tokens or _ASSUMED_FILL * conversion.data.max_length_tokens
-    cost = distill_cost(conversion, shape, length, rows)
+    costs = _costs(conversion, folder, shape, name)
     rest = [layer for layer in range(shape.num_layers) if layer not in taken]
     if rest:
-        groups += balanced_groups(rest, max(1, conversion.slurm.layer_groups - len(groups)), cost)
+        groups += balanced_groups(rest, max(1, conversion.slurm.layer_groups - len(groups)), costs.cost)
     groups.sort()
+    return replace(costs, groups=tuple(tuple(group) for group in groups))
+
+
+def _costs(conversion: RunConfig, folder: RunFolder, shape: ModelShape, name: str) -> GroupCosts:
+    """What layers cost, as if all were one group."""
+    rows, row_tokens = _train_rows(conversion, folder)
+    length = row_tokens or _ASSUMED_FILL * conversion.data.max_length_tokens
+    cost = distill_cost(conversion, shape, length, rows, world_size(conversion, "distill"))
+    gathers = cost.forward / distill_flops(conversion, shape, length)[0]
     return GroupCosts(
         job=name,
         cost=cost,
-        groups=tuple(tuple(group) for group in groups),
+        groups=(tuple(range(shape.num_layers)),),
         row_tokens=length,
-        num_tokens=num_distill_tokens(conversion, rows, length),
+        num_tokens=num_training_tokens(conversion.distill, rows, length),
         assumed_length=row_tokens is None,
+        gathers=gathers if gathers > 1 else None,
     )
 
 

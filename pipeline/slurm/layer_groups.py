@@ -16,7 +16,6 @@ P feature_dim, N weights of a decoder layer, T tokens in a row and s distill.que
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,11 +23,10 @@ from ..config import RunConfig
 from ..feature_map_checks import feature_map_size
 from ..hidden_state_size import lower_layers_share
 from ..model_shape import ModelShape
+from .gpu_hours import gathering_flops
 
 LOSS_SLOWNESS = 4.0
 """Time of a FLOP of the loss, which is in float32, over one of the teacher's forward pass in bfloat16."""
-REFERENCE_FLOPS_PER_S = 0.4 * 312e12
-"""For the estimate of GPU-hours: 40 % of an A100's bfloat16 peak."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class DistillCost:
     """What a token costs in one layer, in units of FLOPs at the teacher's speed."""
 
     forward: float
-    """Teacher forward of one layer."""
+    """Teacher forward of one layer, or under ZeRO-3 the wait for its weights where that is longer."""
     own: float
     """Loss and maps of one trained layer."""
     lower_share: float = 1.0
@@ -63,14 +61,20 @@ def distill_flops(config: RunConfig, shape: ModelShape, row_tokens: float) -> tu
     return forward, own
 
 
-def distill_cost(config: RunConfig, shape: ModelShape, row_tokens: float, num_rows: int | None = None) -> DistillCost:
+def distill_cost(
+    config: RunConfig, shape: ModelShape, row_tokens: float, num_rows: int | None = None, num_gpus: int = 1
+) -> DistillCost:
     """Cost per token of a layer that is run, and of one that is trained as well.
 
     Args:
         row_tokens: tokens in a typical row.
         num_rows: training rows, where known; with `distill.max_steps` they decide how many epochs there are.
+        num_gpus: of the job, or of an element of the array.
     """
     forward, own = distill_flops(config, shape, row_tokens)
+    sequence_tokens = config.data.max_length_tokens if config.distill.packing else row_tokens
+    micro_batch_tokens = config.distill.micro_batch_size * sequence_tokens
+    forward = max(forward, gathering_flops(config, shape, num_gpus, micro_batch_tokens))
     share = lower_layers_share(config, num_rows)
     if config.slurm.trained_layer_cost is not None:
         return DistillCost(forward, config.slurm.trained_layer_cost * forward, share)
@@ -132,15 +136,3 @@ def layers_of(text: str) -> list[int]:
         first, _, last = span.partition("-")
         layers |= set(range(int(first), int(last or first) + 1))
     return sorted(layers)
-
-
-def num_distill_tokens(config: RunConfig, num_rows: int | None, row_tokens: float) -> float | None:
-    """Tokens that every element of the array trains on; None where the number of rows is not known."""
-    distill = config.distill
-    rows_per_step = distill.global_batch_size
-    if distill.max_steps is not None:
-        return distill.max_steps * rows_per_step * row_tokens
-    if num_rows is None:
-        return None
-    # packed sequences hold several rows: the tokens are those of the rows either way
-    return math.ceil(distill.epochs * num_rows) * row_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Any
 
 from ..config import RunConfig
 from ..run_folder import RunFolder
-from ..slurm_config import SlurmConfig, SlurmResources
+from ..slurm_config import SlurmConfig
 from .job_graph import Job
 from .job_records import log_name
+from .resources import stage_settings
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "slurm"
 """Beside `pipeline`, in a checkout and where the package is installed."""
-_PARALLEL_STAGES = ("distill", "finetune", "evaluate")
-"""Stages that get `slurm`'s own nodes, tasks and GPUs; the others are one task."""
 _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 
 
@@ -32,32 +30,6 @@ class Launch:
     working_dir: Path
 
 
-def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
-    """What a job of this stage gets: its own section over the general one, and the defaults that follow from them."""
-    general, own = config.slurm, getattr(config.slurm, stage)
-    settings = {}
-    for name in SlurmResources.model_fields:
-        value = getattr(own, name)
-        settings[name] = getattr(general, name) if value is None else value
-    if stage not in _PARALLEL_STAGES:
-        # prepare and merge have no use for a GPU, export hardly; but engine.device=cuda insists on one
-        gpus = 1 if config.engine.device == "cuda" and general.gpus else 0
-        for name, value in (("gpus", gpus), ("nodes", 1), ("tasks_per_node", 1)):
-            settings[name] = value if getattr(own, name) is None else getattr(own, name)
-    settings["nodes"] = settings["nodes"] or 1
-    settings["tasks_per_node"] = settings["tasks_per_node"] or max(1, settings["gpus"] or 0)
-    if settings["command"] is None:
-        here = shlex.join([sys.executable, "-m", "hedgehog.pipeline.cli"])
-        settings["command"] = "hedgehog" if settings["setup"] else here
-    return settings
-
-
-def world_size(config: RunConfig, stage: str) -> int:
-    """Processes of a job of this stage, or of an element of its array."""
-    settings = stage_settings(config, stage)
-    return settings["nodes"] * settings["tasks_per_node"]
-
-
 def render_script(job: Job, config: RunConfig, folder: RunFolder, launch: Launch) -> str:
     """A whole script for sbatch; all that is missing are the ids of the jobs to wait for."""
     settings = stage_settings(config, job.stage)
@@ -68,6 +40,9 @@ def render_script(job: Job, config: RunConfig, folder: RunFolder, launch: Launch
         f"HEDGEHOG=({settings['command']})",
         f"ARGUMENTS=({shlex.join(arguments)})",
     ]
+    srun_options = [word for line in settings["srun_lines"] or () for word in shlex.split(line)]
+    if srun_options:
+        what.append(f"SRUN_OPTIONS=({shlex.join(srun_options)})")
     if job.elements:
         what += [f"OPTION={job.element_option}", f"ELEMENTS=({' '.join(map(shlex.quote, job.elements))})"]
     what.append(f"SUBMITTED_CONFIG={shlex.quote(str(submitted_config(folder).absolute()))}")

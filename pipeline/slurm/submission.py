@@ -27,6 +27,7 @@ from .frozen_config import differences, freeze
 from .job_graph import Job, JobGraph, Queued, build_graph
 from .job_records import JobRecord, JobRecords, read_records, write_records
 from .queue_lease import changing_the_queue
+from .resources import stage_settings, world_size
 from .scheduler import (
     ENDING_STATE,
     FAILED_STATES,
@@ -42,7 +43,7 @@ from .scheduler import (
     sbatch,
     script_options,
 )
-from .scripts import Launch, array_spec, render_script, script_file, stage_settings, submitted_config, world_size
+from .scripts import Launch, array_spec, render_script, script_file, submitted_config
 from .sweep import SweepRun, read_sweep
 
 _JOB_KINDS = ("prepare", "distill", "merge", "finetune", "evaluate", "export")
@@ -118,14 +119,14 @@ def submit(
     """
     if not dry_run:
         require_slurm()
-    runs = [SweepRun((), "")] if sweep is None else read_sweep(Path(sweep), path, overrides)
+    runs = [SweepRun(path, (), "")] if sweep is None else read_sweep(Path(sweep), path, overrides)
     stages = _stages_between(first, last)
     with ExitStack() as held:
         plans = []
         for run in runs:
-            config = load_run(path, (*overrides, *run.overrides))
+            config = load_run(run.config, (*overrides, *run.overrides))
             lease = None if dry_run else held.enter_context(changing_the_queue(RunFolder.of(config), "submit"))
-            plan = look_at_run(config, path, (*overrides, *run.overrides), stages, dry_run=dry_run)
+            plan = look_at_run(config, run.config, (*overrides, *run.overrides), stages, dry_run=dry_run)
             plan.lease = lease
             plans.append(plan)
         for number, plan in enumerate(plans):
@@ -147,6 +148,7 @@ def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
         ConfigError.
     """
     config = load_config(path, overrides)
+    _check_place(config)
     _check_feature_maps(config)
     _check_worlds(config)
     _check_times(config)
@@ -288,7 +290,7 @@ def _submit_plan(plan: Plan, command: list[str]) -> None:
     plan.records.command = command
     print(f"{config.name}: {folder.root}")
     wanted = {job.run_stage for job in plan.graph.jobs if job.wanted and not job.done and not plan.live_of(job)}
-    for line in memory_lines(config, tuple(wanted)):
+    for line in memory_lines(config, tuple(wanted)) if wanted else ():
         print(f"  {line}")
     submitted: dict[str, list[str]] = {}
     num_submitted = 0
@@ -395,6 +397,14 @@ def _dependency(plan: Plan, job: Job, submitted: dict[str, list[str]]) -> str:
     if ending:
         parts.append(f"afterany:{':'.join(ending)}")
     return ",".join(parts)
+
+
+def _check_place(config: RunConfig) -> None:
+    """Refuse a run folder inside another run's: cleaning up there would take this one along."""
+    folder = RunFolder.of(config).root
+    for parent in folder.absolute().parents:
+        if RunFolder(parent).config_file.is_file():
+            raise ConfigError(f"output_dir: {folder} lies in the run folder {parent}; choose another output_dir.")
 
 
 def _check_feature_maps(config: RunConfig) -> None:

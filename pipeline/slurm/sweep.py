@@ -9,6 +9,10 @@ or
     runs:                          # one after the other; `name` is put behind the config's own
       - {name: slow, finetune.learning_rate: 1e-5}
       - {seed: 1}
+
+and, with either or alone, further configs that go the same way as the one on the command line:
+
+    configs: [configs/llama2-7b-samsum.yaml]
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from ..yaml_reading import read_yaml
 class SweepRun:
     """One run of a sweep."""
 
+    config: str
+    """The YAML."""
     overrides: tuple[str, ...]
     """What it differs in, its `name` included."""
     described: str
@@ -49,34 +55,60 @@ def read_sweep(file: Path, config_path: str, overrides: Sequence[str] = ()) -> l
     if document.duplicates:
         key, first, later = document.duplicates[0]
         raise ConfigError(f"{file}: {key}: given twice, in lines {first} and {later}; keep one.")
-    sets = _override_sets(document.value, file)
-    base = load_config(config_path, overrides)
+    others, sets = _axes(document.value, file)
     runs: list[SweepRun] = []
     owners: dict[Path, SweepRun] = {}
-    for values in sets:
+    for path, values in itertools.product(dict.fromkeys([config_path, *others]), sets):
         values = dict(values)
         suffix = values.pop("name", None)
         described = ", ".join(f"{key}={_as_text(value)}" for key, value in values.items())
-        name = f"{base.name}-{_slug(str(suffix) if suffix is not None else described)}"
+        name = load_config(path, overrides).name
+        if suffix is not None or values:
+            name += f"-{_slug(str(suffix) if suffix is not None else described)}"
         given = tuple(f"{key}={_as_text(value)}" for key, value in values.items())
-        run = SweepRun((*given, f"name={name}"), described or f"name: {suffix}")
-        config = load_config(config_path, [*overrides, *run.overrides])  # every fault is told before a job is submitted
+        described = described or f"name: {name}"
+        run = SweepRun(path, (*given, f"name={name}"), f"{path}: {described}" if others else described)
+        config = load_config(path, [*overrides, *run.overrides])  # every fault is told before a job is submitted
         folder = (Path(config.output_dir) / config.name).absolute()
-        if folder in owners:
-            raise ConfigError(
-                f"{file}: two runs would share the folder {folder}: ({owners[folder].described}) and "
-                f"({run.described}). Give them different names with a `name` key under `runs`."
-            )
+        _check_folder(folder, run, owners, file)
         owners[folder] = run
         runs.append(run)
     return runs
+
+
+def _check_folder(folder: Path, run: SweepRun, owners: dict[Path, SweepRun], file: Path) -> None:
+    """
+    Raises:
+        ConfigError: the folder is another run's, or would be where names that differ in case are one, or lies in one.
+    """
+    for other, owner in owners.items():
+        both = f"({owner.described}) and ({run.described})"
+        if str(folder).casefold() == str(other).casefold():
+            where = f"the folder {folder}" if folder == other else f"{other} and {folder} where case does not count"
+            raise ConfigError(
+                f"{file}: two runs would share {where}: {both}. Give them different names with a `name` key under "
+                "`runs`."
+            )
+        if folder in other.parents or other in folder.parents:
+            raise ConfigError(f"{file}: {max(folder, other)} lies in another run's folder: {both}. Change output_dir.")
+
+
+def _axes(value: Any, file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Further configs, and the sets of overrides for each of them and for the one on the command line."""
+    others = value.get("configs", []) if isinstance(value, dict) else []
+    if not isinstance(others, list) or not all(isinstance(path, str) for path in others):
+        raise ConfigError(f"{file}: configs: expected a list of YAML files such as [configs/tiny.yaml].")
+    if not others:
+        return [], _override_sets(value, file)
+    rest = {key: content for key, content in value.items() if key != "configs"}
+    return others, _override_sets(rest, file) if rest else [{}]
 
 
 def _override_sets(value: Any, file: Path) -> list[dict[str, Any]]:
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in ("grid", "runs"):
         raise ConfigError(
             f"{file}: a sweep is one key, `grid` (lists of values: every combination) or `runs` (a list of sets of "
-            "overrides such as {seed: 1})."
+            "overrides such as {seed: 1}), and `configs` (further YAML files) beside it or alone."
         )
     kind, content = next(iter(value.items()))
     if kind == "grid":

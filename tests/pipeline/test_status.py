@@ -194,6 +194,22 @@ def test_subsets_of_layers_are_finished_and_merged_before_the_rest(run):
     )
 
 
+def test_elements_tell_what_a_trained_layer_costs(run, capsys):
+    """A step took 0.1 s for each layer run, and 0.25 s for each one trained; the first steps compile."""
+    for layers, steps in (("0-1", 30), ("2", 25), ("3", 25)):
+        first, _, last = layers.partition("-")
+        num_run = int(last or first) + 1
+        step_s = 0.1 * num_run + 0.25 * (num_run - int(first))
+        records = [{"step": n, "loss_nats": 1.0, "step_s": step_s * (40 if n < 3 else 1)} for n in range(1, steps)]
+        add_stage(run, f"distill/layers-{layers}", status="running", records=records)
+    print_status(str(run), as_json=False)
+    assert "took 2.5 times as long as running it; for a next run's groups: slurm.trained_layer_cost=2.5" in (
+        capsys.readouterr().out
+    )
+    with_config(run, distill={"cache_hidden_states": True})
+    assert read_status(str(run)).trained_layer_cost is None
+
+
 def test_a_run_folder_that_was_moved(run):
     run.rename("elsewhere")
     assert read_status("elsewhere").commands == (

@@ -58,8 +58,10 @@ def midway() -> RunStatus:
         job("finetune", "running", "900110", "t2r", **progress),
         job("distill", "done", "900111", "elu", minutes=0.1),
         job("finetune", "queued", "900112", "elu", detail="PENDING (Priority)"),
-        job("evaluate", "cancelled", "900113"),
-        job("export", "cancelled", "900114"),
+        job("evaluate", "cancelled", "900113_0", shard="0/2"),
+        job("evaluate", "cancelled", "900113_1", shard="1/2"),
+        job("evaluate", "cancelled", "900114"),
+        job("export", "cancelled", "900115"),
     ]
     return RunStatus(FOLDER, tuple(stages), (COMMAND,), ("sacct does not answer: accounting storage is disabled",))
 
@@ -101,6 +103,7 @@ def test_it_fits_the_screen_and_tells_what_matters(run, width, height):
     assert by_name["18-25"].startswith("18-25 failed: exit code 1")
     assert "queued: Resources" in by_name["26-29"]
     assert "running" in by_name["t2r/finetune"] and by_name["softmax/finetune"].endswith("2:13:20")
+    assert by_name["evaluate (2)"].startswith("evaluate (2) cancelled: needs distill, which")
     assert by_name["zero-shot"] == "zero-shot done" and by_name["elu"] == "elu queued"
     assert "cancelled: needs distill" in by_name["export"]
     assert "distill/18-25: torch.OutOfMemoryError: CUDA out of memory." in text
@@ -119,6 +122,11 @@ def test_a_screen_too_small_for_all_folds_what_is_least_wanted():
     text = "\n".join(lines)
     assert "distill (40)" in text and "40 failed" in text and "30 running" in text and COMMAND in text
     assert text.count("OutOfMemoryError") == 1 and "(and 39 more)" in text
+    by_hand = replace(status, commands=tuple(f"hedgehog distill trial.yaml --layers {number}" for number in range(40)))
+    lines = screen_lines(by_hand, width=80, height=14)
+    assert num_lines(lines, 80) <= 14, "\n".join(lines)
+    assert lines[-1] == "  39 more commands: --verbose" and "  … more rows: --verbose" in lines
+    assert len(screen_lines(by_hand, width=80, height=14, verbose=True)) > 40
 
 
 def test_verbose_shows_every_row_and_result():

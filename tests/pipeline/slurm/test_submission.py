@@ -91,6 +91,7 @@ def test_a_stage_that_a_variant_skips_asks_for_no_gpu(slurm, write_config):
 
 def test_what_a_script_asks_for_and_runs(slurm, write_config):
     overrides = {"setup": "module load cuda\nsource venv", "array_throttle": 2, "grace_period_s": 60}
+    overrides |= {"srun_lines": ["--container-image=/shared/a b.sqsh --mpi=none".replace("a b", "'a b'")]}
     finetune = {"nodes": 2, "time": "2-00:00:00", "partition": "big", "sbatch_lines": ["--mail-type=FAIL"]}
     write_config(slurm={**overrides, "finetune": finetune, "prepare": {"memory": "8G"}}, finetune={})
     submit("trial.yaml", ["seed=3", "label=a b"])
@@ -107,6 +108,7 @@ def test_what_a_script_asks_for_and_runs(slurm, write_config):
     alone = directives("prepare")
     assert "--mem=8G" in alone and "--ntasks-per-node=1" in alone and not any("gres" in line for line in alone)
     assert "module load cuda\nsource venv\n# --- end" in script("finetune")
+    assert "\nSRUN_OPTIONS=('--container-image=/shared/a b.sqsh' --mpi=none)\n" in script("finetune")
     assert "HEDGEHOG=(hedgehog)\nARGUMENTS=(finetune trial.yaml seed=3 'label=a b')\n" in script("finetune")
     assert "ARGUMENTS=(finetune trial.yaml seed=3 'label=a b' --variant soft)" in script("soft.finetune")
     for name in NAMES:
@@ -117,10 +119,10 @@ def test_what_a_script_asks_for_and_runs(slurm, write_config):
 
 
 def test_a_script_runs_its_element_and_refuses_an_index_out_of_range(slurm, write_config, tmp_path):
-    write_config(slurm={"command": "echo"})
+    write_config(slurm={"command": "echo", "srun_lines": ["--container-image='a b'"]})
     submit("trial.yaml")
     srun = slurm.bin / "srun"
-    srun.write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    srun.write_text('#!/bin/bash\n[ "$2" = "--container-image=a b" ] && shift 2 && exec "$@"\n')
     srun.chmod(0o755)
 
     def start(index: str) -> subprocess.CompletedProcess[str]:

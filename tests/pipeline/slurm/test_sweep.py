@@ -48,11 +48,29 @@ def test_each_run_gets_a_graph_and_a_folder(slurm, write_config):
     assert len(slurm.calls("sbatch")) == 8
 
 
+def test_configs_are_an_axis_of_their_own(slurm, write_config):
+    Path("other.yaml").write_text(write_config().read_text().replace("name: trial", "name: other"))
+    file = sweep("configs: [other.yaml, trial.yaml]\ngrid: {seed: [0, 1]}")
+    assert names(file) == ["trial-seed0", "trial-seed1", "other-seed0", "other-seed1"]
+    submit("trial.yaml", ["variants.soft="], last="prepare", sweep=str(sweep("configs: [other.yaml]")))
+    assert (
+        "ARGUMENTS=(prepare other.yaml variants.soft= name=other)"
+        in Path("runs/other/slurm/prepare.sbatch").read_text()
+    )
+    assert Path("runs/trial/slurm/prepare.sbatch").is_file() and len(slurm.calls("sbatch")) == 2
+    with pytest.raises(ConfigError, match=r"output_dir: runs/trial/trial-seed0 lies in the run folder .*runs/trial;"):
+        submit("trial.yaml", ["output_dir=runs/trial"], sweep=str(sweep("grid: {seed: [0]}")))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("runs: [{name: a, seed: 1}, {name: a, seed: 2}]", r"share the folder .*trial-a: \(seed=1\) and \(seed=2\)"),
         ("grid: {seed: [1, 1]}", "share the folder"),
+        ("runs: [{name: a, seed: 1}, {name: A, seed: 2}]", r"trial-a and \S+trial-A where case does not count"),
+        ("runs: [{name: a}, {name: b, output_dir: runs/trial-a/distill}]", "trial-b lies in another run's folder"),
+        ("configs: [trial.yaml, nowhere.yaml]", "nowhere.yaml"),
+        ("configs: trial.yaml", "configs: expected a list of YAML files"),
         ("runs: [{data.prompt_template: '{dialogue}!'}, {data.prompt_template: '{dialogue}?'}]", "share the folder"),
         ("grid: {sed: [1]}", "sed .*unknown key; did you mean seed"),
         ("grid: {seed: 1}", r"grid\.seed: expected a list of values"),

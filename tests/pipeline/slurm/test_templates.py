@@ -12,6 +12,7 @@ import pytest
 
 from hedgehog.pipeline.requeue import _NOT_ENDED, _PREEMPTED
 from hedgehog.pipeline.slurm.scripts import TEMPLATES
+from hedgehog.pipeline.slurm.submission import submit
 from hedgehog.pipeline.slurm_config import SlurmConfig, SlurmResources
 
 ROOT = Path(__file__).parents[3]
@@ -130,3 +131,23 @@ def test_the_page_names_every_key():
     keys = {*SlurmConfig.model_fields, *SlurmResources.model_fields}
     stages = {"prepare", "distill", "merge", "finetune", "evaluate", "export"}
     assert keys - stages <= named
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "num_rows"), [("7b", [], 3), ("70b", ["slurm.layer_groups=4"], 3), ("70b", [], 1)]
+)
+def test_the_pages_gpu_hours_are_what_the_dry_run_prints(
+    size: str, overrides: list[str], num_rows: int, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    submit(str(ROOT / f"configs/llama2-{size}-samsum.yaml"), overrides, dry_run=True)
+    shown = capsys.readouterr().out
+    rows = re.findall(r"^  (\d) +(\S+) +(\d+) +(\d+) +[\d.]+ +(\d+)% +([\d.]+)$", shown, flags=re.MULTILINE)
+    finetune = re.search(r"finetuning .*: finetune ([\d.]+)", shown)
+    assert len(rows) == num_rows and finetune
+    page = (ROOT / "slurm" / "README.md").read_text()
+    table = page[page.index(f"| `llama2-{size}-samsum`") :].partition("\n\n")[0]
+    for element, layers, *figures, share, hours in rows:
+        cells = [element, layers.replace("-", "–"), *figures, f"{share} %", hours]
+        assert f" | {' | '.join(cells)} |\n" in table
+    assert f"| … finetune | | | | | | {finetune[1]} |" in table
