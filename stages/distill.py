@@ -8,7 +8,7 @@ A subset of the layers (`distill.layers`) trains in a folder of its own, with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,15 +272,15 @@ class _Distillation:
             "layer_grad_norm_max": float(totals["grad_norm_L"].max()),
         }
 
-    def fault(self, totals: Mapping[str, torch.Tensor]) -> str:
-        bad = (~torch.isfinite(totals["kl_LH"])).nonzero()
-        if len(bad):
-            row, head = bad[0].tolist()
-            return f"the loss of layer {self._module.layer_indices[row]}, head {head}"
-        for name, what in (("loss_L", "loss"), ("grad_norm_L", "gradient")):
+    def fault(self, totals: Mapping[str, torch.Tensor], first_fault: Callable[[], str | None]) -> str:
+        for name, what in (("kl_LH", "loss"), ("grad_norm_LH", "gradient")):
             bad = (~torch.isfinite(totals[name])).nonzero()
             if len(bad):
-                return f"the {what} of layer {self._module.layer_indices[int(bad[0])]}"
+                row, head = bad[0].tolist()
+                return f"the {what} of layer {self._module.layer_indices[row]}, head {head}"
+        bad = (~torch.isfinite(totals["loss_L"] + totals["grad_norm_L"])).nonzero()
+        if len(bad):
+            return f"the loss of layer {self._module.layer_indices[int(bad[0])]}"
         raise AssertionError("all figures are finite")
 
     def validate(self) -> dict[str, float]:

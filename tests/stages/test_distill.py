@@ -135,8 +135,9 @@ def test_another_number_of_processes_may_resume(two_process_runs: dict[Any, Run]
     assert run.losses("distill") == pytest.approx(finished.losses("distill"), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_names_layer_and_head(
-    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_names_layer_and_head(
+    what: str, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = new_run()
     layer_loss = distillation.FeatureMapDistillation._layer_loss
@@ -146,8 +147,11 @@ def test_a_loss_that_is_not_finite_names_layer_and_head(
         loss, kl_H = layer_loss(self, seen, *inputs)
         calls.append(seen.layer_index)
         if len(calls) > 3 * 2 * 2 and seen.layer_index == 1:  # third step: layers x micro-batches x steps
-            kl_H = kl_H.clone()
-            kl_H[2] = torch.nan
+            poison = torch.tensor([0, 0, torch.nan, 0])
+            if what == "loss":
+                return loss, kl_H + poison
+            weight = self.layers["1"]["feature_map_k"].weight
+            loss = loss + (weight * poison[:, None, None]).sum().nan_to_num()
         return loss, kl_H
 
     with monkeypatch.context() as patch:
@@ -155,7 +159,7 @@ def test_a_loss_that_is_not_finite_names_layer_and_head(
         with pytest.raises(NonFiniteLossError) as error:
             run.stage("distill")
     message = str(error.value)
-    assert "step 3: the loss of layer 1, head 2" in message
+    assert f"step 3: the {what} of layer 1, head 2" in message
     assert "step-000002" in message
     assert "learning_rate" in message
     kept = [folder.name for folder in (run.root / "distill/checkpoints").iterdir()]

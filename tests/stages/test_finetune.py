@@ -274,6 +274,48 @@ def test_a_diverging_run_stops_and_keeps_what_was_good(
     assert [folder.name for folder in (run.root / "finetune/checkpoints").iterdir()] == ["step-000002"]
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_names_its_weight(
+    stage: int, distilled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hedgehog.pipeline import summary_loss
+
+    create = summary_loss.SummaryLoss.__init__
+    part = ("layers.1.self_attn.k_proj.lora_B.default.weight", "layers.1.self_attn.feature_map_q.weight")[stage == 2]
+
+    def poisoned(self: Any, *inputs: Any, **options: Any) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient[-1] = torch.nan
+            return gradient
+
+        create(self, *inputs, **options)
+        (weight,) = (p for name, p in self.named_parameters() if name.endswith(part))
+        weight.register_hook(spoil)
+
+    monkeypatch.setattr(summary_loss.SummaryLoss, "__init__", poisoned)
+    with pytest.raises(NonFiniteLossError) as error:
+        distilled(engine__zero_stage=stage).stage("finetune")
+    assert "step 1: the gradient of " in str(error.value)
+    assert f"{part}{', head 3' if stage == 2 else ''}." in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_names_the_module(
+    distilled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, calls = LlamaMLP.forward, []
+
+    def poisoned(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return forward(self, x) * (torch.nan if len(calls) % 3 == 2 else 1)  # layer 1 of 3
+
+    monkeypatch.setattr(LlamaMLP, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan, first of all the output of \S*layers\.1\.mlp\."):
+        distilled().stage("finetune")
+
+
 def test_zero_shot_is_skipped(distilled: Callable[..., Run]) -> None:
     manifest = distilled(finetune__enabled=False).stage("finetune")
     assert manifest.skipped
