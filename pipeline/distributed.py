@@ -144,14 +144,29 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
         raise ConfigError(f"the environment's {name} is '{value}', which is no number: unset it.") from None
 
 
+def _check_precision(engine: EngineConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: bfloat16 on a GPU that does not compute in it. torch emulates it there: slowly, and not everywhere.
+    """
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    if engine.precision == "bfloat16" and torch.version.hip is None and major < 8:
+        raise ConfigError(
+            f"engine.precision: bfloat16, but {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) "
+            "does not have it: it came with 8.0 (A100, RTX 30). Set engine.precision=float32, or take another GPU."
+        )
+
+
 def discover_world(engine: EngineConfig) -> World:
     """Read rank and world size, choose this process's device and its number of CPU threads.
 
     torchrun's RANK, WORLD_SIZE and LOCAL_RANK come first, then those of a Slurm step (`srun`); else one process alone.
 
     Raises:
-        ConfigError: several processes but no rendezvous address, a variable that is no number, or CUDA asked for and
-            not there.
+        ConfigError: several processes but no rendezvous address, a variable that is no number, CUDA asked for and not
+            there, or bfloat16 on a GPU without it.
     """
     import torch
 
@@ -170,6 +185,7 @@ def discover_world(engine: EngineConfig) -> World:
     if use_cuda:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        _check_precision(engine, device)
     else:
         device = torch.device("cpu")
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

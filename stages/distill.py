@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels.softmax_attention import MaterialisedAttentionError
 from ..pipeline.checkpoints import Checkpoints
 from ..pipeline.data.base_fingerprint import check_base_unchanged
 from ..pipeline.data.batches import BatchPlan, validation_batches
@@ -68,6 +69,11 @@ def run(ctx: StageContext) -> StageResult:
         return StageResult(skipped="model.attention is softmax: there are no feature maps")
     try:
         return _distill(ctx)
+    except MaterialisedAttentionError as error:
+        raise ConfigError(
+            f"distill: {error}. Lower data.max_length_tokens or distill.micro_batch_size, or set the other "
+            f"engine.precision (now {config.engine.precision})."
+        ) from error
     finally:
         release_deepspeed()
 

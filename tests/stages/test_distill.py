@@ -195,6 +195,49 @@ def test_the_loss_is_handed_the_teachers_log_sum_exp(
     assert seen[True] > 0 and seen[False] > 0
 
 
+def test_attention_weights_that_would_be_large_are_refused(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has no fused kernel for the teacher."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from hedgehog.kernels import softmax_attention
+
+    monkeypatch.setattr(softmax_attention, "MATERIALISED_LIMIT_BYTES", 2 * 4 * 8 * 8 * 4)
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(ConfigError, match=r"no fused attention.*data\.max_length_tokens"):
+        new_run().stage("distill")
+
+
+@pytest.mark.parametrize(("quantization", "near"), [("nf4", 0.1), ("int8", 0.005)])
+def test_a_quantized_teacher(quantization: str, near: float, new_run: Callable[..., Run], finished: Run) -> None:
+    """Other figures than the teacher's own weights give, and near them; the maps are fp32 and learn."""
+    run = new_run(model__quantization=quantization)
+    kl, expected_kl = (r.stage("distill").summary["kl_mean"] for r in (run, finished))
+    losses, expected = run.losses("distill"), finished.losses("distill")
+    assert losses[0] != expected[0]
+    assert losses == pytest.approx(expected, rel=near)
+    assert kl == pytest.approx(expected_kl, rel=2 * near)
+    maps = run.tensors(MAPS)
+    assert len(maps) == 6
+    for weight_HDF in maps.values():
+        assert weight_HDF.dtype == torch.float32
+        assert not torch.equal(weight_HDF, torch.eye(8).expand(4, 8, 8))
+    with pytest.raises(ConfigError, match="cannot shard quantized"):
+        new_run(model__quantization=quantization, engine__zero_stage=3).stage("distill")
+
+
+def test_a_checkpoint_holds_what_learns_only(finished: Run) -> None:
+    """The maps, 12 bytes a weight with AdamW's moments; not the teacher's weights."""
+    folder = finished.root / "distill/checkpoints/step-000004"
+    names = set(finished.tensors(MAPS))
+    assert len(names) == 6
+    assert set(finished.tensors("distill/checkpoints/step-000004/weights.safetensors")) == names
+    moments = set(finished.tensors("distill/checkpoints/step-000004/optimizer.safetensors"))
+    assert moments == {f"{moment}/{name}" for moment in ("exp_avg", "exp_avg_sq") for name in names}
+    num_bytes = 12 * 6 * 4 * 8 * 8
+    assert num_bytes < sum(file.stat().st_size for file in folder.iterdir()) < num_bytes + 8192
+
+
 def test_softmax_attention_has_nothing_to_distill(new_run: Callable[..., Run]) -> None:
     manifest = new_run(model__attention="softmax").stage("distill")
     assert manifest.skipped

@@ -183,6 +183,16 @@ def test_bfloat16_weights_with_float32_learning(distilled: Callable[..., Run], f
     assert run.losses("finetune") == pytest.approx(finished.losses("finetune"), rel=0.03)
 
 
+def test_a_checkpoint_holds_what_learns_only(finished: Run) -> None:
+    """The adapter and the maps, 12 bytes a weight with AdamW's moments; nothing of the base."""
+    folder = finished.root / "finetune/checkpoints/step-000004"
+    weights = finished.tensors("finetune/checkpoints/step-000004/weights.safetensors")
+    assert sum("lora_" in name for name in weights) == 3 * 4 * 2
+    assert sum("feature_map_" in name for name in weights) == len(weights) - 24 == 6
+    num_bytes = 12 * finished.stage("finetune").summary["trained_weights"]
+    assert num_bytes < sum(file.stat().st_size for file in folder.iterdir()) < num_bytes + 32768
+
+
 def test_softmax_attention_is_the_baseline(distilled: Callable[..., Run]) -> None:
     """What it saves fits a plain Llama."""
     from peft import PeftModel
