@@ -21,7 +21,13 @@ LOG_SUM_TOLERANCE_NATS = 5e-4
 error, and is some hundredths of a nat at best."""
 OUTPUT_TOLERANCE = 0.03
 """The same for o, whose values are up to 4 here and rounded to 16 bits."""
+MATERIALISED_LIMIT_BYTES = 2**30
+"""Largest matrix of attention weights that torch's last resort may form, which knows neither flash nor tiles."""
 logger = logging.getLogger(__name__)
+
+
+class MaterialisedAttentionError(RuntimeError):
+    """No fused kernel serves, and L × L attention weights would be too large."""
 
 
 def causal_softmax_attention(
@@ -29,30 +35,54 @@ def causal_softmax_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """(o_BHLV, L_BHL), L in nats, float32 (float64 for float64); None where the kernel of torch's choice keeps it.
 
-    Query head h uses key/value head h // (H // K). No L × L matrix is formed.
+    Query head h uses key/value head h // (H // K). No L × L matrix is formed, but a small one where no fused kernel
+    serves: MaterialisedAttentionError where it would be large.
     """
     grouped = q_BHLD.shape[1] != k_BKLD.shape[1]
-    name = _operator_chosen(q_BHLD, k_BKLD, v_BKLV, scale, grouped)
+    choice = _choice(q_BHLD, k_BKLD, v_BKLV, scale, grouped)
+    if grouped and choice == SDPBackend.MATH.value:  # the memory-efficient kernel, float32's only one, has no groups
+        k_BKLD, v_BKLV = (x.repeat_interleave(q_BHLD.shape[1] // x.shape[1], dim=1) for x in (k_BKLD, v_BKLV))
+        grouped = False
+        choice = _choice(q_BHLD, k_BKLD, v_BKLV, scale, grouped)
+    if choice == SDPBackend.MATH.value:
+        _check_materialised(q_BHLD)
+    name = _operator_of(choice, q_BHLD)
     if name is not None and obstacle(name, q_BHLD.device, q_BHLD.dtype, q_BHLD.shape[-1], grouped) is None:
         return _OPERATORS[name](q_BHLD, k_BKLD, v_BKLV, scale)
     out = F.scaled_dot_product_attention(q_BHLD, k_BKLD, v_BKLV, is_causal=True, scale=scale, enable_gqa=grouped)
     return out, None
 
 
-def _operator_chosen(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> str | None:
-    """The name in `_OPERATORS` of what scaled_dot_product_attention would run; `sdpa_kernel` contexts are heeded."""
+def _choice(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> int | None:
+    """What scaled_dot_product_attention would run, a value of SDPBackend; `sdpa_kernel` contexts are heeded."""
     if q.device.type not in ("cpu", "cuda") or q.numel() == 0 or (q.requires_grad and torch.is_grad_enabled()):
-        return None
-    if q.device.type == "cuda" and q.shape[-1] % 8:  # it would be padded first
         return None
     try:
         choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
-        choice = choose(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
+        return choose(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
     except (AttributeError, TypeError):  # not torch's public interface
+        return None
+
+
+def _operator_of(choice: int | None, q: Tensor) -> str | None:
+    """The name in `_OPERATORS` of a choice."""
+    if q.device.type == "cuda" and q.shape[-1] % 8:  # it would be padded first
         return None
     if choice == SDPBackend.FLASH_ATTENTION.value:
         return "flash on the CPU" if q.device.type == "cpu" else "FlashAttention"
     return "cuDNN" if choice == SDPBackend.CUDNN_ATTENTION.value else None
+
+
+def _check_materialised(q_BHLD: Tensor) -> None:
+    """Raises MaterialisedAttentionError where torch's last resort would take more than MATERIALISED_LIMIT_BYTES."""
+    batch, heads, length, head_dim = q_BHLD.shape
+    num_bytes = batch * heads * length**2 * max(4, q_BHLD.element_size())
+    if num_bytes > MATERIALISED_LIMIT_BYTES:
+        raise MaterialisedAttentionError(
+            f"torch has no fused attention for {head_dim}-wide heads in {str(q_BHLD.dtype).removeprefix('torch.')} on "
+            f"this {q_BHLD.device.type} device: {length} tokens would take {num_bytes / 2**30:.1f} GiB a layer in "
+            "attention weights"
+        )
 
 
 def _flash_on_the_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -117,13 +117,14 @@ class FeatureMapDistillation(nn.Module):
         ]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(sum over layers of this micro-batch's share of their losses, shares of `kl_LH`, `loss_L` and `grad_norm_L`).
+        """(sum over layers of this micro-batch's share of their losses, shares of `kl_LH`, `loss_L`, `grad_norm_L` and
+        `grad_norm_LH`, by head).
 
         Every layer's gradient over this micro-batch's mean loss is clipped to `gradient_clip`, then weighted with the
         micro-batch's share of the global batch's tokens.
         """
         share = int(batch["mask"].sum()) / batch["real_tokens_in_global_batch"]
-        kl, losses, norms = [], [], []
+        kl, losses, norms, head_norms = [], [], [], []
         parameters: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
 
@@ -133,20 +134,27 @@ class FeatureMapDistillation(nn.Module):
             loss, kl_H = self._layer_loss(seen, batch, row_weights_BL)
             weights = list(self.layers[str(seen.layer_index)].parameters())
             grads = torch.autograd.grad(loss, weights)
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+            norm_H = torch.linalg.vector_norm(torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]), dim=0)
+            norm = torch.linalg.vector_norm(norm_H)
             limit = self._config.gradient_clip
             scale = share if limit is None else share * torch.clamp(limit / (norm + 1e-6), max=1.0)
             parameters.extend(weights)
             gradients.extend(grad * scale for grad in grads)
             losses.append(loss.detach() * share)
             norms.append(norm * share)
+            head_norms.append(norm_H * share)
             kl.append(kl_H * share)
 
         cache, entering = self.hidden_states, {}
         if cache is not None:
             entering = {"entering_BLE": cache.lookup(batch), "keep_entering": lambda states: cache.store(batch, states)}
         self._teacher[0](batch, self._config.packing, learn, **entering)
-        shares = {"kl_LH": torch.stack(kl), "loss_L": torch.stack(losses), "grad_norm_L": torch.stack(norms)}
+        shares = {
+            "kl_LH": torch.stack(kl),
+            "loss_L": torch.stack(losses),
+            "grad_norm_L": torch.stack(norms),
+            "grad_norm_LH": torch.stack(head_norms),
+        }
         return attach_gradient(shares["loss_L"].sum(), parameters, gradients), shares
 
     @torch.no_grad()

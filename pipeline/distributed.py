@@ -166,6 +166,21 @@ def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
         raise ConfigError(f"the environment's {name} is '{value}', which is no number: unset it.") from None
 
 
+def _check_precision(engine: EngineConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: bfloat16 on a GPU that does not compute in it. torch emulates it there: slowly, and not everywhere.
+    """
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    if engine.precision == "bfloat16" and torch.version.hip is None and major < 8:
+        raise ConfigError(
+            f"engine.precision: bfloat16, but {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) "
+            "does not have it: it came with 8.0 (A100, RTX 30). Set engine.precision=float32, or take another GPU."
+        )
+
+
 def discover_world(engine: EngineConfig, *, trains: bool = False) -> World:
     """Read rank and world size, choose this process's device and its number of CPU threads.
 
@@ -175,7 +190,8 @@ def discover_world(engine: EngineConfig, *, trains: bool = False) -> World:
         trains: the ranks meet at every step, so that one that does not come is given up sooner.
 
     Raises:
-        ConfigError: several processes but no rendezvous address, or a variable that is no number.
+        ConfigError: several processes but no rendezvous address, a variable that is no number, or bfloat16 on a GPU
+            without it.
         ResourceError: CUDA asked for and not there.
     """
     import torch
@@ -199,6 +215,7 @@ def discover_world(engine: EngineConfig, *, trains: bool = False) -> World:
         # --gpus-per-task and --gpu-bind let every task see its own GPUs only, numbered from 0
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        _check_precision(engine, device)
     else:
         device = torch.device("cpu")
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

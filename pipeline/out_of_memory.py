@@ -1,4 +1,4 @@
-"""What to say when memory ends: what was estimated, what there was, and the keys that lower the largest parts."""
+"""What to say when memory ends: what was estimated, what was found, and the keys that lower the largest parts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from .errors import HedgehogError, ResourceError
 from .formatting import format_bytes
+from .held_memory import held_bytes
 from .memory_estimate import StageEstimate, TermKind, estimate_memory
 from .model_shape import known_shape
 
@@ -42,23 +43,63 @@ def out_of_memory_explained(title: str, stage: str, config: RunConfig, world: Wo
 
 
 def explain(title: str, stage: str, config: RunConfig, world: World, words: str) -> str:
-    """The message: torch's own first line, the estimate beside the memory there is, and what to change."""
+    """The message: torch's own first line, what was estimated and found of each kind, and what to change."""
     on_gpu = world.device.type == "cuda"
     lines = [f"{title}: out of {'GPU ' if on_gpu else ''}memory ({(words.splitlines() or ['no more to be had'])[0]})."]
-    estimate = _estimate(stage, config, world)
+    estimate, wrong = _estimate(stage, config, world), None
     kinds: list[TermKind] = ["activations", "training", "weights"]
     if estimate is not None:
-        sums = {kind: sum(t.num_bytes for t in estimate.terms if t.kind == kind) for kind in kinds}
-        kinds.sort(key=lambda kind: -sums[kind])
-        parts = ", ".join(f"{kind} {format_bytes(sums[kind])}" for kind in kinds if sums[kind])
+        estimated: dict[TermKind, float] = {
+            kind: sum(t.num_bytes for t in estimate.terms if t.kind == kind) for kind in kinds
+        }
+        found = _found(world.device)
+        wrong = _too_low(estimated, found)
+        kinds.sort(key=lambda kind: (kind != wrong, -max(estimated[kind], found.get(kind, 0))))
+        parts = ", ".join(f"{kind} {format_bytes(estimated[kind])}" for kind in kinds if estimated[kind])
         lines.append(f"Estimated: {format_bytes(estimate.num_bytes)} ({parts}, the rest overhead).")
-        if on_gpu and torch.cuda.is_initialized():
-            lines.append(_beside_the_gpu(estimate.num_bytes, world.device))
+        if found:
+            lines.append(_beside_what_was_found(estimated, found, wrong))
+    if on_gpu and torch.cuda.is_initialized():
+        lines.append(_the_gpu(world.device))
     cures = [cure for kind in kinds for cure in _cures(kind, stage, config, world)]
     if cures:
-        lines.append(f"What lowers it, the largest part first: {'; '.join(cures)}.")
+        first = "the largest part first" if wrong is None else f"{wrong} first"
+        lines.append(f"What lowers it, {first}: {'; '.join(cures)}.")
     lines.append("`hedgehog validate` estimates it before the next attempt.")
     return " ".join(lines)
+
+
+def _found(device: torch.device) -> dict[TermKind, float]:
+    """What this process holds by kind; on a GPU also activations, as all else of the peak. Empty: nothing to tell."""
+    held = held_bytes(device)
+    found: dict[TermKind, float] = {"weights": held["weights"], "training": held["training"]}
+    if device.type == "cuda":
+        if not torch.cuda.is_initialized():
+            return {}
+        found["activations"] = max(0, torch.cuda.max_memory_allocated(device) - sum(held.values()))
+    return found
+
+
+def _too_low(estimated: dict[TermKind, float], found: dict[TermKind, float]) -> TermKind | None:
+    """The estimate that was too low, by more than a tenth of all that was estimated."""
+    worst = max(found, key=lambda kind: found[kind] - estimated[kind], default=None)
+    if worst is None or found[worst] - estimated[worst] <= 0.1 * sum(estimated.values()):
+        return None
+    return worst
+
+
+def _beside_what_was_found(
+    estimated: dict[TermKind, float], found: dict[TermKind, float], wrong: TermKind | None
+) -> str:
+    parts = ", ".join(
+        f"{kind} {'up to ' if kind == 'activations' else ''}{format_bytes(found[kind])} "
+        f"(estimated {format_bytes(estimated[kind])})"
+        for kind in found
+    )
+    if wrong is None:
+        return f"Found: {parts}; no estimate was too low."
+    excess = format_bytes(found[wrong] - estimated[wrong])
+    return f"Found: {parts}; the estimate of {wrong} is too low by {excess}, please report it."
 
 
 def _estimate(stage: str, config: RunConfig, world: World) -> StageEstimate | None:
@@ -73,16 +114,11 @@ def _estimate(stage: str, config: RunConfig, world: World) -> StageEstimate | No
     return next((estimate for estimate in estimates if estimate.stage == stage), None)
 
 
-def _beside_the_gpu(estimated: float, device: torch.device) -> str:
+def _the_gpu(device: torch.device) -> str:
     free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
+    line = f"The GPU has {format_bytes(total)}"
     others = total - free - torch.cuda.memory_reserved(device)
-    found = f"This process had up to {format_bytes(peak)} of the GPU's {format_bytes(total)}"
-    if others > 2 * 2**30:
-        return f"{found}; other processes hold {format_bytes(others)} of it."
-    if estimated < total:
-        return f"{found}: the estimate is too low here, please report it with this message."
-    return f"{found}."
+    return f"{line}; other processes hold {format_bytes(others)} of it." if others > 2 * 2**30 else f"{line}."
 
 
 def _cures(kind: TermKind, stage: str, config: RunConfig, world: World) -> Iterator[str]:

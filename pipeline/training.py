@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from .errors import Interrupted, LeaseError, NonFiniteLossError
 from .interrupts import from_votes, votes
+from .not_finite import watch_for_faults
 from .run_folder import write_fault
 from .schedule import learning_rate_factor
 
@@ -46,8 +47,11 @@ class TrainingTask(Protocol):
         """What to record of a step, from the summed shares."""
         ...
 
-    def fault(self, totals: Mapping[str, torch.Tensor]) -> str:
-        """Where the figures are not finite, for the user ("layer 3, head 1")."""
+    def fault(self, totals: Mapping[str, torch.Tensor], first_fault: Callable[[], str | None]) -> str:
+        """Where the figures are not finite, for the user ("layer 3, head 1").
+
+        `first_fault` repeats the step and tells which module's output was the first. Collective.
+        """
         ...
 
     def validate(self) -> dict[str, float]:
@@ -140,11 +144,13 @@ def train(
         seed_step(seed, step, world.rank)
         totals, step_tokens, stop = _accumulate(task, engine, plan, step, world)
         if not all(math.isfinite(x) for total in totals.values() for x in total.flatten().tolist()):
-            raise _not_finite(task.fault(totals), step, checkpoints, cure)
+            where = task.fault(totals, lambda step=step: _first_fault(task, engine, plan, seed, step, world, "forward"))
+            raise _not_finite(where, step, checkpoints, cure)
         factor = learning_rate_factor(step, plan.num_steps, schedule)
         grad_norm = engine.step(factor)
         if not math.isfinite(grad_norm):
-            raise _not_finite("the gradient", step, checkpoints, cure)
+            where = _first_fault(task, engine, plan, seed, step, world, "backward")
+            raise _not_finite(where or "the sum of the micro-batches' gradients", step, checkpoints, cure)
         done = step + 1
         num_tokens += step_tokens
 
@@ -212,6 +218,28 @@ def _accumulate(
             sums[name] = sums[name] + share.detach() if name in sums else share.detach()
     totals = sum_over_ranks({**sums, _VOTES: _votes(world)}, world)
     return totals, num_tokens, _decide(totals.pop(_VOTES))
+
+
+def _first_fault(
+    task: TrainingTask,
+    engine: TrainingEngine,
+    plan: BatchPlan,
+    seed: int,
+    step: int,
+    world: World,
+    passes: Literal["forward", "backward"],
+) -> str | None:
+    """Repeat a step's passes, forward or both, and look where they cease to be finite. No weight has changed since.
+
+    Collective. None: every micro-batch by itself is finite.
+    """
+    seed_step(seed, step, world.rank)
+    with watch_for_faults(engine.module, engine.parameters) as fault, torch.set_grad_enabled(passes == "backward"):
+        for batch in plan.step(step):
+            loss, _ = task.loss(to_device(batch, world.device))
+            if passes == "backward":
+                engine.backward(loss)
+    return next((found for found in world.gather(fault.describe()) if found is not None), None)
 
 
 def _agree_to_stop(world: World) -> Interrupted | None:

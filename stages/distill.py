@@ -8,12 +8,13 @@ A subset of the layers (`distill.layers`) trains in a folder of its own, with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels.softmax_attention import MaterialisedAttentionError
 from ..pipeline.checkpoints import Checkpoints
 from ..pipeline.data.base_fingerprint import check_base_unchanged
 from ..pipeline.data.batches import BatchPlan, validation_batches
@@ -68,6 +69,11 @@ def run(ctx: StageContext) -> StageResult:
         return StageResult(skipped="model.attention is softmax: there are no feature maps")
     try:
         return _distill(ctx)
+    except MaterialisedAttentionError as error:
+        raise ConfigError(
+            f"distill: {error}. Lower data.max_length_tokens or distill.micro_batch_size, or set the other "
+            f"engine.precision (now {config.engine.precision})."
+        ) from error
     finally:
         release_deepspeed()
 
@@ -272,15 +278,15 @@ class _Distillation:
             "layer_grad_norm_max": float(totals["grad_norm_L"].max()),
         }
 
-    def fault(self, totals: Mapping[str, torch.Tensor]) -> str:
-        bad = (~torch.isfinite(totals["kl_LH"])).nonzero()
-        if len(bad):
-            row, head = bad[0].tolist()
-            return f"the loss of layer {self._module.layer_indices[row]}, head {head}"
-        for name, what in (("loss_L", "loss"), ("grad_norm_L", "gradient")):
+    def fault(self, totals: Mapping[str, torch.Tensor], first_fault: Callable[[], str | None]) -> str:
+        for name, what in (("kl_LH", "loss"), ("grad_norm_LH", "gradient")):
             bad = (~torch.isfinite(totals[name])).nonzero()
             if len(bad):
-                return f"the {what} of layer {self._module.layer_indices[int(bad[0])]}"
+                row, head = bad[0].tolist()
+                return f"the {what} of layer {self._module.layer_indices[row]}, head {head}"
+        bad = (~torch.isfinite(totals["loss_L"] + totals["grad_norm_L"])).nonzero()
+        if len(bad):
+            return f"the loss of layer {self._module.layer_indices[int(bad[0])]}"
         raise AssertionError("all figures are finite")
 
     def validate(self) -> dict[str, float]:

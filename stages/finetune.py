@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,8 +148,9 @@ class _Finetuning:
     def figures(self, totals: Mapping[str, torch.Tensor]) -> dict[str, float]:
         return {"loss_nats": float(totals["loss"])}
 
-    def fault(self, totals: Mapping[str, torch.Tensor]) -> str:
-        return f"the loss is {float(totals['loss'])}"
+    def fault(self, totals: Mapping[str, torch.Tensor], first_fault: Callable[[], str | None]) -> str:
+        first = first_fault()
+        return f"the loss is {float(totals['loss'])}" + (f", first of all {first}" if first else "")
 
     def validate(self) -> dict[str, float]:
         """Nats per summary token over the validation rows."""

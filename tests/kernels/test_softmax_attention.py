@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hedgehog.kernels import softmax_attention
-from hedgehog.kernels.softmax_attention import causal_softmax_attention, obstacle
+from hedgehog.kernels.softmax_attention import MaterialisedAttentionError, causal_softmax_attention, obstacle
 
 CPU = torch.device("cpu")
 
@@ -119,7 +119,7 @@ def test_the_operator_is_that_of_torchs_choice(monkeypatch, backend):
     """On a GPU either of two; what they return has not been seen on one."""
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *inputs, **options: backend.value)
     q, k, v = (x.to("meta") for x in problem())
-    assert softmax_attention._operator_chosen(q, k, v, 0.3, False) is None, "neither a CPU nor a GPU"
+    assert softmax_attention._choice(q, k, v, 0.3, False) is None, "neither a CPU nor a GPU"
 
     class OnGPU:
         device, requires_grad, shape = torch.device("cuda"), False, (1, 4, 9, 24)
@@ -127,5 +127,30 @@ def test_the_operator_is_that_of_torchs_choice(monkeypatch, backend):
         def numel(self) -> int:
             return 4 * 9 * 24
 
-    name = softmax_attention._operator_chosen(OnGPU(), k, v, 0.3, False)
+    q = OnGPU()
+    name = softmax_attention._operator_of(softmax_attention._choice(q, k, v, 0.3, False), q)
     assert name == {"FLASH_ATTENTION": "FlashAttention", "CUDNN_ATTENTION": "cuDNN"}.get(backend.name)
+
+
+def test_grouped_heads_are_repeated_for_a_kernel_without_groups(monkeypatch):
+    """torch's memory-efficient kernel, the only fused one for float32 on a GPU."""
+    backends, choose = [], torch._fused_sdp_choice
+
+    def without_groups(*inputs, enable_gqa, **options):
+        backends.append(SDPBackend.MATH.value if enable_gqa else choose(*inputs, enable_gqa=False, **options))
+        return backends[-1]
+
+    q, k, v = problem(kv_heads=2)
+    expected = causal_softmax_attention(q, k, v, 0.3)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", without_groups)
+    for found, right in zip(causal_softmax_attention(q, k, v, 0.3), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    assert backends == [SDPBackend.MATH.value, SDPBackend.FLASH_ATTENTION.value]
+
+
+def test_large_matrices_of_attention_weights_are_refused(monkeypatch):
+    q, k, v = problem()
+    monkeypatch.setattr(softmax_attention, "MATERIALISED_LIMIT_BYTES", 2 * 4 * 67 * 67 * 4 - 1)
+    causal_softmax_attention(q, k, v, 0.3)
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(MaterialisedAttentionError, match="24-wide heads in float32"):
+        causal_softmax_attention(q, k, v, 0.3)

@@ -46,6 +46,18 @@ def test_torchrun_s_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (world.rank, world.world_size, world.local_rank, world.is_main) == (3, 4, 1, False)
 
 
+def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    for name, value in (("is_available", True), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises(ConfigError, match=r"Tesla T4 \(compute capability 7\.5\).*Set engine\.precision=float32"):
+        discover_world(EngineConfig(precision="bfloat16"))
+    assert discover_world(EngineConfig(precision="float32")).device.type == "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert discover_world(EngineConfig(precision="bfloat16")).device == chosen[-1]
+
+
 def test_several_processes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="MASTER_ADDR"):

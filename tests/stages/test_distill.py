@@ -135,8 +135,9 @@ def test_another_number_of_processes_may_resume(two_process_runs: dict[Any, Run]
     assert run.losses("distill") == pytest.approx(finished.losses("distill"), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_names_layer_and_head(
-    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_names_layer_and_head(
+    what: str, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = new_run()
     layer_loss = distillation.FeatureMapDistillation._layer_loss
@@ -146,8 +147,11 @@ def test_a_loss_that_is_not_finite_names_layer_and_head(
         loss, kl_H = layer_loss(self, seen, *inputs)
         calls.append(seen.layer_index)
         if len(calls) > 3 * 2 * 2 and seen.layer_index == 1:  # third step: layers x micro-batches x steps
-            kl_H = kl_H.clone()
-            kl_H[2] = torch.nan
+            poison = torch.tensor([0, 0, torch.nan, 0])
+            if what == "loss":
+                return loss, kl_H + poison
+            weight = self.layers["1"]["feature_map_k"].weight
+            loss = loss + (weight * poison[:, None, None]).sum().nan_to_num()
         return loss, kl_H
 
     with monkeypatch.context() as patch:
@@ -155,7 +159,7 @@ def test_a_loss_that_is_not_finite_names_layer_and_head(
         with pytest.raises(NonFiniteLossError) as error:
             run.stage("distill")
     message = str(error.value)
-    assert "step 3: the loss of layer 1, head 2" in message
+    assert f"step 3: the {what} of layer 1, head 2" in message
     assert "step-000002" in message
     assert "learning_rate" in message
     kept = [folder.name for folder in (run.root / "distill/checkpoints").iterdir()]
@@ -189,6 +193,49 @@ def test_the_loss_is_handed_the_teachers_log_sum_exp(
     monkeypatch.setattr(distillation, "select_distill_backend", spying)
     new_run(distill__packing=packing, distill__max_steps=1).stage("distill")
     assert seen[True] > 0 and seen[False] > 0
+
+
+def test_attention_weights_that_would_be_large_are_refused(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has no fused kernel for the teacher."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from hedgehog.kernels import softmax_attention
+
+    monkeypatch.setattr(softmax_attention, "MATERIALISED_LIMIT_BYTES", 2 * 4 * 8 * 8 * 4)
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(ConfigError, match=r"no fused attention.*data\.max_length_tokens"):
+        new_run().stage("distill")
+
+
+@pytest.mark.parametrize(("quantization", "near"), [("nf4", 0.1), ("int8", 0.005)])
+def test_a_quantized_teacher(quantization: str, near: float, new_run: Callable[..., Run], finished: Run) -> None:
+    """Other figures than the teacher's own weights give, and near them; the maps are fp32 and learn."""
+    run = new_run(model__quantization=quantization)
+    kl, expected_kl = (r.stage("distill").summary["kl_mean"] for r in (run, finished))
+    losses, expected = run.losses("distill"), finished.losses("distill")
+    assert losses[0] != expected[0]
+    assert losses == pytest.approx(expected, rel=near)
+    assert kl == pytest.approx(expected_kl, rel=2 * near)
+    maps = run.tensors(MAPS)
+    assert len(maps) == 6
+    for weight_HDF in maps.values():
+        assert weight_HDF.dtype == torch.float32
+        assert not torch.equal(weight_HDF, torch.eye(8).expand(4, 8, 8))
+    with pytest.raises(ConfigError, match="cannot shard quantized"):
+        new_run(model__quantization=quantization, engine__zero_stage=3).stage("distill")
+
+
+def test_a_checkpoint_holds_what_learns_only(finished: Run) -> None:
+    """The maps, 12 bytes a weight with AdamW's moments; not the teacher's weights."""
+    folder = finished.root / "distill/checkpoints/step-000004"
+    names = set(finished.tensors(MAPS))
+    assert len(names) == 6
+    assert set(finished.tensors("distill/checkpoints/step-000004/weights.safetensors")) == names
+    moments = set(finished.tensors("distill/checkpoints/step-000004/optimizer.safetensors"))
+    assert moments == {f"{moment}/{name}" for moment in ("exp_avg", "exp_avg_sq") for name in names}
+    num_bytes = 12 * 6 * 4 * 8 * 8
+    assert num_bytes < sum(file.stat().st_size for file in folder.iterdir()) < num_bytes + 8192
 
 
 def test_softmax_attention_has_nothing_to_distill(new_run: Callable[..., Run]) -> None:

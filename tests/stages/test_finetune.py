@@ -183,6 +183,16 @@ def test_bfloat16_weights_with_float32_learning(distilled: Callable[..., Run], f
     assert run.losses("finetune") == pytest.approx(finished.losses("finetune"), rel=0.03)
 
 
+def test_a_checkpoint_holds_what_learns_only(finished: Run) -> None:
+    """The adapter and the maps, 12 bytes a weight with AdamW's moments; nothing of the base."""
+    folder = finished.root / "finetune/checkpoints/step-000004"
+    weights = finished.tensors("finetune/checkpoints/step-000004/weights.safetensors")
+    assert sum("lora_" in name for name in weights) == 3 * 4 * 2
+    assert sum("feature_map_" in name for name in weights) == len(weights) - 24 == 6
+    num_bytes = 12 * finished.stage("finetune").summary["trained_weights"]
+    assert num_bytes < sum(file.stat().st_size for file in folder.iterdir()) < num_bytes + 32768
+
+
 def test_softmax_attention_is_the_baseline(distilled: Callable[..., Run]) -> None:
     """What it saves fits a plain Llama."""
     from peft import PeftModel
@@ -272,6 +282,48 @@ def test_a_diverging_run_stops_and_keeps_what_was_good(
     with pytest.raises(NonFiniteLossError, match=r"step 3: the loss is inf.*step-000002"):
         run.stage("finetune")
     assert [folder.name for folder in (run.root / "finetune/checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_names_its_weight(
+    stage: int, distilled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hedgehog.pipeline import summary_loss
+
+    create = summary_loss.SummaryLoss.__init__
+    part = ("layers.1.self_attn.k_proj.lora_B.default.weight", "layers.1.self_attn.feature_map_q.weight")[stage == 2]
+
+    def poisoned(self: Any, *inputs: Any, **options: Any) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient[-1] = torch.nan
+            return gradient
+
+        create(self, *inputs, **options)
+        (weight,) = (p for name, p in self.named_parameters() if name.endswith(part))
+        weight.register_hook(spoil)
+
+    monkeypatch.setattr(summary_loss.SummaryLoss, "__init__", poisoned)
+    with pytest.raises(NonFiniteLossError) as error:
+        distilled(engine__zero_stage=stage).stage("finetune")
+    assert "step 1: the gradient of " in str(error.value)
+    assert f"{part}{', head 3' if stage == 2 else ''}." in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_names_the_module(
+    distilled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, calls = LlamaMLP.forward, []
+
+    def poisoned(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return forward(self, x) * (torch.nan if len(calls) % 3 == 2 else 1)  # layer 1 of 3
+
+    monkeypatch.setattr(LlamaMLP, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan, first of all the output of \S*layers\.1\.mlp\."):
+        distilled().stage("finetune")
 
 
 def test_zero_shot_is_skipped(distilled: Callable[..., Run]) -> None:
