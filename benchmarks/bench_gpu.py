@@ -6,9 +6,10 @@
     python benchmarks/gpu_report.py FILE.json         # tables and plots from what a run wrote
 
 In this order, as long as time is left: the kernels against float64 (gpu_problems.py) beside compute-sanitizer
-(gpu_sanitizer.py); the GPU's ceilings; forward and forward + backward at 4k and 32k tokens, each way to do it
-(gpu_methods.py); decoding (gpu_decoding.py); the other lengths. Where a result is off, exit code 1 and no times: times
-of a wrong kernel mean nothing. The JSON is written again after every shape, with what failed, what was skipped and
+(gpu_sanitizer.py); the GPU's ceilings; forward, backward and both at 4k and 32k tokens, each way to do it
+(gpu_methods.py); decoding (gpu_decoding.py); the other lengths; a plot, where there is matplotlib. Where a result is
+off, exit code 1 and no times: times of a wrong kernel mean nothing. A sanitizer without a verdict is exit code 1 too,
+with times. The JSON is written again after every shape, with what failed, what was skipped and
 what was left out for want of time.
 """
 
@@ -20,6 +21,8 @@ import argparse
 import json
 import os
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401  before all that imports hedgehog
+import gpu_circumstances
 import gpu_decoding
 import gpu_methods
 import gpu_problems
@@ -36,8 +40,8 @@ from gpu_decoding import Token
 from gpu_environment import environment
 from gpu_methods import Cell
 from gpu_problems import Case
-from gpu_report import tables
-from gpu_timing import Budget, CudaMeter, HostMeter, attempt, free_memory, measure_ceilings
+from gpu_report import plot_beside, tables
+from gpu_timing import Budget, CudaMeter, Forecast, HostMeter, attempt, free_memory, measure_ceilings
 from gpu_work import PASSES, Ceilings
 
 from hedgehog.kernels.cuda.attention import OLDEST_CAPABILITY, num_segments
@@ -77,6 +81,7 @@ class Run:
         self.on_gpu = device.type == "cuda"
         self.ceilings = Ceilings(1.0, 1.0)
         self.meter: CudaMeter | None = None
+        self._forecast = Forecast()
         self.report: dict[str, Any] = {
             **environment(device),
             "command": " ".join(sys.argv),
@@ -99,8 +104,8 @@ class Run:
         unfinished.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, self.out)
 
-    def may_begin(self, what: dict[str, Any]) -> bool:
-        if self.budget.left_s() >= RESERVE_S:
+    def may_begin(self, what: dict[str, Any], predicted_s: float = 0.0) -> bool:
+        if self.budget.left_s() >= max(RESERVE_S, 1.2 * predicted_s):
             return True
         self.report["left_out"].append(what)
         return False
@@ -124,21 +129,32 @@ class Run:
         if self.on_gpu and not self.quick:
             maps = product(("hedgehog_softmax", "hedgehog_exp"), self.sizes.features)
             cases = [*cases, *(Case(128, features, name, gpu_problems.LONG) for name, features in maps)]
+
+        def lacks(case: Case) -> str | None:
+            needed = library.shared_bytes(case.head_dim, case.features, case.feature_map)
+            too_many = most_shared is not None and needed > most_shared
+            return f"a block needs {needed} bytes of shared memory" if too_many else None
+
         group = None
         for case in cases:
             if group != (group := (case.head_dim, case.features, case.feature_map)):
                 print(f"head dim {case.head_dim}, F={case.features}, {case.feature_map}", flush=True)  # where it hangs
-            needed = library.shared_bytes(case.head_dim, case.features, case.feature_map)
-            if most_shared is not None and needed > most_shared:
-                skipped.append({**asdict(case), "why": f"a block needs {needed} bytes of shared memory"})
+            if why := lacks(case):
+                skipped.append({**asdict(case), "why": why})
                 continue
             rows += self._checked(case)
+        print("the same again, other streams, graphs, offsets beyond 2³¹, NaN", flush=True)
+        small = self.quick or not self.on_gpu
+        others = gpu_circumstances.check_all(self.device, small, lambda case: lacks(case) is None)
+        skipped += [row for row in others if "skipped" in row]
+        rows += others
         return {
             "limits": gpu_problems.LIMITS,
             "num_results": len(rows),
             "wrong": [row for row in rows if row["faults"]],
             "skipped": skipped,
-            "worst": gpu_problems.worst(rows),
+            "worst": gpu_problems.worst([row for row in rows if "check" not in row]),
+            "checks": dict(Counter(row["check"] for row in others)),
             "gradients_by": self._who_differentiates(cases),
         }
 
@@ -168,6 +184,16 @@ class Run:
                 found.append(row)
         return found
 
+    def unsettled(self) -> list[Any]:
+        """Sanitizers that came to no verdict: nothing is wrong, and nothing is shown to be right."""
+        return [row for row in self.report["sanitizer"] if row["verdict"] == "no verdict"]
+
+    def correctness_line(self) -> str:
+        """The summary of what was checked."""
+        sanitizers = ", ".join(f"{row['tool']} {row['verdict'].upper()}" for row in self.report["sanitizer"])
+        results = self.report["correctness"]["num_results"]
+        return f"correctness: {results} results, {len(self.wrong())} wrong; sanitizer: {sanitizers or 'not run'}"
+
     def measure_ceilings(self) -> None:
         self.meter = CudaMeter(self.device) if self.on_gpu else HostMeter()
         self.ceilings = measure_ceilings(self.meter, self.sizes.copy_bytes, self.sizes.matrix_size)
@@ -179,10 +205,14 @@ class Run:
         assert self.meter is not None
         sets: list[gpu_methods.Inputs] = []
         meter = self.meter
-        for method, passes in product(methods, PASSES):
+        # backward alone where the others are compared at length
+        wanted = PASSES if cell.length in self.sizes.headline else ("forward", "forward+backward")
+        for method, passes in product(methods, wanted):
             row: dict[str, Any] = {"method": method, "pass": passes, **asdict(cell)}
-            if not self.may_begin(row):
+            key = method, passes, cell.heads, cell.features
+            if not self.may_begin(row, self._forecast.seconds(key, cell.length)):
                 continue
+            began = time.monotonic()
 
             def one(method: str = method, passes: str = passes) -> dict[str, Any]:
                 if not sets:
@@ -190,6 +220,7 @@ class Run:
                 return gpu_methods.measure(method, sets, passes, meter, self.ceilings)
 
             row |= attempt(one)
+            self._forecast.note(key, cell.length, time.monotonic() - began)
             self.report["times"].append(row)
             show(row)
         del sets[:]
@@ -289,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=480.0, help=f"nothing begins in the last {RESERVE_S:.0f} s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes of everything: shows that it runs")
     parser.add_argument("--even-if-wrong", action="store_true", help="times of kernels that are wrong, too")
+    parser.add_argument("--only-correctness", action="store_true", help="no times")
     parser.add_argument("--commit", help="for the report, where the files lie without their repository")
     parser.add_argument("--sanitizer-target", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -310,15 +342,20 @@ def main(arguments: list[str] | None = None) -> int:
     few = gpu_problems.few_cases()
     run.check(few[:1] if chosen.quick else few if device.type == "cpu" else gpu_problems.all_cases())
     wrong = run.wrong()
-    print(f"correctness: {run.report['correctness']['num_results']} results, {len(wrong)} wrong", flush=True)
-    if (device.type == "cuda" or chosen.quick) and (chosen.even_if_wrong or not wrong):
+    print(f"{run.correctness_line()} ({budget.spent_s():.0f} of {budget.limit_s:.0f} s)", flush=True)
+    timed = (device.type == "cuda" or chosen.quick) and not chosen.only_correctness
+    if timed and (chosen.even_if_wrong or not wrong):
         run.measure_ceilings()
         run.time_everything()
         print(tables(run.report))
+        print(plot_beside(run.report, out))
+        print(run.correctness_line())
     for row in run.wrong():
         print(f"WRONG {row}", file=sys.stderr)
+    for row in run.unsettled():
+        print(f"NO VERDICT {row}", file=sys.stderr)
     print(f"written to {out}; {len(run.report['left_out'])} measurements left out for want of time")
-    return 1 if run.wrong() else 0
+    return 1 if run.wrong() or run.unsettled() else 0
 
 
 if __name__ == "__main__":

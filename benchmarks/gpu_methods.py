@@ -180,7 +180,7 @@ METHODS = {**LINEAR, **SOFTMAX}
 
 
 def call_of(ready: Ready, inputs: Inputs, passes: str) -> Call:
-    """o without a graph of gradients, or o and the gradients."""
+    """o without a graph of gradients; the gradients of an o that is there already; or both."""
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -190,7 +190,10 @@ def call_of(ready: Ready, inputs: Inputs, passes: str) -> Call:
         out = ready.attend()
         return out.detach(), *torch.autograd.grad(out, ready.leaves, inputs.grad_out)
 
-    return forward if passes == "forward" else forward_backward
+    if passes != "backward":
+        return forward if passes == "forward" else forward_backward
+    out = ready.attend()
+    return lambda: torch.autograd.grad(out, ready.leaves, inputs.grad_out, retain_graph=True)
 
 
 def work_of(cell: Cell, passes: str) -> list[Work]:

@@ -106,17 +106,31 @@ def plot(report: Row, file: Path) -> None:
     from matplotlib import pyplot
 
     panels = sorted({(row["pass"], row["heads"]) for row in report["times"]})
-    figure, axes = pyplot.subplots(1, len(panels) + 1, figsize=(5 * (len(panels) + 1), 5), layout="constrained")
-    for axis, (passes, heads) in zip(axes, panels, strict=False):
+    figure, axes = pyplot.subplots(
+        1, len(panels) + 1, figsize=(5 * (len(panels) + 1), 5), layout="constrained", squeeze=False
+    )
+    for axis, (passes, heads) in zip(axes[0], panels, strict=False):
         rows = [row for row in report["times"] if (row["pass"], row["heads"]) == (passes, heads)]
         limits = [{**row, "method": "limit", "seconds": row["limit_s"]} for row in rows if row["method"] == "kernel"
                   and "seconds" in row]  # fmt: skip
         _lines(axis, [*rows, *limits], "length", f"{passes}, {heads} heads", 1e3, "ms")
     in_graph = [row for row in report["decoding"] if row["graph"]]
-    _lines(axes[-1], in_graph, "batch", "one token, in a graph", 1e6, "µs")
+    _lines(axes[0][-1], in_graph, "batch", "one token, in a graph", 1e6, "µs")
     figure.suptitle(str(report["device"]))
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def plot_beside(report: Row, file: Path) -> str:
+    """Writes the plot as PNG beside the JSON `file`; in words what came of it."""
+    picture = file.with_suffix(".png")
+    if not report["times"]:
+        return "no plot: nothing was timed"
+    try:
+        plot(report, picture)
+    except ImportError as error:
+        return f"no plot: {error}; `python benchmarks/gpu_report.py {file}` makes it where there is matplotlib"
+    return f"plot: {picture}"
 
 
 def _lines(axis: Any, rows: Iterable[Row], column: str, title: str, factor: float, unit: str) -> None:
@@ -153,13 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     report = json.loads(chosen.report.read_text(encoding="utf-8"))
     print(tables(report, chosen.short))
-    file = chosen.plot or chosen.report.with_suffix(".png")
-    try:
-        plot(report, file)
-    except ImportError as error:
-        print(f"\nno plot: {error}; pip install '.[eval]'")
-    else:
-        print(f"\nplot: {file}")
+    print(f"\n{plot_beside(report, chosen.plot or chosen.report)}")
 
 
 if __name__ == "__main__":

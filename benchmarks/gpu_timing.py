@@ -23,6 +23,8 @@ Call = Callable[[], Any]
 MEASUREMENT_S = 0.15
 """What the timed calls of one measurement take together; at least 3 calls, one where a call takes over a second."""
 FLUSH_BYTES = 2**30
+SETTLE_BYTES = 2**28
+"""Read after the flush; several times any GPU's L2."""
 
 
 class NotAvailable(Exception):
@@ -33,14 +35,17 @@ class CudaMeter:
     """Medians of CUDA events over calls that take turns, after one call each as warm-up.
 
     Before each timed call a large buffer is written: no input is in the cache then, and the host, which queues the
-    call meanwhile, is ahead by a quarter of a millisecond or so. What the host takes beyond that counts.
+    call meanwhile, is ahead by a third of a millisecond or so. What the host takes beyond that counts. Then another
+    buffer is read, or the call would pay for writing the first one's last lines back to memory.
     """
 
     max_rounds = 30
 
-    def __init__(self, device: torch.device, flush_bytes: int = FLUSH_BYTES) -> None:
+    def __init__(self, device: torch.device, flush_bytes: int = FLUSH_BYTES, settle_bytes: int = SETTLE_BYTES) -> None:
         self.device = device
         self._flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
+        self._settle = torch.zeros(settle_bytes // 4, device=device)
+        self._sum = torch.empty((), device=device)
 
     def seconds(self, calls: Sequence[Call]) -> dict[str, Any]:
         """The median, the fastest, the slowest and the number of timed calls."""
@@ -85,6 +90,7 @@ class CudaMeter:
     def _once(self, call: Call) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flush.zero_()
+        torch.sum(self._settle, dim=0, out=self._sum)
         start.record()
         call()
         stop.record()
@@ -134,6 +140,24 @@ class Budget:
 
     def left_s(self) -> float:
         return self.limit_s - self.spent_s()
+
+
+class Forecast:
+    """What a row will take, from what the same method took at a shorter length: at most quadratically more."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, tuple[int, float]] = {}
+
+    def seconds(self, key: Any, length: int) -> float:
+        """0 where nothing is known."""
+        if key not in self._seen:
+            return 0.0
+        before, took = self._seen[key]
+        return took * max(1.0, length / before) ** 2
+
+    def note(self, key: Any, length: int, seconds: float) -> None:
+        if length >= self._seen.get(key, (0, 0.0))[0]:
+            self._seen[key] = length, seconds
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHUNK = 64
-PASSES = ("forward", "forward+backward")
+PASSES = ("forward", "backward", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def linear_attention_work(passes: str, heads: int, length: int, head_dim: int, f
     tokens, d, f, c = heads * length, head_dim, features, CHUNK
     forward = Work(tokens * (6 * d * f + 2 * c * (d + f)), tokens * (8 * d + 4))
     backward = Work(tokens * (18 * d * f + 6 * c * (d + f)), tokens * (24 * d + 16))
-    return [forward] if passes == "forward" else [forward, backward]
+    return {"forward": [forward], "backward": [backward]}.get(passes, [forward, backward])
 
 
 def softmax_work(passes: str, heads: int, length: int, head_dim: int) -> list[Work]:
@@ -79,7 +79,7 @@ def softmax_work(passes: str, heads: int, length: int, head_dim: int) -> list[Wo
     """
     pairs, tokens, d = heads * length**2 / 2, heads * length, head_dim
     forward, backward = Work(pairs * 4 * d, tokens * 8 * d), Work(pairs * 10 * d, tokens * 16 * d)
-    return [forward] if passes == "forward" else [forward, backward]
+    return {"forward": [forward], "backward": [backward]}.get(passes, [forward, backward])
 
 
 def decoding_work(batch: int, heads: int, head_dim: int, features: int) -> list[Work]:

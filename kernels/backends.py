@@ -103,67 +103,93 @@ def select_attention_backend(
     num_features: int,
     value_dim: int,
     feature_map: str | None = None,
+    gradients: bool = False,
 ) -> Backend:
     """The backend called `requested`, or with "auto" the fastest that serves this device, dtype and shape.
 
-    With the name of a `feature_map` whose φ the kernels compute, `Backend.fused` is there too. Raises ValueError
-    listing the backends for an unknown name, and with the reason where a backend asked for cannot serve.
+    With the name of a `feature_map` whose φ the kernels compute, `Backend.fused` is there too. With `gradients` the
+    backward kernels are tried as well, and the reason says where PyTorch takes their place. Raises ValueError listing
+    the backends for an unknown name, and with the reason where a backend asked for cannot serve.
     """
+    name, reason, fuses = _choose(requested, str(device), dtype, num_features, value_dim, feature_map, gradients)
+    if name == "torch":
+        return Backend(name, reason, chunked_linear_attention)
+    fused = FusedAttention(_kernels, feature_map) if fuses and feature_map is not None else None
+    return Backend(name, reason, _attend_features, fused)
+
+
+_kernels: Any = None
+"""The module of that name, once it has been asked for."""
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it, and does not look inside: it imports, builds and tries
+def _choose(
+    requested: str,
+    device_name: str,
+    dtype: torch.dtype,
+    num_features: int,
+    value_dim: int,
+    feature_map: str | None,
+    gradients: bool,
+) -> tuple[str, str, bool]:
+    """(name, reason, whether φ is inside the kernel)"""
+    global _kernels
     if requested not in BACKENDS:
         raise ValueError(f"unknown attention backend '{requested}'; known: {', '.join(BACKENDS)}")
     if requested == "torch":
-        return Backend("torch", "requested", chunked_linear_attention)
-    device = torch.device(device)
+        return "torch", "requested", False
+    device = torch.device(device_name)
     what = f"{device.type}, {str(dtype).removeprefix('torch.')}, F={num_features}, V={value_dim}"
     kernels, obstacle = None, None
     if device.type != ("cpu" if requested == "emulated" else "cuda"):
         obstacle = "it needs a CPU" if requested == "emulated" else "it needs a CUDA GPU"
     else:
         try:
-            kernels = importlib.import_module(_CUDA_MODULE)
+            kernels = _kernels = importlib.import_module(_CUDA_MODULE)
             obstacle = kernels.why_not(device, dtype, num_features, value_dim)
         except ImportError as error:
             obstacle = f"the kernels are not installed ({error})"
     if kernels is None or obstacle is not None:
         if requested == "auto":
-            return Backend("torch", f"no compiled kernel for {what}: {obstacle}", chunked_linear_attention)
+            return "torch", f"no compiled kernel for {what}: {obstacle}", False
         raise ValueError(f"attention backend '{requested}' cannot serve {what}: {obstacle}")
-    fused = None
-    if feature_map is not None and kernels.fuses(device, num_features, value_dim, feature_map):
-        fused = FusedAttention(kernels, feature_map)
     name = "cuda" if requested == "auto" else requested
     reason = "requested" if requested != "auto" else f"compiled for {what}"
+    fuses = False
     if feature_map is not None:
-        reason += f"; φ {'inside' if fused else 'outside'} the kernel"
-    return Backend(name, reason, _on_features(kernels), fused)
+        obstacle = kernels.why_not_fused(device, num_features, value_dim, feature_map)
+        fuses = obstacle is None
+        reason += "; φ inside the kernel" if fuses else f"; φ outside the kernel: {obstacle}"
+    if gradients:
+        differentiated = feature_map if fuses else "given"
+        obstacle = kernels.backward_obstacle(device, num_features, value_dim, differentiated)
+        reason += f"; gradients by PyTorch: {obstacle}" if obstacle else ""
+    return name, reason, fuses
 
 
-def _on_features(kernels: ModuleType) -> Callable[..., tuple[Tensor, LinearAttentionState | None]]:
-    def causal_attention(
-        phi_q_BHLF: Tensor,
-        phi_k_BHLF: Tensor,
-        v_BKLV: Tensor,
-        *,
-        mask_BL: Tensor | None = None,
-        segment_ids_BL: Tensor | None = None,
-        initial_state: LinearAttentionState | None = None,
-        eps: float,
-        chunk_size: int | None = None,  # the kernels have 64; another one changes nothing but roundings
-        return_state: bool = False,
-    ) -> tuple[Tensor, LinearAttentionState | None]:
-        out, state = kernels.attend(
-            phi_q_BHLF,
-            phi_k_BHLF,
-            v_BKLV,
-            mask_BL=mask_BL,
-            segment_ids_BL=segment_ids_BL,
-            initial_state=_as_pair(initial_state),
-            eps=eps,
-            return_state=return_state,
-        )
-        return out, None if state is None else LinearAttentionState(*state)
-
-    return causal_attention
+def _attend_features(
+    phi_q_BHLF: Tensor,
+    phi_k_BHLF: Tensor,
+    v_BKLV: Tensor,
+    *,
+    mask_BL: Tensor | None = None,
+    segment_ids_BL: Tensor | None = None,
+    initial_state: LinearAttentionState | None = None,
+    eps: float,
+    chunk_size: int | None = None,  # the kernels have 64; another one changes nothing but roundings
+    return_state: bool = False,
+) -> tuple[Tensor, LinearAttentionState | None]:
+    out, state = _kernels.attend(
+        phi_q_BHLF,
+        phi_k_BHLF,
+        v_BKLV,
+        mask_BL=mask_BL,
+        segment_ids_BL=segment_ids_BL,
+        initial_state=_as_pair(initial_state),
+        eps=eps,
+        return_state=return_state,
+    )
+    return out, None if state is None else LinearAttentionState(*state)
 
 
 def _as_pair(state: LinearAttentionState | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def load_variant_model(
-    config: RunConfig, inputs: Mapping[str, StageInput], device: torch.device, dtype: str | torch.dtype
+    config: RunConfig,
+    inputs: Mapping[str, StageInput],
+    device: torch.device,
+    dtype: str | torch.dtype,
+    report: Callable[[str], None],
 ) -> PreTrainedModel:
     """The model of one variant in eval mode: a HedgehogLlamaForCausalLM, or a LlamaForCausalLM for softmax attention.
 
@@ -28,6 +32,7 @@ def load_variant_model(
         config: the variant's own config (overrides applied).
         inputs: its finished stages `prepare`, `distill` and `finetune`.
         dtype: of the base weights; feature maps and adapter stay float32.
+        report: told once which implementation of linear attention runs, and why.
 
     Raises:
         ModelError, CheckpointError: an artifact is missing, torn, or does not fit the model.
@@ -46,7 +51,7 @@ def load_variant_model(
     )
     if config.model.attention == "linear":
         maps_from = inputs["distill"] if inputs["finetune"].skipped else inputs["finetune"]
-        model = load_hedgehog(
+        model = hedgehog = load_hedgehog(
             model,  # type: ignore[arg-type]
             maps_from.artifact("feature_maps"),
             attention_eps=config.model.attention_eps,
@@ -54,6 +59,7 @@ def load_variant_model(
             attention_backend=config.model.attention_backend,
             feature_map_seed=config.seed,
         )
+        hedgehog.model.report = report
     if not inputs["finetune"].skipped:
         model = _attach_adapter(model, inputs["finetune"].artifact("adapter"))
     return model.eval()

@@ -187,7 +187,9 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         of_shard = f"shard {ctx.shard} of " if ctx.shard else ""
         ctx.reporter.info(f"{variant.label}: summarizes {of_shard}{len(test.examples)} dialogues{done}")
         generation = _load_generation(ctx)
-        model = load_variant_model(variant.config, variant.inputs, ctx.world.device, ctx.config.engine.precision)
+        model = load_variant_model(
+            variant.config, variant.inputs, ctx.world.device, ctx.config.engine.precision, ctx.reporter.info
+        )
         batches_per_variant = len(test.prompt_batches) + len(test.reference_batches)
         progress = _Progress(ctx, first=number * batches_per_variant, total=len(ctx.variants) * batches_per_variant)
 

@@ -110,7 +110,7 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
     probe = make_probe(TokenizedSplit.open(prepare.artifact("tokens_test")), prompts, pad_id)
 
     stop_if_asked(_SAVED)
-    model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision)
+    model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision, ctx.reporter.info)
     stop_if_asked(_SAVED)
     ctx.reporter.info(f"the unmerged model answers {len(probe.prompts)} test prompts")
     reference = answer_probe(model, probe, eos_id=tokenizer.eos_token_id, pad_id=pad_id)

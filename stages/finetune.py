@@ -61,6 +61,7 @@ def run(ctx: StageContext) -> StageResult:
     if not config.finetune.enabled:
         return StageResult(skipped="finetune.enabled is false: the model is scored as distill left it")
     model = _load(ctx)
+    model.model.report = ctx.reporter.info
     adapted = attach_lora(model, config.finetune.lora, seed=ctx.rng("finetune.lora").initial_seed())
     map_parameters = _release_feature_maps(ctx, model)
     if config.finetune.gradient_checkpointing:

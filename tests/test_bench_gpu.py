@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # its modules find each other by being scripts of one folder
 
 import bench_gpu  # noqa: E402
+import gpu_circumstances  # noqa: E402
 import gpu_decoding  # noqa: E402
 import gpu_environment  # noqa: E402
 import gpu_methods  # noqa: E402
@@ -36,6 +38,15 @@ CASE = gpu_problems.Case(64, 128, "hedgehog_softmax", 70)
 needs_emulation = pytest.mark.skipif(
     not shutil.which("g++") or sys.platform != "linux", reason="the emulation needs g++ on Linux"
 )
+
+
+CHECKS = dict(gpu_circumstances.ANYWHERE)
+
+
+@pytest.fixture(autouse=True)
+def few_checks(monkeypatch):
+    """The checks beside the matrix take as long as the rest; one test runs them."""
+    monkeypatch.setattr(gpu_circumstances, "ANYWHERE", {})
 
 
 def run_bench(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -58,12 +69,14 @@ def test_work_is_that_of_the_notes():
 
 
 @needs_emulation
-def test_every_section_runs_on_a_cpu(tmp_path, capsys):
+def test_every_section_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_circumstances, "ANYWHERE", CHECKS)
     code, report = run_bench(tmp_path, "--quick")
     assert code == 0 and report["quick"] and report["left_out"] == [] and report["correctness"]["wrong"] == []
     assert {"python", "torch", "cuda", "triton"} <= report["versions"].keys() and "commit" in report
     assert {row["method"] for row in report["times"]} == {*gpu_methods.METHODS}
-    assert len(report["times"]) == 2 * 2 * len(gpu_methods.METHODS), "two lengths, two passes"
+    assert len(report["times"]) == (3 + 2) * len(gpu_methods.METHODS), "two lengths, backward alone at the first"
+    assert report["correctness"]["checks"] == {"run again": 1, "offsets beyond 2³¹": 1, "NaN": 1}
     assert len(report["decoding"]) == 2 * 2 * 5, "two batches, as called and in a graph"
     assert report["fla"]["skipped"].startswith("flash-linear-attention: ModuleNotFoundError")
     for row in [*report["times"], *report["decoding"]]:
@@ -76,10 +89,15 @@ def test_every_section_runs_on_a_cpu(tmp_path, capsys):
     assert all(row["extra_bytes"] >= 0 for row in report["times"] if "seconds" in row)
 
     pytest.importorskip("matplotlib")
+    printed = capsys.readouterr().out
+    assert "wrong; sanitizer: not run" in printed and f"plot: {tmp_path / 'deep' / 'bench.png'}" in printed
+    assert (tmp_path / "deep" / "bench.png").stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     gpu_report.main([str(tmp_path / "deep" / "bench.json")])
     printed = capsys.readouterr().out
-    assert (tmp_path / "deep" / "bench.png").stat().st_size > 10_000
+    assert "no plot: import of matplotlib" in printed
     for part in (
+        "| backward, 2 heads, ms | 70 |",
         "| forward+backward, 2 heads, ms | 40 | 70 |",
         "| softmax, cudnn | failed | failed |",
         "| fla, F=128, in a graph | – | – |",
@@ -107,7 +125,7 @@ def test_the_full_matrix():
 def test_without_time_the_rest_is_listed(tmp_path):
     code, report = run_bench(tmp_path, "--quick", "--budget-s", "0")
     assert code == 0 and report["times"] == [] and report["decoding"] == []
-    assert len(report["left_out"]) == 2 * 2 * 6 + 2 * 2 * 5
+    assert len(report["left_out"]) == (3 + 2) * 6 + 2 * 2 * 5
 
 
 @needs_emulation
@@ -176,6 +194,59 @@ def test_what_a_gpu_adds_to_correctness(tmp_path, monkeypatch):
     assert "bytes of shared memory" in run.report["correctness"]["skipped"][0]["why"]
 
 
+def differing(case, device):
+    return gpu_circumstances.unlike({"o": torch.ones(3)}, {"o": torch.tensor([1.0, 1.0, 1.0 + 1e-6])})
+
+
+def lost(case, device):
+    return {"NaN in q": 1.0}
+
+
+def raising(case, device):
+    raise RuntimeError("an illegal memory access")
+
+
+def full(case, device):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "check,faults,skipped",
+    [
+        (differing, ["o repeated"], None),
+        (lost, ["NaN in q"], None),
+        (raising, ["RuntimeError: an illegal memory access"], None),
+        (full, [], "out of memory"),
+    ],
+)
+def test_what_the_other_checks_say(check, faults, skipped, monkeypatch):
+    monkeypatch.setattr(gpu_circumstances, "ANYWHERE", {"one": check})
+    (row,) = gpu_circumstances.check_all(CPU, True, lambda case: True)
+    assert (row["faults"], row.get("skipped")) == (faults, skipped)
+    assert gpu_circumstances.check_all(CPU, True, lambda case: False) == []
+
+
+def test_a_gpu_gets_every_check_in_every_shape():
+    found = gpu_circumstances.jobs(torch.device("cuda"), quick=False)
+    assert len({name for name, *_ in found}) == 5 and len(found) == 5 * 4 * 4
+
+
+@needs_emulation
+def test_a_sanitizer_without_a_verdict_does_not_pass(tmp_path, monkeypatch, capsys):
+    row = {"tool": "racecheck", "verdict": "no verdict", "why": "stopped after 120 s"}
+    check = bench_gpu.Run.check
+
+    def with_sanitizer(self, cases):
+        check(self, cases)
+        self.report["sanitizer"] = [{"tool": "memcheck", "verdict": "clean"}, row]
+
+    monkeypatch.setattr(bench_gpu.Run, "check", with_sanitizer)
+    code, report = run_bench(tmp_path, "--quick", "--only-correctness")
+    said = capsys.readouterr()
+    assert code == 1 and report["times"] == []
+    assert "0 wrong; sanitizer: memcheck CLEAN, racecheck NO VERDICT" in said.out and "NO VERDICT" in said.err
+
+
 @needs_emulation
 def test_the_program_under_the_sanitizer_runs():
     gpu_sanitizer.run_target(CPU, gpu_sanitizer.CASES[:1])
@@ -229,10 +300,32 @@ def test_rounds_of_the_cuda_clock(milliseconds, rounds, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(FakeEvent, "milliseconds", milliseconds)
     called = []
-    meter = gpu_timing.CudaMeter(CPU, flush_bytes=16)
+    meter = gpu_timing.CudaMeter(CPU, flush_bytes=16, settle_bytes=16)
     found = meter.seconds([lambda: called.append(0), lambda: called.append(1)])
     assert found["seconds"] == found["fastest_s"] == milliseconds / 1000 and found["rounds"] == rounds
     assert len(called) == 2 + rounds and abs(called.count(0) - called.count(1)) <= 1
+
+
+def test_written_lines_leave_the_cache_before_the_clock_starts(monkeypatch):
+    happened, add = [], torch.sum
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(FakeEvent, "record", lambda self: happened.append("clock"))
+    monkeypatch.setattr(torch, "sum", lambda *given, **more: (happened.append("read"), add(*given, **more)))
+    meter = gpu_timing.CudaMeter(CPU, flush_bytes=16, settle_bytes=32)
+    meter._flush.fill_(7)
+    meter.seconds([lambda: happened.append("call")])
+    assert happened[1:5] == ["read", "clock", "call", "clock"] and not meter._flush.any()
+    assert gpu_timing.SETTLE_BYTES >= 4 * 60e6, "an H200 has 60 MB of L2"
+
+
+def test_a_rows_time_is_foretold():
+    forecast = gpu_timing.Forecast()
+    assert forecast.seconds("softmax", 4096) == 0
+    forecast.note("softmax", 4096, 2.0)
+    forecast.note("softmax", 1024, 1.0)  # a shorter length that came later
+    assert forecast.seconds("softmax", 32768) == 128 and forecast.seconds("softmax", 2048) == 2
+    assert forecast.seconds("kernel", 32768) == 0
 
 
 def test_a_graph_holds_all_calls(monkeypatch):
@@ -243,7 +336,9 @@ def test_a_graph_holds_all_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: "replayed"))
     monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
     called = []
-    replay = gpu_timing.CudaMeter(CPU, flush_bytes=16).graph([lambda: called.append(0), lambda: called.append(1)])
+    replay = gpu_timing.CudaMeter(CPU, flush_bytes=16, settle_bytes=16).graph(
+        [lambda: called.append(0), lambda: called.append(1)]
+    )
     assert replay() == "replayed" and called == [0, 1, 0, 1], "once to warm up, once to capture"
 
 
@@ -322,3 +417,15 @@ def test_flash_linear_attention_is_called_as_it_asks(features, monkeypatch):
 def test_without_a_gpu_it_says_what_there_is_instead(capsys):
     assert bench_gpu.main([]) == 1
     assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["bench_gpu.py", "distill_kernel.py"])
+def test_from_a_checkout_without_an_installation(script, tmp_path):
+    """Another `hedgehog` on the path, and none of the training's packages: what lies beside the script is meant."""
+    for name in ("hedgehog", "deepspeed", "pydantic", "peft", "typer", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not to be imported')\n")
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith(("no CUDA device", "there is no CUDA device")), done.stderr

@@ -6,18 +6,17 @@ tensors, because an export has a LinearAttentionState of its own.
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..chunked_attention import chunked_linear_attention
 from ..conventions import run_index_BL
 from ..feature_maps import Side, make_feature_map
 from .build import BuildError
 from .checks import FEATURES, HEAD_DIMS
+from .gradients import backward_obstacle
 from .library import FEATURE_MAP_NUMBERS, KernelError, cuda_library, emulated_library
 from .operators import linear_attention, linear_attention_token
 
@@ -25,7 +24,7 @@ FUSED_FEATURE_MAPS = tuple(name for name in FEATURE_MAP_NUMBERS if name != "give
 OLDEST_CAPABILITY = (8, 0)
 TOLERANCE = 0.02
 """Relative RMS error at which the kernels count as wrong; bf16 costs about 0.004."""
-logger = logging.getLogger(__name__)
+__all__ = ["attend", "attend_token", "backward_obstacle", "num_segments", "num_splits", "why_not", "why_not_fused"]
 _EMULATED_MULTIPROCESSORS = 4  # few, so that small tests use one segment and several
 
 
@@ -52,17 +51,15 @@ def why_not(device: torch.device, dtype: torch.dtype, num_features: int, value_d
 
 
 @cache
-def fuses(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> bool:
-    """Whether the kernels compute this φ here; asked where `why_not` said None. Small GPUs lack the shared memory."""
+def why_not_fused(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> str | None:
+    """Why the kernels cannot compute this φ here, or None; asked where `why_not` said None."""
     if feature_map not in FUSED_FEATURE_MAPS:
-        return False
+        return f"it has no {feature_map}"
     if device.type == "cpu":
-        return True
+        return None
+    # small GPUs lack the shared memory
     obstacle = _shared_memory_obstacle(device, num_features, value_dim, feature_map)
-    obstacle = obstacle or disagreement(device, num_features, value_dim, feature_map)
-    if obstacle:
-        logger.warning("φ is computed outside the kernel: %s", obstacle)
-    return obstacle is None
+    return obstacle or disagreement(device, num_features, value_dim, feature_map)
 
 
 def _shared_memory_obstacle(device: torch.device, num_features: int, value_dim: int, feature_map: str) -> str | None:
@@ -80,6 +77,8 @@ def disagreement(device: torch.device, num_features: int, head_dim: int, feature
     """
     try:
         error = _error_on_a_small_problem(device, num_features, head_dim, feature_map)
+    except torch.OutOfMemoryError:  # says nothing of the kernels: asked again next time
+        raise
     except RuntimeError as fault:
         return f"the kernels fail here ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
     return None if error <= TOLERANCE else f"the kernels differ from PyTorch here by {error:.1%}; please report it"
@@ -133,7 +132,7 @@ def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _num_multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return _EMULATED_MULTIPROCESSORS
@@ -187,17 +186,6 @@ def attend(
     return out, (kv_state, k_sum) if return_state else None
 
 
-_ROUNDED_WEIGHTS = WeakTensorKeyDictionary()
-
-
-def _rounded(weight: Tensor) -> Tensor:
-    """The weight in bfloat16, kept as long as it is not changed: rounding it costs as much as half a token's work."""
-    kept = _ROUNDED_WEIGHTS.get(weight)
-    if kept is None or kept[0] != weight._version or kept[1].device != weight.device:
-        kept = _ROUNDED_WEIGHTS[weight] = (weight._version, weight.detach().to(torch.bfloat16).contiguous())
-    return kept[1]
-
-
 def attend_token(
     q_BH1D: Tensor,
     k_BK1D: Tensor,
@@ -212,5 +200,5 @@ def attend_token(
 ) -> Tensor:
     """o_BH1V; `state` (S, z) is updated in place. See `operators.linear_attention_token`."""
     splits = num_splits(q_BH1D.device, *q_BH1D.shape[:2])
-    weights = _rounded(weight_q_HDP), _rounded(weight_k_HDP)
+    weights = weight_q_HDP, weight_k_HDP
     return linear_attention_token(q_BH1D, k_BK1D, v_BK1V, *weights, mask_B1, *state, feature_map, eps, splits)

@@ -1,13 +1,16 @@
-"""The gradient of `hedgehog::linear_attention`: the kernels, as the operator `hedgehog::linear_attention_backward`, or
+"""The gradient of `hedgehog::linear_attention`, as the operator `hedgehog::linear_attention_backward`: the kernels, or
 PyTorch where they cannot serve (a GPU whose blocks have too little shared memory, or one that fails the check).
 
-Both compute φ again and need q, k, v, the weights and, the kernels, the denominator. PyTorch takes one key/value head
-and its query heads at a time.
+The operator chooses when it runs, on real tensors: torch.compile traces its backward pass with tensors that hold
+nothing, on which no check could run. Both compute φ again and need q, k, v, the weights and, the kernels, the
+denominator. PyTorch takes one key/value head and its query heads at a time.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -27,10 +30,14 @@ from .library import (
 
 GRADIENT_TOLERANCE = 0.03
 """Relative RMS error at which the backward kernels count as wrong; bf16 costs about 0.005."""
+UNCHECKED_DEVICES = ("cpu",)
+"""The emulation, which tests check in full."""
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[Tensor | None, ...]
 """q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum as the operator takes them, or their gradients."""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of q, k, v, weight_q, weight_k, initial_kv, initial_k_sum; empty where there is no such input."""
 
 
 def linear_attention_gradients(
@@ -43,9 +50,6 @@ def linear_attention_gradients(
     q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum = inputs
     grad_out, grad_final_kv, grad_final_k_sum = grads_of_results
     assert q is not None and k is not None and v is not None and grad_out is not None
-    features = q.shape[-1] if weight_q is None else 2 * weight_q.shape[-1]
-    if backward_obstacle(q.device, features, v.shape[-1], feature_map) is not None:
-        return gradients_in_pytorch(inputs, grads_of_results, feature_map, eps)
     found = linear_attention_backward(
         q,
         k,
@@ -72,24 +76,30 @@ def linear_attention_gradients(
 @cache
 def backward_obstacle(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> str | None:
     """Why the backward kernels cannot serve here, or None. Asked where the forward kernel serves; said once."""
-    if device.type == "cpu":
+    if device.type in UNCHECKED_DEVICES:
         return None
-    library = cuda_library(torch.cuda.get_device_capability(device))
-    needed = library.backward_shared_bytes(head_dim, num_features, feature_map)
-    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if needed > there:
-        obstacle = f"a block of theirs needs {needed} bytes of shared memory, this GPU gives {there}"
-    else:
-        obstacle = gradient_disagreement(device, num_features, head_dim, feature_map)
+    obstacle = _shared_memory_obstacle(device, num_features, head_dim, feature_map) if device.type == "cuda" else None
+    obstacle = obstacle or gradient_disagreement(device, num_features, head_dim, feature_map)
     if obstacle:
         logger.warning("PyTorch computes the gradients of linear attention, not the kernels: %s", obstacle)
     return obstacle
+
+
+def _shared_memory_obstacle(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> str | None:
+    library = cuda_library(torch.cuda.get_device_capability(device))
+    needed = library.backward_shared_bytes(head_dim, num_features, feature_map)
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return (
+        f"a block of theirs needs {needed} bytes of shared memory, this GPU gives {there}" if needed > there else None
+    )
 
 
 def gradient_disagreement(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> str | None:
     """Why the backward kernels are not to be trusted on this device: they fail, or differ from PyTorch."""
     try:
         error = _error_on_a_small_problem(device, num_features, head_dim, feature_map)
+    except torch.OutOfMemoryError:  # says nothing of the kernels: asked again next time
+        raise
     except RuntimeError as fault:
         return f"they fail here ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
     return None if error <= GRADIENT_TOLERANCE else f"they differ from PyTorch here by {error:.1%}; please report it"
@@ -119,11 +129,11 @@ def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim:
     denominator = (phi_q.float() * phi_k.float().cumsum(dim=2)).sum(dim=-1) + eps
     inputs = q, k, v, *weights, None, None, None, None
     expected = gradients_in_pytorch(inputs, (grad_out, None, None), feature_map, eps)
-    found = linear_attention_backward(*inputs, denominator, grad_out, None, None, feature_map, eps, 2)
+    found = backward_kernels(inputs, denominator, (grad_out, None, None), feature_map, eps, 2)
     errors = [
         float((ours.float() - theirs.float()).norm() / theirs.float().norm())
-        for ours, theirs in zip(found, expected, strict=False)
-        if theirs is not None
+        for ours, theirs in zip(found, expected, strict=True)
+        if ours.numel()
     ]
     # a NaN counts as the worst
     return max(errors, key=lambda error: float("inf") if error != error else error)
@@ -135,7 +145,7 @@ def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim:
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor? weight_q, Tensor? weight_k, Tensor? mask, Tensor? runs, "
         "Tensor? initial_kv, Tensor? initial_k_sum, Tensor denominator, Tensor grad_out, Tensor? grad_final_kv, "
-        "Tensor? grad_final_k_sum, str feature_map, float eps, int segments) "
+        "Tensor? grad_final_k_sum, str feature_map, float eps, SymInt segments) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -156,13 +166,39 @@ def linear_attention_backward(
     feature_map: str,
     eps: float,
     segments: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of q, k, v, weight_q, weight_k, initial_kv, initial_k_sum, as they are; empty where there is no such.
 
     The inputs of `linear_attention` as it had them, its denominator (B, H, L), and the gradients of o (B, H, L, V) and
-    of the final state, if any. Deterministic. Beyond results: one state per segment, the weights' gradients of each row
-    and segment, and where query heads share a key head four bytes a token, head and slice of the values (backward.cu).
+    of the final state, if any. Deterministic.
     """
+    _, _, _, head_dim, features = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    inputs = q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum
+    grads_of_results = grad_out, grad_final_kv, grad_final_k_sum
+    if v.numel() and backward_obstacle(q.device, features, head_dim, feature_map) is not None:
+        return gradients_in_pytorch(inputs, grads_of_results, feature_map, eps)
+    return backward_kernels(inputs, denominator, grads_of_results, feature_map, eps, segments)
+
+
+@linear_attention_backward.register_fake
+def _(
+    q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum, denominator, grad_out, grad_final_kv,
+    grad_final_k_sum, feature_map, eps, segments
+):  # fmt: skip
+    return _results(q, k, v, weight_q, weight_k, initial_kv, initial_k_sum)
+
+
+def backward_kernels(
+    inputs: Tensors, denominator: Tensor, grads_of_results: Tensors, feature_map: str, eps: float, segments: int
+) -> Gradients:
+    """The operator's results by the kernels, whatever `backward_obstacle` says.
+
+    Beyond results: one state per segment, the weights' gradients of each row and segment, and where query heads share a
+    key head four bytes a token, head and slice of the values (backward.cu).
+    """
+    q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum = inputs
+    grad_out, grad_final_kv, grad_final_k_sum = grads_of_results
+    assert q is not None and k is not None and v is not None and grad_out is not None
     sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
     batch, heads, length, head_dim, features = sizes
     results = _results(q, k, v, weight_q, weight_k, initial_kv, initial_k_sum)
@@ -215,14 +251,6 @@ def linear_attention_backward(
     return grad_q, grad_k, grad_v, grad_weight_q, grad_weight_k, grad_kv, grad_k_sum
 
 
-@linear_attention_backward.register_fake
-def _(
-    q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum, denominator, grad_out, grad_final_kv,
-    grad_final_k_sum, feature_map, eps, segments
-):  # fmt: skip
-    return _results(q, k, v, weight_q, weight_k, initial_kv, initial_k_sum)
-
-
 def _results(
     q: Tensor,
     k: Tensor,
@@ -231,7 +259,7 @@ def _results(
     weight_k: Tensor | None,
     initial_kv: Tensor | None,
     initial_k_sum: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Uninitialised. dq, dk, dv are (B, L, ·, ·) in memory, as the projections behind them want them."""
 
     def tokens_first(x: Tensor) -> Tensor:
@@ -252,15 +280,26 @@ def _results(
     )
 
 
-def gradients_in_pytorch(inputs: Tensors, grads_of_results: Tensors, feature_map: str, eps: float) -> Tensors:
-    """The same through `chunked_linear_attention`."""
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd inside an operator, whose caller (custom_op, a compiled graph) has taken it out of the dispatcher."""
+    keys = torch._C.DispatchKey
+    autograd = torch._C.DispatchKeySet(keys.AutogradCPU) | torch._C.DispatchKeySet(keys.AutogradCUDA)
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - autograd), torch.enable_grad():
+        yield
+
+
+def gradients_in_pytorch(inputs: Tensors, grads_of_results: Tensors, feature_map: str, eps: float) -> Gradients:
+    """The operator's results through `chunked_linear_attention`."""
     q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum = inputs
     grad_out, grad_kv, grad_k_sum = grads_of_results
     assert q is not None and k is not None and v is not None and grad_out is not None
     by_name = {"q": q, "k": k, "v": v, "weight_q": weight_q, "weight_k": weight_k}
     by_name |= {"initial_kv": initial_kv, "initial_k_sum": initial_k_sum}
     wanted = {name: x for name, x in by_name.items() if x is not None}
-    grads = {name: torch.empty_like(x) for name, x in wanted.items()}
+    results = _results(q, k, v, weight_q, weight_k, initial_kv, initial_k_sum)
+    grads = {name: grad for name, grad in zip(by_name, results, strict=True) if name in wanted}
     num_kv_heads = v.shape[1]
     group = q.shape[1] // num_kv_heads
     given = feature_map == "given"
@@ -273,7 +312,7 @@ def gradients_in_pytorch(inputs: Tensors, grads_of_results: Tensors, feature_map
             return x[:, kv_heads if name == "v" or (name == "k" and not given) else query_heads]
 
         parts = {name: part(name, x).detach().requires_grad_() for name, x in wanted.items()}
-        with torch.enable_grad():
+        with _recording():
             phi_q, phi_k = parts["q"], parts["k"]
             if not given:
                 expanded = phi_k.expand(-1, group, -1, -1)
@@ -291,16 +330,15 @@ def gradients_in_pytorch(inputs: Tensors, grads_of_results: Tensors, feature_map
                 eps=eps,
                 return_state=grad_kv is not None,
             )
-        results, incoming = [out], [grad_out[:, query_heads]]
-        if final is not None:
-            assert grad_kv is not None and grad_k_sum is not None
-            results += [final.kv_state_BHFV, final.k_sum_BHF]
-            incoming += [grad_kv[:, query_heads], grad_k_sum[:, query_heads]]
-        found = torch.autograd.grad(results, list(parts.values()), incoming)
+            outputs, incoming = [out], [grad_out[:, query_heads].to(out.dtype)]
+            if final is not None:
+                assert grad_kv is not None and grad_k_sum is not None
+                outputs += [final.kv_state_BHFV, final.k_sum_BHF]
+                incoming += [grad_kv[:, query_heads], grad_k_sum[:, query_heads]]
+            found = torch.autograd.grad(outputs, list(parts.values()), incoming)
         for (name, grad), found_grad in zip(grads.items(), found, strict=True):
             part(name, grad).copy_(found_grad)
-    order = ("q", "k", "v", "weight_q", "weight_k", "mask", "runs", "initial_kv", "initial_k_sum")
-    return tuple(grads.get(name) for name in order)
+    return results
 
 
 def _features(feature_map: str, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from .library import (
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor? weight_q, Tensor? weight_k, Tensor? mask, Tensor? runs, "
-        "Tensor? initial_kv, Tensor? initial_k_sum, str feature_map, float eps, int segments, bool return_state) "
+        "Tensor? initial_kv, Tensor? initial_k_sum, str feature_map, float eps, SymInt segments, bool return_state) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -122,7 +122,7 @@ linear_attention.register_autograd(_gradients, setup_context=_save_inputs)
     mutates_args=("kv_state", "k_sum"),
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor? weight_q, Tensor? weight_k, Tensor? mask, Tensor(a!) kv_state, "
-        "Tensor(b!) k_sum, str feature_map, float eps, int splits) -> Tensor"
+        "Tensor(b!) k_sum, str feature_map, float eps, SymInt splits) -> Tensor"
     ),
 )
 def linear_attention_token(

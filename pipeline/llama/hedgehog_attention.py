@@ -56,9 +56,15 @@ class HedgehogLlamaAttention(LlamaAttention):
                 options=config.feature_map_options,
             )
             self.add_module(name, feature_map)
+        self._rounded: tuple[Any, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def train(self, mode: bool = True):
+        self._rounded = None  # an optimizer may write through .data, of which no version tells
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """As nn.Module's, but .to(bfloat16) and .half() leave the feature maps fp32: φ is rounded once, after it."""
+        self._rounded = None
         if not recurse:
             return super()._apply(fn, recurse=False)
         for name, child in self.named_children():
@@ -164,8 +170,9 @@ class HedgehogLlamaAttention(LlamaAttention):
         projections, eps = (weight_q, weight_k), self.config.attention_eps
         if _is_decoding(q_BHLD, state):
             assert state is not None
-            mask_B1, fused = mask_BL, backend.fused
-            o_BH1V = fused.attend_token(q_BHLD, k_BKLD, v_BKLV, projections, mask_B1=mask_B1, state=state, eps=eps)
+            o_BH1V = backend.fused.attend_token(
+                q_BHLD, k_BKLD, v_BKLV, self._decoding_weights(*projections), mask_B1=mask_BL, state=state, eps=eps
+            )
             return o_BH1V, state
         return backend.fused.attend(
             q_BHLD,
@@ -178,6 +185,16 @@ class HedgehogLlamaAttention(LlamaAttention):
             eps=eps,
             return_state=return_state,
         )
+
+    def _decoding_weights(self, weight_q: torch.Tensor, weight_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In bfloat16, kept until a weight changes: rounding them costs as much as half a token's work."""
+        if torch.compiler.is_compiling() or weight_q.is_inference() or weight_k.is_inference():
+            return weight_q, weight_k  # a graph keeps nothing, inference tensors have no version; the kernel rounds
+        state = [(w._version, w.data_ptr(), w.device) for w in (weight_q, weight_k)]
+        if self._rounded is None or self._rounded[0] != state:
+            rounded = (weight_q.detach().bfloat16().contiguous(), weight_k.detach().bfloat16().contiguous())
+            self._rounded = state, rounded
+        return self._rounded[1]
 
     def _one_token(
         self,

@@ -10,6 +10,7 @@ B batch, L length. This file travels with every export: it imports torch, transf
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -65,7 +66,9 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HedgehogLlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self._logged_backends: set[str] = set()
+        self.report: Callable[[str], None] = logger.info
+        """Told once which implementation of linear attention runs, and why."""
+        self._reported: set[str] = set()
         self.post_init()
 
     def forward(
@@ -182,7 +185,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         }
 
     def _attention_backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
-        """The one place where the implementation of causal linear attention is chosen; logged once with its reason."""
+        """The one place where the implementation of linear attention is chosen; reported once with its reason."""
         attention = cast(HedgehogLlamaAttention, cast(HedgehogLlamaDecoderLayer, self.layers[0]).self_attn)
         backend = select_attention_backend(
             self.config.attention_backend,
@@ -191,11 +194,12 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
             num_features=attention.feature_map_q.num_features,
             value_dim=attention.head_dim,
             feature_map=self.config.feature_map,
+            gradients=self.training and torch.is_grad_enabled(),
         )
-        line = f"linear attention backend: {backend.name} ({backend.reason})"
-        if line not in self._logged_backends:
-            self._logged_backends.add(line)
-            logger.info(line)
+        line = f"linear attention: {backend.name} ({backend.reason})"
+        if not torch.compiler.is_compiling() and line not in self._reported:
+            self._reported.add(line)
+            self.report(line)
         return backend
 
     def _softmax_inputs(

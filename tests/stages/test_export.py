@@ -64,10 +64,14 @@ def reload_in_place(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return models
 
 
-def test_plain_transformers_loads_the_export_without_the_project(copied_run: RunConfig):
+def test_plain_transformers_loads_the_export_without_the_project(
+    copied_run: RunConfig, capsys: pytest.CaptureFixture[str]
+):
     run_stage(copied_run, "evaluate")
     config = exporting(copied_run, dtype="float32", max_logit_drift=1e-3)
+    capsys.readouterr()
     manifest = run_stage(config, "export")
+    assert capsys.readouterr().out.count("linear attention: torch (no compiled kernel for cpu") == 1
     drift = json.loads((folder(config) / "drift.json").read_text())
     assert drift["logits_max_abs"] < 1e-3 and drift["kl_max_nats"] < 1e-6
     assert drift["equal_argmax_share"] == drift["equal_generated_share"] == 1.0

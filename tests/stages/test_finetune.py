@@ -175,9 +175,13 @@ def test_a_quantized_base_trains(quantization: str, distilled: Callable[..., Run
         distilled(model__quantization=quantization, engine__zero_stage=3).stage("finetune")
 
 
-def test_bfloat16_weights_with_float32_learning(distilled: Callable[..., Run], finished: Run) -> None:
+def test_bfloat16_weights_with_float32_learning(
+    distilled: Callable[..., Run], finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = distilled(engine__precision="bfloat16")
     run.stage("finetune")
+    line = "linear attention: torch (no compiled kernel for cpu, bfloat16, F=16, V=8: it needs a CUDA GPU)"
+    assert capsys.readouterr().out.count(line) == 1
     for path in (ADAPTER, MAPS):
         assert all(tensor.dtype == torch.float32 for tensor in run.tensors(path).values())
     assert run.losses("finetune") == pytest.approx(finished.losses("finetune"), rel=0.03)

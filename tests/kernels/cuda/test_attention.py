@@ -11,7 +11,7 @@ import torch
 from hedgehog.kernels.backends import select_attention_backend
 from hedgehog.kernels.cuda import attention
 from hedgehog.kernels.cuda.attention import num_segments, num_splits
-from hedgehog.kernels.linear_attention import LinearAttentionState, chunked_linear_attention
+from hedgehog.kernels.linear_attention import chunked_linear_attention
 
 from .problems import EPS, random_problem, rms
 
@@ -24,7 +24,9 @@ def emulated(feature_map: str):
 
 def test_fused_where_the_kernel_has_the_map():
     assert emulated("hedgehog_softmax").reason == "requested; φ inside the kernel"
-    assert emulated("relu").fused is None and emulated("relu").reason == "requested; φ outside the kernel"
+    assert (
+        emulated("relu").fused is None and emulated("relu").reason == "requested; φ outside the kernel: it has no relu"
+    )
 
 
 def test_features_and_fused_give_what_pytorch_gives():
@@ -71,29 +73,23 @@ def test_a_gpu_with_less_shared_memory_computes_phi_outside(monkeypatch, emulati
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     chosen = {"device": device, "dtype": torch.bfloat16, "feature_map": "hedgehog_softmax"}
     large = select_attention_backend("auto", num_features=256, value_dim=128, **chosen)
-    assert large.reason == "compiled for cuda, bfloat16, F=256, V=128; φ outside the kernel"
+    assert large.reason.startswith("compiled for cuda, bfloat16, F=256, V=128; φ outside the kernel: a block needs ")
     assert select_attention_backend("auto", num_features=128, value_dim=64, **chosen).fused is not None
     properties.shared_memory_per_block_optin = 48 * 1024
     attention.why_not.cache_clear()
     reason = select_attention_backend("auto", num_features=256, value_dim=128, **chosen).reason
     assert "a block needs 92160 bytes of shared memory, this GPU gives 49152" in reason
     attention.why_not.cache_clear()
-    attention.fuses.cache_clear()
+    attention.why_not_fused.cache_clear()
 
 
-def test_decoding_follows_a_weight_that_changes():
-    problem = random_problem(1)
-    fused = emulated("hedgehog_softmax").fused
-    weights = problem.weight_q, problem.weight_k
+def test_out_of_memory_is_no_verdict(monkeypatch, emulation):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
 
-    def token():
-        state = LinearAttentionState(torch.ones(1, 2, 128, 64).cumsum(2), torch.ones(1, 2, 128))
-        return fused.attend_token(problem.q, problem.k, problem.v, weights, mask_B1=None, state=state, eps=EPS)
-
-    before = token()
-    assert torch.equal(token(), before)
-    problem.weight_q.mul_(-1)
-    assert not torch.equal(token(), before)
+    monkeypatch.setattr(attention, "attend", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.disagreement(torch.device("cpu"), 128, 64, "given")
 
 
 @pytest.mark.parametrize("heads,segments,splits", [(1, 4, 4), (2, 2, 2), (4, 1, 1), (5, 1, 1)])

@@ -259,5 +259,5 @@ def test_the_operator_keeps_pytorchs_rules():
     torch.library.opcheck(
         linear_attention,
         (*arguments, None, None, None, None, "hedgehog_softmax", EPS, 1, True),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
     )

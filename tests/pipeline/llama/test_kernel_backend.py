@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from hedgehog.kernels.cuda import gradients
 from hedgehog.pipeline.llama.convert import convert_llama
 
 pytestmark = pytest.mark.skipif(
@@ -19,8 +20,9 @@ pytestmark = pytest.mark.skipif(
 def models(new_llama):
     """(on PyTorch, on the emulated kernels), the same weights; two query heads of 64 share a key head."""
 
-    def make(**config):
-        llama = new_llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    def make(*, num_layers=2, **config):
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+        llama = new_llama(hidden_size=128, num_hidden_layers=num_layers, **heads)
         models = []
         for backend in ("torch", "emulated"):
             torch.manual_seed(0)
@@ -69,3 +71,72 @@ def test_training_step(models, token_ids):
     for expected, ours in zip(*gradients, strict=True):
         assert ours.dtype == expected.dtype
         assert (ours - expected).float().norm() <= 0.1 * expected.float().norm()
+
+
+def gradients_of(model, compiled, ids):
+    model.zero_grad()
+    compiled(ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_compiled_training_runs_the_kernels(models, token_ids, monkeypatch):
+    """One graph, forward and backward, with the check that a GPU makes of the backward kernels."""
+    model = models(feature_map="hedgehog_softmax", feature_dim=64, num_layers=1)[1].train()
+    ids = token_ids(1, 20)
+    expected = gradients_of(model, model, ids)
+    monkeypatch.setattr(gradients, "UNCHECKED_DEVICES", ())
+    gradients.backward_obstacle.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = gradients_of(model, compiled, ids)
+    assert gradients.backward_obstacle(torch.device("cpu"), 128, 64, "hedgehog_softmax") is None
+    for name, grad in expected.items():
+        assert torch.equal(found[name], grad), name
+
+    monkeypatch.setattr(gradients, "backward_obstacle", lambda *_: "they are not there")
+    monkeypatch.setattr(gradients, "backward_kernels", None)
+    for name, grad in gradients_of(model, compiled, ids).items():
+        assert (grad - expected[name]).float().norm() <= 0.1 * expected[name].float().norm(), name
+    torch._dynamo.reset()
+
+
+def test_decoding_follows_weights_that_change(models, token_ids):
+    model = models(feature_map="hedgehog_softmax", feature_dim=64)[1]
+    ids = token_ids(1, 10)
+
+    def logits():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        return model(ids[:, 9:], past_key_values=cache).logits
+
+    with torch.no_grad():
+        before = logits()
+        weight = model.model.layers[0].self_attn.feature_map_q.weight
+        weight.mul_(-1)
+        changed = logits()
+        assert not torch.equal(changed, before)
+        weight.mul_(-1)
+        assert torch.equal(logits(), before)
+        model.train()
+        weight.data.mul_(-1)  # as DeepSpeed's optimizers write
+        model.eval()
+        assert torch.equal(logits(), changed)
+    with torch.inference_mode():
+        assert torch.equal(logits(), changed)
+        for name, weight in list(model.named_parameters()):
+            model.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] = torch.nn.Parameter(
+                weight.clone(), requires_grad=False
+            )
+        assert torch.equal(logits(), changed)
+
+
+def test_the_choice_and_a_fallback_are_reported_once(models, token_ids, monkeypatch):
+    model = models(feature_map="hedgehog_softmax", feature_dim=64)[1]
+    said = []
+    model.model.report = said.append
+    for _ in range(2):
+        model(token_ids(1, 9))
+    assert said == ["linear attention: emulated (requested; φ inside the kernel)"]
+    monkeypatch.setattr("hedgehog.kernels.cuda.attention.backward_obstacle", lambda *_: "they fail here")
+    model.train()
+    model(token_ids(1, 9))
+    assert said[1:] == [said[0].replace(")", "; gradients by PyTorch: they fail here)")]
