@@ -6,6 +6,7 @@ tensors, because an export has a LinearAttentionState of its own.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import cache
 
 import torch
@@ -141,13 +142,33 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 def num_segments(device: torch.device, batch_size: int, num_heads: int) -> int:
     """Segments of the length, so that blocks fill the GPU; the kernel takes fewer for a short length."""
-    return max(1, _num_multiprocessors(device) // max(1, batch_size * num_heads))
+    return segments_for(max(1, batch_size * num_heads), _num_multiprocessors(device))
+
+
+def segments_for(blocks: int, multiprocessors: int) -> int:
+    """The fewest segments of the least time, with `blocks` blocks a segment and one block a multiprocessor at a time.
+
+    All but the last segment first sum their state, which takes 2/5 of the time (LOG.md, "Segments"). No more blocks
+    than four rounds of them: each leaves a state in memory.
+    """
+
+    def time(segments: int) -> Fraction:
+        rounds, state_rounds = (-(-blocks * count // multiprocessors) for count in (segments, segments - 1))
+        return (rounds + Fraction(2, 5) * state_rounds) / segments
+
+    return min(range(1, max(1, 4 * multiprocessors // blocks) + 1), key=time)
 
 
 def num_splits(device: torch.device, batch_size: int, num_heads: int) -> int:
-    """Blocks a head for one token: the fewest of 1, 2, 4 that fill the GPU."""
-    wanted = _num_multiprocessors(device) / max(1, batch_size * num_heads)
-    return next((splits for splits in (1, 2) if splits >= wanted), 4)
+    """Blocks a head for one token: 1, 2 or 4."""
+    return splits_for(max(1, batch_size * num_heads), _num_multiprocessors(device))
+
+
+def splits_for(heads: int, multiprocessors: int) -> int:
+    """The fewest blocks a head of the least time; each block makes φ of its own, a quarter of a head's work."""
+    return min(
+        (1, 2, 4), key=lambda splits: -(-heads * splits // multiprocessors) * (Fraction(1, splits) + Fraction(1, 4))
+    )
 
 
 def attend(

@@ -9,6 +9,8 @@ from .library import FEATURE_MAP_NUMBERS
 
 HEAD_DIMS = (64, 128)
 FEATURES = (128, 256)
+MOST_BLOCKS = 65535
+"""Rows and heads are the second and third dimension of a grid, to which CUDA gives 16 bits."""
 
 
 def checked_sizes(
@@ -23,6 +25,10 @@ def checked_sizes(
                 f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must have 4 dimensions and be bfloat16 on {q.device}"
             )
     batch, heads, length, width = q.shape
+    if batch > MOST_BLOCKS or heads > MOST_BLOCKS:
+        raise ValueError(
+            f"{batch} rows of {heads} heads: the kernels take at most {MOST_BLOCKS} of each; cut the batch"
+        )
     kv_heads, head_dim = v.shape[1], v.shape[3]
     if kv_heads < 1 or heads % kv_heads or (v.shape[0], v.shape[2]) != (batch, length):
         raise ValueError(f"v {tuple(v.shape)} must be (B, K, L, V) with K a divisor of H, q is {tuple(q.shape)}")

@@ -5,7 +5,8 @@ A source declares the kernels of its template in lines such as
     RESOURCES(128, 256, fused, 255, 157696);    // head dim, features, map, registers, bytes of shared memory
 
 of which the compiler itself holds the launch to the shared memory (the line is a static_assert). Here: no spilled
-registers, no more registers than declared, no shared memory beside that of the launch. Needs nvcc, no GPU.
+registers, no stack (where an array goes whose index the compiler does not know), no more registers than declared, no
+shared memory beside that of the launch. Needs nvcc, no GPU.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ KERNELS = {
 # small helpers beside them, without a template: {name: registers}
 PLAIN_KERNELS = {"segment_prefix": 40, "segment_suffix": 40}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_NAME = re.compile(r"_ZN8hedgehog\d+([a-z_]+?)(?:ILi(\d+)ELi(\d+)ELb([01])E)?E")
+_NAME = re.compile(r"_ZN8hedgehog\d+([a-z_]+?)(?:ILi(\d+)ELi(\d+)ELb([01])E(?:Li\d+E)?)?E")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Usage:
     registers: int
     static_shared_bytes: int
     spilled_bytes: int
+    stack_bytes: int
 
 
 def declared_resources(unit: str) -> dict[str, tuple[int, int]]:
@@ -69,7 +71,8 @@ def read_usage(compiler_output: str) -> list[Usage]:
                 architecture,
                 int(used[1]),
                 int(used[2] or 0),
-                int(spills[1]) + int(spills[2]),
+                int(spills[2]) + int(spills[3]),
+                int(spills[1]),
             )
         )
     return usages
@@ -95,6 +98,8 @@ def faults(usage: Usage, declared: dict[str, tuple[int, int]]) -> list[str]:
     found = []
     if usage.spilled_bytes:
         found.append(f"{where}: spills {usage.spilled_bytes} bytes of registers")
+    elif usage.stack_bytes:
+        found.append(f"{where}: {usage.stack_bytes} bytes of stack")
     if usage.registers > registers:
         found.append(f"{where}: {usage.registers} registers, declared {registers}")
     if usage.static_shared_bytes:

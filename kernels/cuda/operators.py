@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import forward_arguments, loadable, token_strides
 from .checks import check_side_inputs, checked_sizes
@@ -117,6 +118,20 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_d: Tensor, grad_kv: Tensor, grad
 linear_attention.register_autograd(_gradients, setup_context=_save_inputs)
 
 
+_ARRIVALS = WeakTensorKeyDictionary()
+
+
+def _arrivals(k_sum: Tensor) -> Tensor:
+    """Counters (B, H) of the blocks that are done with a head, zero before and after each token: kept as long as the
+    state, so that no token has to clear them. A CUDA graph that meets a state for the first time clears its own."""
+    kept = _ARRIVALS.get(k_sum)
+    if kept is None or kept.shape != k_sum.shape[:2]:
+        kept = torch.zeros(k_sum.shape[:2], dtype=torch.int32, device=k_sum.device)
+        if not (k_sum.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _ARRIVALS[k_sum] = kept
+    return kept
+
+
 @torch.library.custom_op(
     "hedgehog::linear_attention_token",
     mutates_args=("kv_state", "k_sum"),
@@ -158,7 +173,7 @@ def linear_attention_token(
     out = v.new_empty(batch, heads, 1, head_dim)
     if out.numel() == 0:
         return out
-    arrivals = torch.zeros(batch * heads if splits > 1 else 0, dtype=torch.int32, device=q.device)
+    arrivals = _arrivals(k_sum) if splits > 1 else None
     arguments = DecodeArguments(
         q=address(q),
         k=address(k),
@@ -169,7 +184,7 @@ def linear_attention_token(
         kv_state=address(kv_state),
         k_sum=address(k_sum),
         out=address(out),
-        arrivals=address(arrivals) if splits > 1 else None,
+        arrivals=address(arrivals),
         stream=current_stream(q.device),
         q_batch_stride=q.stride(0),
         q_head_stride=q.stride(1),

@@ -103,6 +103,16 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Of memory that is read once and written once: the caches are for others.
+__device__ __forceinline__ float4 load_streaming(const float4* from) { return __ldcs(from); }
+__device__ __forceinline__ void store_streaming(float4* to, float4 value) { __stcs(to, value); }
+
 // The compiler moves no store across it: what is computed for a later one does not wait in registers.
 __device__ __forceinline__ void schedule_barrier() { __syncwarp(); }
 
@@ -137,6 +147,9 @@ inline float float_of_bits(uint32_t bits) { return emulation::bits_to_float(bits
 inline uint32_t pack_bf16(float low, float high) {
     return emulation::float_to_bf16(low) | uint32_t(emulation::float_to_bf16(high)) << 16;
 }
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
+inline float4 load_streaming(const float4* from) { return *from; }
+inline void store_streaming(float4* to, float4 value) { *to = value; }
 inline void schedule_barrier() {}
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float log2_approximate(float x) { return std::log2(x); }

@@ -24,6 +24,9 @@
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
 
 // A call for each instruction: inlined, they are most of what the compiler has to do.
 #define EMULATION_NOINLINE __attribute__((noinline)) inline

@@ -10,7 +10,7 @@ import torch
 
 from hedgehog.kernels.backends import select_attention_backend
 from hedgehog.kernels.cuda import attention
-from hedgehog.kernels.cuda.attention import num_segments, num_splits
+from hedgehog.kernels.cuda.attention import num_segments, num_splits, segments_for, splits_for
 from hedgehog.kernels.linear_attention import chunked_linear_attention
 
 from .problems import EPS, random_problem, rms
@@ -92,7 +92,14 @@ def test_out_of_memory_is_no_verdict(monkeypatch, emulation):
         attention.disagreement(torch.device("cpu"), 128, 64, "given")
 
 
-@pytest.mark.parametrize("heads,segments,splits", [(1, 4, 4), (2, 2, 2), (4, 1, 1), (5, 1, 1)])
+@pytest.mark.parametrize("heads,segments,splits", [(1, 4, 4), (2, 2, 2), (3, 1, 1), (4, 1, 1), (5, 3, 2)])
 def test_blocks_fill_the_multiprocessors(heads, segments, splits):
     cpu = torch.device("cpu")  # counts as four
     assert (num_segments(cpu, 1, heads), num_splits(cpu, 1, heads)) == (segments, splits)
+
+
+def test_segments_on_an_h200():
+    """132 multiprocessors: 32 heads take a quarter each; a second round for a few blocks is shared out."""
+    chosen = {blocks: segments_for(blocks, 132) for blocks in (1, 32, 70, 100, 128, 132, 133, 160, 264, 100_000)}
+    assert chosen == {1: 132, 32: 4, 70: 7, 100: 1, 128: 1, 132: 1, 133: 3, 160: 3, 264: 1, 100_000: 1}
+    assert [splits_for(32 * batch, 132) for batch in (1, 2, 4, 8, 64)] == [4, 2, 1, 1, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hedgehog.kernels.cuda import compile_check
@@ -28,8 +30,8 @@ def emulation():
 
 def test_reads_what_the_compiler_says():
     kernel, prefix = read_usage(OUTPUT)
-    assert kernel == Usage("linear_attention_forward<128,256,fused>", "sm_90", 255, 16, 1500)
-    assert prefix == Usage("segment_prefix", "sm_90", 24, 0, 0)
+    assert kernel == Usage("linear_attention_forward<128,256,fused>", "sm_90", 255, 16, 1500, 616)
+    assert prefix == Usage("segment_prefix", "sm_90", 24, 0, 0, 0)
 
 
 def test_names_each_fault():
@@ -38,6 +40,7 @@ def test_names_each_fault():
     found = " ".join(faults(kernel, {kernel.kernel: (200, 1000)}))
     assert "spills 1500 bytes" in found and "255 registers, declared 200" in found and "16 bytes of shared" in found
     assert "no RESOURCES line declares it" in faults(kernel, {})[0]
+    assert faults(replace(prefix, stack_bytes=64), {}) == ["segment_prefix on sm_90: 64 bytes of stack"]
 
 
 def test_every_kernel_is_declared():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hedgehog.kernels.cuda import operators
 from hedgehog.kernels.cuda.operators import linear_attention_token
 from hedgehog.kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step
 
@@ -50,6 +51,9 @@ def test_prefill_then_decode_is_the_whole(feature_map):
     state = LinearAttentionState(kv_state, k_sum)
     pieces = [prefix] + [step(problem, at, state, splits=2) for at in range(70, 80)]
     assert rms(torch.cat(pieces, dim=2) - problem.expected()) <= 2e-3
+    arrivals = operators._ARRIVALS[k_sum]  # one for all tokens, which each leaves as it was
+    step(problem, 79, state, splits=4)
+    assert operators._ARRIVALS[k_sum] is arrivals and not arrivals.any()
 
 
 def test_padding_leaves_the_state_alone():

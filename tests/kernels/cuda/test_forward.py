@@ -240,6 +240,11 @@ def call(problem, **changes):
         ({"v": torch.zeros(1, 3, 5, 64, dtype=torch.bfloat16)}, "K a divisor of H"),
         ({"weight_q": torch.zeros(2, 64, 32)}, "weight_k .* must be \\(H, D, F/2\\) = \\(2, 64, 32\\)"),
         ({"weight_q": torch.zeros(2, 64, 32), "weight_k": torch.zeros(2, 64, 32)}, "64 features: the kernel has"),
+        (
+            {"q": torch.zeros(1, 1, 5, 64, dtype=torch.bfloat16).expand(1, 65536, 5, 64)},
+            "65536 heads: .* at most 65535",
+        ),
+        ({"q": torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16).expand(70000, 2, 5, 64)}, "70000 rows .* cut the batch"),
         ({"weight_k": None}, "needs weight_q and weight_k"),
         ({"feature_map": "taylor"}, "no kernel for feature map 'taylor'; there are: given, hedgehog_softmax"),
         ({"mask": torch.ones(1, 5)}, "mask .* must be \\(1, 5\\) torch.bool"),
