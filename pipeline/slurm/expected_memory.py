@@ -28,6 +28,7 @@ def memory_lines(config: RunConfig, stages: tuple[str, ...]) -> Iterator[str]:
     for note in config_notes(config, shape):
         yield f"note: {note}"
     if shape is None:
+        yield f"note: model.base: {config.model.base} is on the hub, so what it needs of memory is not known here."
         return
     estimates = [_largest(config, shape, stage) for stage in _STAGES if stage in stages]
     found = [estimate for estimate in estimates if estimate is not None]

@@ -32,10 +32,17 @@ def gathering_flops(config: RunConfig, shape: ModelShape, num_gpus: int, micro_b
     return received / GATHER_BYTES_PER_S * REFERENCE_FLOPS_PER_S / micro_batch_tokens
 
 
-def num_training_tokens(schedule: ScheduleConfig, num_rows: int | None, row_tokens: float) -> float | None:
+def sequence_tokens(config: RunConfig, schedule: ScheduleConfig, row_tokens: float) -> float:
+    """Tokens of a sequence in a batch: a row's, or nearly all that there is room for where rows are packed."""
+    return config.data.max_length_tokens if schedule.packing else row_tokens
+
+
+def num_training_tokens(
+    config: RunConfig, schedule: ScheduleConfig, num_rows: int | None, row_tokens: float
+) -> float | None:
     """Tokens that a stage trains on; None where the number of rows is not known."""
     if schedule.max_steps is not None:
-        return schedule.max_steps * schedule.global_batch_size * row_tokens
+        return schedule.max_steps * schedule.global_batch_size * sequence_tokens(config, schedule, row_tokens)
     if num_rows is None:
         return None
     # packed sequences hold several rows: the tokens are those of the rows either way
@@ -52,12 +59,12 @@ def finetune_gpu_hours(
     adapters themselves cost is a few thousandths.
     """
     finetune = config.finetune
-    num_tokens = num_training_tokens(finetune, num_rows, row_tokens)
+    num_tokens = num_training_tokens(config, finetune, num_rows, row_tokens)
     if num_tokens is None:
         return None
     passes = 3 if finetune.gradient_checkpointing else 2
     arithmetic = passes * 2 * shape.num_layer_weights + (passes + 1) * _attention_flops(config, shape, row_tokens)
-    micro_batch_tokens = finetune.micro_batch_size * (config.data.max_length_tokens if finetune.packing else row_tokens)
+    micro_batch_tokens = finetune.micro_batch_size * sequence_tokens(config, finetune, row_tokens)
     gathering = 2 * gathering_flops(config, shape, num_gpus, micro_batch_tokens)
     logits = SUMMARY_SHARE * 2 * 2 * shape.vocab_size * shape.hidden_size
     per_token = shape.num_layers * max(arithmetic, gathering) + logits

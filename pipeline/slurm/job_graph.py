@@ -166,10 +166,10 @@ def build_graph(
         last.append(f"{prefix}finetune")
         finished_tuning = _done(folder.stage("finetune", variant))
         if shape is not None and conversion.finetune.enabled and not finished_tuning:
-            rows, row_tokens = _train_rows(conversion, folder)
-            length = row_tokens or _ASSUMED_FILL * conversion.data.max_length_tokens
+            rows, length, _ = _train_rows(conversion, folder)
             reckoned = finetune_gpu_hours(conversion, shape, length, rows, world_size(conversion, "finetune"))
-            hours |= {} if reckoned is None else {last[-1]: reckoned}
+            if reckoned is not None:
+                hours[last[-1]] = reckoned
         settings = "finetune" if conversion.finetune.enabled else _LIGHT
         jobs.append(Job(last[-1], settings, variant, ("finetune", *options), (parent,), done=finished_tuning))
     jobs += _evaluation(config, folder, tuple(last), queued)
@@ -245,8 +245,7 @@ def _groups(
 
 def _costs(conversion: RunConfig, folder: RunFolder, shape: ModelShape, name: str) -> GroupCosts:
     """What layers cost, as if all were one group."""
-    rows, row_tokens = _train_rows(conversion, folder)
-    length = row_tokens or _ASSUMED_FILL * conversion.data.max_length_tokens
+    rows, length, assumed = _train_rows(conversion, folder)
     cost = distill_cost(conversion, shape, length, rows, world_size(conversion, "distill"))
     gathers = cost.forward / distill_flops(conversion, shape, length)[0]
     return GroupCosts(
@@ -254,8 +253,8 @@ def _costs(conversion: RunConfig, folder: RunFolder, shape: ModelShape, name: st
         cost=cost,
         groups=(tuple(range(shape.num_layers)),),
         row_tokens=length,
-        num_tokens=num_training_tokens(conversion.distill, rows, length),
-        assumed_length=row_tokens is None,
+        num_tokens=num_training_tokens(conversion, conversion.distill, rows, length),
+        assumed_length=assumed,
         gathers=gathers if gathers > 1 else None,
     )
 
@@ -271,16 +270,17 @@ def _shape(config: RunConfig, folder: RunFolder) -> ModelShape:
     return shape
 
 
-def _train_rows(config: RunConfig, folder: RunFolder) -> tuple[int | None, float | None]:
-    """Number of training rows and their mean length in tokens, as `prepare` counted them."""
+def _train_rows(config: RunConfig, folder: RunFolder) -> tuple[int | None, float, bool]:
+    """Number of training rows, their mean length in tokens, and whether that is assumed: `prepare` counts them."""
     manifest = read_manifest(folder.stage("prepare"))
     train = manifest.summary.get("splits", {}).get("train", {}) if manifest is not None else {}
     if train.get("used") and train.get("tokens"):
-        return int(train["used"]), train["tokens"] / train["used"]
+        return int(train["used"]), train["tokens"] / train["used"], False
     rows = HUB_TRAIN_ROWS.get(str(config.data.dataset))
     if config.tiny is not None:
         rows = config.tiny.num_train_dialogues
-    return (rows if rows is None else min(rows, config.data.max_train_examples or rows)), None
+    rows = rows if rows is None else min(rows, config.data.max_train_examples or rows)
+    return rows, _ASSUMED_FILL * config.data.max_length_tokens, True
 
 
 def _check_manifests(config: RunConfig, folder: RunFolder, jobs: Sequence[Job]) -> None:

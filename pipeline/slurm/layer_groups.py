@@ -23,7 +23,7 @@ from ..config import RunConfig
 from ..feature_map_checks import feature_map_size
 from ..hidden_state_size import lower_layers_share
 from ..model_shape import ModelShape
-from .gpu_hours import gathering_flops
+from .gpu_hours import gathering_flops, sequence_tokens
 
 LOSS_SLOWNESS = 4.0
 """Time of a FLOP of the loss, which is in float32, over one of the teacher's forward pass in bfloat16."""
@@ -72,8 +72,7 @@ def distill_cost(
         num_gpus: of the job, or of an element of the array.
     """
     forward, own = distill_flops(config, shape, row_tokens)
-    sequence_tokens = config.data.max_length_tokens if config.distill.packing else row_tokens
-    micro_batch_tokens = config.distill.micro_batch_size * sequence_tokens
+    micro_batch_tokens = config.distill.micro_batch_size * sequence_tokens(config, config.distill, row_tokens)
     forward = max(forward, gathering_flops(config, shape, num_gpus, micro_batch_tokens))
     share = lower_layers_share(config, num_rows)
     if config.slurm.trained_layer_cost is not None:

@@ -9,6 +9,7 @@ import pytest
 
 from hedgehog.pipeline.config_loading import load_config
 from hedgehog.pipeline.model_shape import HUB_SHAPES
+from hedgehog.pipeline.slurm.gpu_hours import finetune_gpu_hours
 from hedgehog.pipeline.slurm.layer_groups import (
     DistillCost,
     balanced_groups,
@@ -101,6 +102,22 @@ def test_kept_hidden_states_make_the_lower_layers_run_once_per_row(overrides, nu
     own = 8 * cost.own
     assert cost.of(range(24, 32)) == pytest.approx((8 + 24 * share) * cost.forward + own)
     assert cost.of(range(8)) == pytest.approx(8 * cost.forward + own), "nothing lies below layer 0"
+
+
+def test_zero_3_waits_for_weights_where_a_micro_batch_is_small():
+    """1.5 GB of a layer's weights at 200 GB/s are 7.5 ms, the arithmetic of 256 tokens is 3.5 ms, of 1024 is 14 ms."""
+    shape, config = HUB_SHAPES["meta-llama/Llama-2-70b-hf"], load_config(CONFIGS / "llama2-70b-samsum.yaml")
+    forward, _ = distill_flops(config, shape, 256)
+    waits = distill_cost(config, shape, 256, num_gpus=8).forward
+    assert waits / forward == pytest.approx(7.5 / 3.5, rel=0.02)
+    assert distill_cost(config, shape, 256, num_gpus=1).forward == forward, "nothing to gather"
+    larger = load_config(
+        CONFIGS / "llama2-70b-samsum.yaml", ["distill.micro_batch_size=4", "distill.global_batch_size=32"]
+    )
+    assert distill_cost(larger, shape, 256, num_gpus=8).forward == forward
+    hours = [finetune_gpu_hours(config, shape, 256, 1000, num_gpus) or 0 for num_gpus in (1, 8)]
+    # two passes of gathering against three of arithmetic
+    assert hours[1] / hours[0] == pytest.approx(2 * waits / (3 * forward), rel=0.05)
 
 
 def test_layers_as_text_and_back():

@@ -485,11 +485,12 @@ def test_distill_layers_are_chosen_by_submit(slurm, write_config):
         submit("trial.yaml", ["distill.layers=0-1"])
 
 
-def test_a_model_on_the_hub_of_unknown_depth(slurm, write_config):
+def test_a_model_on_the_hub_of_unknown_depth(slurm, write_config, capsys):
     write_config(tiny=None, model={"base": "who/knows"}, data={"dataset": "c/d"})
     with pytest.raises(ConfigError, match=r"model\.base: who/knows .* slurm\.layer_groups=1"):
         submit("trial.yaml")
     submit("trial.yaml", ["slurm.layer_groups=1"])
+    assert "who/knows is on the hub, so what it needs of memory is not known here" in capsys.readouterr().out
 
 
 def test_submitting_from_inside_a_job_passes_nothing_of_it_on():
