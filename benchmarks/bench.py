@@ -1,6 +1,6 @@
 """Speed and memory of hedgehog.kernels on this machine, against the bounds the project sets itself: `make bench`.
 
-    python benchmarks/bench.py [--sections attention,distillation,step,decoding,cli] [--quick] [--out FILE.json]
+    python benchmarks/bench.py [--sections attention,distillation,step,decoding,generate,cli] [--quick] [--out FILE]
 
 Prints a table and a verdict per bound, and writes both as JSON. Times are the best of several rounds, the lengths taken
 in turn within a round, so that a slow spell of the machine hits all alike. Each memory figure is the peak resident set
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from generated_tokens import seconds_a_token
 from stage_one_step import SHAPE, stage_one_step
 
 from hedgehog.kernels.distill_loss import attention_distillation_loss, materialised_distillation_loss
@@ -294,6 +295,18 @@ def decoding_section(quick: bool) -> Section:
     return section
 
 
+def generate_section(quick: bool) -> Section:
+    section = Section()
+    positions = (10, 100) if quick else (100, 10_000)
+    seconds = seconds_a_token(positions, num_tokens=4 if quick else 64, rounds=1 if quick else 8)
+    for position in positions:
+        section.rows.append({"position": position, "ms/token": 1e3 * seconds[position]})
+    first, last = (seconds[position] for position in positions)
+    section.check(f"generate: time at position {positions[1]} over {positions[0]}", last / first, 1.1)
+    section.notes.append("generate() itself, greedy, batch 1: configs/tiny.yaml's model with random weights, float32")
+    return section
+
+
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +336,7 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
     "distillation": distillation_section,
     "step": step_section,
     "decoding": decoding_section,
+    "generate": generate_section,
     "cli": cli_section,
 }
 WORKLOADS: dict[str, Callable[[int], Callable[[], Any]]] = {

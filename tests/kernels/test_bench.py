@@ -52,6 +52,17 @@ def test_the_step_section_compares_two_forms_of_the_same_step(monkeypatch):
     assert [check["held"] for check in section.checks][1] and len(section.checks) == 2
 
 
+def test_the_generate_section_times_every_token_at_both_positions(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH.parent)
+    import bench
+
+    section = bench.generate_section(quick=True)
+    assert [row["position"] for row in section.rows] == [10, 100]
+    (check,) = section.checks
+    slow, fast = section.rows[1]["ms/token"], section.rows[0]["ms/token"]
+    assert fast > 0 and check["value"] == pytest.approx(slow / fast, abs=1e-3)
+
+
 def test_unknown_section_is_named(tmp_path):
     command = [sys.executable, str(BENCH), "--sections", "decodign"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

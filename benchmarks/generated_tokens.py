@@ -1,0 +1,68 @@
+"""Times of single tokens within `generate()` after prompts of different lengths, for `bench.py`.
+
+The model is configs/tiny.yaml's Hedgehog-Llama with random weights. All of generate() counts: the attention mask and
+the row of ids that grow, the bookkeeping, the recurrent step of every layer. The prompt's own pass does not.
+"""
+
+# setuptools maps hedgehog.* onto folders, which pyright does not see from outside the packages
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16_384,
+}
+
+
+def seconds_a_token(positions: tuple[int, ...], *, num_tokens: int, rounds: int) -> dict[int, float]:
+    """Position to the seconds of a token there, greedy, batch 1: the best over rounds of the median over tokens."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    model = _model()
+
+    class Clock(LogitsProcessor):
+        """Is called once a token."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            self.times.append(time.perf_counter())
+            return scores
+
+    best = dict.fromkeys(positions, float("inf"))
+    for _ in range(rounds):
+        for position in positions:
+            prompt_BL = torch.randint(3, SHAPE["vocab_size"], (1, position), generator=torch.Generator().manual_seed(0))
+            clock = Clock()
+            model.generate(
+                prompt_BL,
+                attention_mask=torch.ones_like(prompt_BL),
+                max_new_tokens=num_tokens + 1,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([clock]),
+            )
+            between = torch.tensor(clock.times, dtype=torch.float64).diff()
+            assert len(between) == num_tokens
+            best[position] = min(best[position], float(between.median()))
+    return best
+
+
+def _model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hedgehog.pipeline.llama.convert import convert_llama
+
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=None, pad_token_id=0))
+    return convert_llama(llama.eval(), feature_map="hedgehog_exp", feature_dim=64)
