@@ -1,4 +1,4 @@
-"""Which implementation an estimate assumes where there is no GPU to ask: the one that would be chosen on sm_80 or later.
+"""Which implementation an estimate assumes where there is no GPU to ask: the one that sm_80 or later would choose.
 
 The choices themselves are made in kernels/backends.py and kernels/distill_backends.py, with the device at hand.
 """

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,15 +246,12 @@ def one_process_run(new_run: Callable[..., TrainingRun]) -> Callable[[str], Trai
     """`one_process_run("zero2")`: the same training as in `two_process_runs`, by one process under ZeRO-1, in a folder
     of its own that stays for the session. Its stages are run by `stage`."""
 
-    @cache
-    def make(precision: str, feature_dim: int | None, max_steps: int) -> TrainingRun:
-        changed = {"engine__precision": precision, "distill__max_steps": max_steps, "model__feature_dim": feature_dim}
-        return new_run(**SAME_STEPS, **changed)
+    made: dict[str, TrainingRun] = {}
 
     def run(key: str) -> TrainingRun:
-        changed = TWO_PROCESS_RUNS[key]
-        precision = changed.get("engine__precision", "float32")
-        return make(precision, changed.get("model__feature_dim"), changed.get("distill__max_steps", NUM_STEPS))
+        changed = {name: value for name, value in TWO_PROCESS_RUNS[key].items() if not name.startswith("engine__")}
+        changed["engine__precision"] = TWO_PROCESS_RUNS[key].get("engine__precision", "float32")
+        return made.setdefault(json.dumps(changed), new_run(**SAME_STEPS, **changed))
 
     return run
 
@@ -287,8 +284,13 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "zero2": {"engine__zero_stage": 2},
     "zero3": {"engine__zero_stage": 3},
     "zero3 offload": {"engine__zero_stage": 3, "engine__offload_optimizer": True},
-    # two rotations beside the identity: initial values that the checkpoint lacks, and no constant
-    "zero3 wide": {"engine__zero_stage": 3, "model__feature_dim": 24, "distill__max_steps": 1},
+    # maps with two rotations beside the identity, which the base checkpoint lacks
+    "zero3 wide": {
+        "engine__zero_stage": 3,
+        "model__feature_dim": 24,
+        "model__feature_map_options": {"init": "identity+orthogonal"},
+        "distill__max_steps": 1,
+    },
     "zero2 bfloat16": {"engine__zero_stage": 2, "engine__precision": "bfloat16"},
 }
 

@@ -287,10 +287,8 @@ def test_packed_sequences_and_output_error(new_run: Callable[..., Run]) -> None:
         distill__micro_batch_size=1,
         distill__global_batch_size=2,
     )
-    summary = run.stage("distill").summary
-    assert summary["kl_mean"] > 0
-    # the output error is counted in the outputs' variance, so it cannot be far from 1 at the start
-    assert 0 < run.losses("distill")[0] < 10
+    assert run.stage("distill").summary["kl_mean"] > 0
+    assert run.losses("distill")[0] < 10, "it is counted in the outputs' variance"
 
 
 def test_a_part_of_the_query_rows(finished: Run, new_run: Callable[..., Run], interrupt: Callable[..., None]) -> None:
