@@ -176,8 +176,9 @@ def _check_precision(engine: EngineConfig, device: torch.device) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if engine.precision == "bfloat16" and torch.version.hip is None and major < 8:
         raise ConfigError(
-            f"engine.precision: bfloat16, but {torch.cuda.get_device_name(device)} (capability {major}.{minor}) "
-            "does not have it: it came with 8.0 (A100, RTX 30). Set engine.precision=float32, or take another GPU."
+            f"engine.precision: bfloat16, but {torch.cuda.get_device_name(device)} (compute capability "
+            f"{major}.{minor}) does not have it: it came with 8.0 (A100, RTX 30). Set engine.precision=float32, or "
+            "take another GPU."
         )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .assumed_kernels import AttentionKernel, assumed_attention, assumed_loss
 from .config import RunConfig
 from .deepspeed_settings import prefetch_elements
 from .feature_map_checks import FeatureMapSize, feature_map_size
@@ -64,6 +65,8 @@ class StageEstimate:
     variant: str | None
     where: str
     terms: tuple[Term, ...]
+    assumes: str | None = None
+    """What computes the stage's attention or loss; another implementation takes another amount."""
 
     @property
     def num_bytes(self) -> float:
@@ -97,12 +100,14 @@ def estimate_memory(config: RunConfig, shape: ModelShape, *, world_size: int, de
     for name, conversion in conversions.items():
         sizes = _Sizes(conversion, shape, world_size, device)
         if sizes.linear:
-            stages.append(StageEstimate("distill", name, device, tuple(_distill_terms(sizes))))
+            terms = tuple(_distill_terms(sizes))
+            stages.append(StageEstimate("distill", name, device, terms, sizes.loss))
         if conversion.finetune.enabled:
-            stages.append(StageEstimate("finetune", name, device, tuple(_finetune_terms(sizes))))
+            terms = tuple(_finetune_terms(sizes))
+            stages.append(StageEstimate("finetune", name, device, terms, sizes.attention))
+    every = [_Sizes(conversion, shape, world_size, device) for conversion in conversions.values()]
     evaluations = [
-        StageEstimate("evaluate", None, device, tuple(_evaluate_terms(_Sizes(conversion, shape, world_size, device))))
-        for conversion in conversions.values()
+        StageEstimate("evaluate", None, device, tuple(_evaluate_terms(sizes)), sizes.attention) for sizes in every
     ]
     stages.append(max(evaluations, key=lambda estimate: estimate.num_bytes))
     stages.append(StageEstimate("export", None, device, tuple(_export_terms(_Sizes(config, shape, 1, device)))))
@@ -123,6 +128,14 @@ class _Sizes:
         return self.config.model.attention == "linear"
 
     @property
+    def attention(self) -> AttentionKernel:
+        return assumed_attention(self.config, self.shape.head_dim, self.device)
+
+    @property
+    def loss(self) -> str:
+        return assumed_loss(self.config, self.shape.head_dim, self.device)
+
+    @property
     def precision_bytes(self) -> int:
         return 2 if self.config.engine.precision == "bfloat16" else 4
 
@@ -141,6 +154,11 @@ class _Sizes:
     def features_per_token(self) -> int:
         """2 H F: φ(q) and φ(k) of one layer."""
         return 2 * self.shape.num_heads * self.map_size.num_features
+
+    @property
+    def has_no_features(self) -> bool:
+        """Whether no tensor of φ's size is formed: softmax attention, or φ inside the kernel."""
+        return self.attention in ("softmax", "CUDA kernel, φ inside")
 
     @property
     def num_map_weights(self) -> int:
@@ -282,7 +300,7 @@ def _attention_loss_terms(sizes: _Sizes) -> list[Term]:
     shape, distill, length = sizes.shape, sizes.config.distill, sizes.config.data.max_length_tokens
     tokens, num_features = distill.micro_batch_size * length, sizes.map_size.num_features
     projected = sizes.config.model.feature_dim or shape.head_dim
-    if _kernel_serves(sizes, projected):
+    if sizes.loss == "Triton kernel":
         heads = heads_at_once(shape.num_heads, tokens, num_features)
         scratch = scratch_bytes(shape.num_heads, tokens, shape.head_dim, projected, num_features)
         formula = f"{heads} heads at once · (B T (8F + F/16 + 8) + 136 D P)"
@@ -297,20 +315,6 @@ def _attention_loss_terms(sizes: _Sizes) -> list[Term]:
     ]
 
 
-def _kernel_serves(sizes: _Sizes, feature_dim: int) -> bool:
-    """Whether the Triton kernel computes the attention loss, on a GPU that has bfloat16 (sm_80 or later)."""
-    from ..kernels.distill_limits import FEATURE_MAPS, WIDTHS
-
-    model = sizes.config.model
-    return (
-        sizes.device == "cuda"
-        and sizes.precision_bytes == 2
-        and model.attention_backend == "auto"
-        and model.feature_map in FEATURE_MAPS
-        and {sizes.shape.head_dim, feature_dim} <= set(WIDTHS)
-    )
-
-
 def _finetune_terms(sizes: _Sizes) -> list[Term]:
     shape, config = sizes.shape, sizes.config
     finetune, p = config.finetune, sizes.precision_bytes
@@ -321,16 +325,19 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     terms += sizes.training_terms(num_trained, finetune.optimizer, weights_whole=False)
     if not maps_learn and sizes.num_map_weights:
         terms.append(Term("feature maps", 4 * sizes.num_map_weights, "4 · N_map, frozen", "weights"))
-    layer = tokens * sum(per_token for _, per_token in saved_per_token(config, shape))
-    formula = " + ".join(name for name, _ in saved_per_token(config, shape))
+    saved = saved_per_token(config, shape, sizes.device)
+    layer = tokens * sum(per_token for _, per_token in saved)
+    formula = " + ".join(name for name, _ in saved)
     if finetune.gradient_checkpointing:
         terms.append(Term("layer inputs", shape.num_layers * tokens * shape.hidden_size * p, "p · L B T E"))
         terms.append(Term("one layer's activations", layer, f"B T ({formula})"))
     else:
         terms.append(Term("activations", shape.num_layers * layer, f"L B T ({formula})"))
-    attention = sizes.features_per_token * (4 + p) if sizes.linear else 4 * shape.num_heads * shape.head_dim * p
+    attention, formula = sizes.features_per_token * (4 + p), "2HF (4 + p)"
+    if sizes.has_no_features:
+        attention, formula = 4 * shape.num_heads * shape.head_dim * p, "4HDp"
     workspace = tokens * max(attention, 3 * shape.intermediate_size * p)
-    terms.append(Term("backward of one layer", workspace, "B T max(2HF (4 + p), 3 I p)"))
+    terms.append(Term("backward of one layer", workspace, f"B T max({formula}, 3 I p)"))
     share = 1.0 if finetune.packing else SUMMARY_SHARE
     # log-softmax, its gradient and the loss's, each in fp32; the logits themselves are gone by then
     logits = tokens * share * shape.vocab_size * 12
@@ -348,12 +355,12 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     return terms
 
 
-def saved_per_token(config: RunConfig, shape: ModelShape) -> list[tuple[str, float]]:
+def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[tuple[str, float]]:
     """Bytes that one decoder layer saves for its backward, per token, by name.
 
     Frozen weights need no inputs; fp32 adapters and maps keep an fp32 copy of theirs.
     """
-    sizes = _Sizes(config, shape, 1, "cpu")
+    sizes = _Sizes(config, shape, 1, device)
     p, lora = sizes.precision_bytes, config.finetune.lora
     queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     # in fp32 nothing is cast, and q, k and v share the one normed input
@@ -367,7 +374,9 @@ def saved_per_token(config: RunConfig, shape: ModelShape) -> list[tuple[str, flo
         ("adapter inputs", float(adapters)),
         ("MLP 3Ip", 3.0 * shape.intermediate_size * p),
     ]
-    if sizes.linear:
+    if sizes.attention == "CUDA kernel, φ inside":
+        parts.append(("q, k, v, d", float(p * (queries + 2 * keys) + 4 * shape.num_heads)))
+    elif sizes.linear:
         if config.finetune.train_feature_maps and sizes.num_map_weights:
             parts.append(("map inputs 8HD", 8.0 * queries))
         results = FEATURE_RESULTS.get(config.model.feature_map, 1.0)
@@ -395,11 +404,13 @@ def _evaluate_terms(sizes: _Sizes) -> list[Term]:
         longest = length + evaluate.max_new_tokens
         terms.append(Term("key/value cache", rows * per_token * longest, "2p L K D (T + new) · batch · beams"))
     tokens = rows * length
-    attention = sizes.features_per_token * (8 + p) if sizes.linear else 4 * shape.num_heads * shape.head_dim * p
+    attention, formula = sizes.features_per_token * (8 + p), "2HF (8 + p)"
+    if sizes.has_no_features:
+        attention, formula = 4 * shape.num_heads * shape.head_dim * p, "4HDp"
     prompt = tokens * (
         4 * shape.hidden_size + 2 * p * shape.hidden_size + max(attention, 3 * shape.intermediate_size * p)
     )
-    terms.append(Term("one layer of the prompts", prompt, "batch T (4E + 2Ep + max(2HF (8 + p), 3 I p))"))
+    terms.append(Term("one layer of the prompts", prompt, f"batch T (4E + 2Ep + max({formula}, 3 I p))"))
     targets = evaluate.batch_size * (evaluate.max_new_tokens if evaluate.perplexity else 1)
     logits = max(targets, rows) * shape.vocab_size * (p + 8)
     terms.append(Term("logits", logits, "(p + 8) S · batch · summary"))

@@ -312,6 +312,7 @@ def report_as_json(report: ValidationReport) -> dict[str, Any]:
                 "stage": estimate.stage,
                 "variant": estimate.variant,
                 "where": estimate.where,
+                "assumes": estimate.assumes,
                 "num_bytes": round(estimate.num_bytes),
                 "terms": [{**asdict(term), "num_bytes": round(term.num_bytes)} for term in estimate.terms],
             }

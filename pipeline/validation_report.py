@@ -80,13 +80,13 @@ def _batch_table(report: ValidationReport) -> object:
 
 def _memory_table(memory: Sequence[StageEstimate]) -> object:
     table = _table("Peak memory of one process")
-    for column in ("stage", "in", *_KINDS, "total"):
-        table.add_column(column, justify="left" if column in ("stage", "in") else "right")
+    for column in ("stage", "in", *_KINDS, "total", "attention by"):
+        table.add_column(column, justify="left" if column in ("stage", "in", "attention by") else "right")
     for estimate in memory:
         parts = [sum(term.num_bytes for term in estimate.terms if term.kind == kind) for kind in _KINDS]
         where = "GPU memory" if estimate.where == "cuda" else "CPU memory"
         figures = [f"{num_bytes / GIB:.2f}" if num_bytes else "-" for num_bytes in (*parts, estimate.num_bytes)]
-        table.add_row(estimate.title, where, *figures)
+        table.add_row(estimate.title, where, *figures, estimate.assumes or "-")
     return table
 
 

@@ -242,11 +242,27 @@ def launch(run_forked: Callable[..., tuple[int, str]]) -> Callable[..., list[str
 
 
 @pytest.fixture(scope="session")
+def one_process_run(new_run: Callable[..., TrainingRun]) -> Callable[[str], TrainingRun]:
+    """`one_process_run("zero2")`: the same training as in `two_process_runs`, by one process under ZeRO-1, in a folder
+    of its own that stays for the session. Its stages are run by `stage`."""
+
+    made: dict[str, TrainingRun] = {}
+
+    def run(key: str) -> TrainingRun:
+        changed = {name: value for name, value in TWO_PROCESS_RUNS[key].items() if not name.startswith("engine__")}
+        changed["engine__precision"] = TWO_PROCESS_RUNS[key].get("engine__precision", "float32")
+        return made.setdefault(json.dumps(changed), new_run(**SAME_STEPS, **changed))
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def two_process_runs(
     new_run: Callable[..., TrainingRun], launch: Callable[..., list[str]], everyones_folder: Path
 ) -> dict[Any, TrainingRun]:
-    """Both training stages finished on two processes under ZeRO 1, 2 and 3; `"distill"` and `"finetune"` interrupted
-    in the last step, to be resumed by another number of processes. Made once, whichever worker of xdist asks first."""
+    """Both training stages finished on two processes, by the keys of `TWO_PROCESS_RUNS`; `"distill"` and `"finetune"`
+    interrupted in the last step, to be resumed by another number of processes. Made once, whichever worker of xdist
+    asks first."""
     made = everyones_folder / "two-process-runs.json"
     with open(made.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -256,16 +272,39 @@ def two_process_runs(
     return {key: TrainingRun(Path(root), values) for key, root, values in json.loads(made.read_text())}
 
 
+SAME_STEPS: dict[str, Any] = {
+    "distill__micro_batch_size": 1,
+    "finetune__micro_batch_size": 1,
+    "distill__gradient_clip": None,
+    "finetune__gradient_clip": None,
+}
+"""With these a step's micro-batches are the same on one process and on two: only the order of sums differs."""
+TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
+    "zero1": {"engine__zero_stage": 1},
+    "zero2": {"engine__zero_stage": 2},
+    "zero3": {"engine__zero_stage": 3},
+    "zero3 offload": {"engine__zero_stage": 3, "engine__offload_optimizer": True},
+    # maps with two rotations beside the identity, which the base checkpoint lacks
+    "zero3 wide": {
+        "engine__zero_stage": 3,
+        "model__feature_dim": 24,
+        "model__feature_map_options": {"init": "identity+orthogonal"},
+        "distill__max_steps": 1,
+    },
+    "zero2 bfloat16": {"engine__zero_stage": 2, "engine__precision": "bfloat16"},
+}
+
+
 def _make_two_process_runs(
     new_run: Callable[..., TrainingRun], launch: Callable[..., list[str]]
 ) -> dict[Any, TrainingRun]:
-    runs: dict[Any, TrainingRun] = {
-        stage: new_run(engine__zero_stage=stage, distill__micro_batch_size=1) for stage in (1, 2, 3)
-    }
-    runs["distill"], runs["finetune"] = new_run(), new_run()
+    runs: dict[Any, TrainingRun] = {key: new_run(**SAME_STEPS, **changed) for key, changed in TWO_PROCESS_RUNS.items()}
     work: list[tuple[TrainingRun, str, int | None]] = []
-    for stage in (1, 2, 3):
-        work += [(runs[stage], "distill", None), (runs[stage], "finetune", None)]
+    for key, run in runs.items():
+        work.append((run, "distill", None))
+        if key != "zero3 wide":
+            work.append((run, "finetune", None))
+    runs["distill"], runs["finetune"] = new_run(), new_run()
     work.append((runs["distill"], "distill", NUM_STEPS - 1))
     work += [(runs["finetune"], "distill", None), (runs["finetune"], "finetune", NUM_STEPS - 1)]
     launch(work)

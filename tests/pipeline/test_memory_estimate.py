@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -219,17 +221,17 @@ def test_the_terms_of_a_stage_add_up_and_have_formulas():
         assert estimate.num_bytes == sum(term.num_bytes for term in estimate.terms) > GIB
 
 
-def small_llama(num_layers: int, dtype: torch.dtype) -> Any:
+def small_llama(num_layers: int, dtype: torch.dtype, shape: ModelShape = SMALL) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=SMALL.hidden_size,
+        hidden_size=shape.hidden_size,
         num_hidden_layers=num_layers,
-        num_attention_heads=SMALL.num_heads,
-        num_key_value_heads=SMALL.num_key_value_heads,
-        head_dim=SMALL.head_dim,
-        intermediate_size=SMALL.intermediate_size,
-        vocab_size=SMALL.vocab_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
@@ -237,15 +239,22 @@ def small_llama(num_layers: int, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def measured_bytes(num_layers: int, config: RunConfig, dtype: torch.dtype, tokens: int) -> int:
+def measured_bytes(
+    num_layers: int,
+    config: RunConfig,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: ModelShape = SMALL,
+    attention_backend: str = "torch",
+) -> int:
     """Bytes that autograd keeps in a forward pass, each storage once, without weights."""
     from peft import LoraConfig, get_peft_model
 
     from hedgehog.pipeline.llama.convert import convert_llama, feature_map_modules
 
-    model: Any = small_llama(num_layers, dtype)
+    model: Any = small_llama(num_layers, dtype, shape)
     if config.model.attention == "linear":
-        model = convert_llama(model, feature_map=config.model.feature_map)
+        model = convert_llama(model, feature_map=config.model.feature_map, attention_backend=attention_backend)
     lora = config.finetune.lora
     adapted = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=list(lora.target_modules)))
     if config.model.attention == "linear":
@@ -260,7 +269,7 @@ def measured_bytes(num_layers: int, config: RunConfig, dtype: torch.dtype, token
             kept[storage.data_ptr()] = storage
         return tensor
 
-    ids = torch.randint(0, SMALL.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, shape.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         adapted(input_ids=ids, logits_to_keep=1, use_cache=False)
         return sum(storage.nbytes() for storage in kept.values())
@@ -274,5 +283,35 @@ def test_activations_of_a_layer_are_what_autograd_keeps(precision, feature_map):
     dtype, tokens = getattr(torch, precision), 256
     # the difference of two depths is a layer's own share, without embedding and logits
     measured = measured_bytes(2, config, dtype, tokens) - measured_bytes(1, config, dtype, tokens)
-    estimated = tokens * sum(per_token for _, per_token in saved_per_token(config, SMALL))
+    estimated = tokens * sum(per_token for _, per_token in saved_per_token(config, SMALL, "cpu"))
     assert 0.9 * measured < estimated < 1.25 * measured
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulated kernels need g++")
+def test_the_cuda_kernel_keeps_what_the_estimate_says():
+    """q, k, v and the denominator, as autograd is asked with the kernel emulated; nothing of φ's size."""
+    shape = ModelShape(128, 2, 2, 1, 64, 344, 128, 512)
+    config = make_config(engine={"precision": "bfloat16"})
+    depths = [measured_bytes(layers, config, torch.bfloat16, 128, shape, "emulated") for layers in (2, 1)]
+    parts = dict(saved_per_token(config, shape, "cuda"))
+    assert sum(parts.values()) == pytest.approx((depths[0] - depths[1]) / 128, rel=0.1)
+    assert parts["q, k, v, d"] == 2 * (128 + 2 * 64) + 4 * 2
+
+
+def test_the_estimate_says_which_implementation_it_assumes():
+    def assumed(**sections: Any) -> dict[str, str | None]:
+        estimates = estimate_memory(make_config(**sections), LLAMA_7B, world_size=1, device="cuda")
+        return {estimate.stage: estimate.assumes for estimate in estimates}
+
+    inside, outside = "CUDA kernel, φ inside", "CUDA kernel, φ outside"
+    assert assumed() == {"distill": "Triton kernel", "finetune": inside, "evaluate": inside, "export": None}
+    assert assumed(model={"feature_map": "relu"})["finetune"] == outside
+    for sections in ({"model": {"attention_backend": "torch"}}, {"engine": {"precision": "float32"}}):
+        found = assumed(**sections)
+        assert found["distill"] == found["finetune"] == found["evaluate"] == "PyTorch"
+    assert assumed(model={"attention": "softmax"})["finetune"] == "softmax"
+    kept = {
+        backend: stages(make_config(model={"attention_backend": backend}))["finetune"]["activations"]
+        for backend in ("auto", "torch")
+    }
+    assert kept["auto"] < 0.75 * kept["torch"]

@@ -242,3 +242,6 @@ def test_the_tables_show_steps_and_memory(folder, capsys):
     assert "0.1 M weights, 2 layers, 4 heads (2 for keys and values) x 16" in shown
     assert "1 x 2 x 4" in shown
     assert "finetune (soft)" in shown
+    rows = {line.split()[0]: line.split()[-1] for line in shown.splitlines() if "CPU memory" in line}
+    assert "attention by" in shown
+    assert (rows["distill"], rows["finetune"], rows["export"]) == ("PyTorch", "softmax", "-")

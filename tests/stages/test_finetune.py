@@ -124,19 +124,21 @@ def test_resumed_equals_uninterrupted(
     assert run.losses("finetune") == pytest.approx(unclipped.losses("finetune"), rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("zero1", 1e-5), ("zero2", 1e-5), ("zero3", 1e-5), ("zero3 offload", 1e-5), ("zero2 bfloat16", 1e-3)],
+)
 def test_two_processes_learn_the_same(
-    stage: int, two_process_runs: dict[Any, Run], new_run: Callable[..., Run]
+    key: str, near: float, two_process_runs: dict[Any, Run], one_process_run: Callable[[str], Run]
 ) -> None:
-    run = two_process_runs[stage]
-    alone = new_run(distill__micro_batch_size=1)
+    run, alone = two_process_runs[key], one_process_run(key)
     alone.stage("distill")
     alone.stage("finetune")
-    assert run.losses("finetune") == pytest.approx(alone.losses("finetune"), rel=1e-3)
-    shapes = {name: tensor.shape for name, tensor in alone.tensors(ADAPTER).items()}
-    assert {name: tensor.shape for name, tensor in run.tensors(ADAPTER).items()} == shapes
-    for name, tensor in run.tensors(ADAPTER).items():
-        assert torch.allclose(tensor, alone.tensors(ADAPTER)[name], atol=5e-3), name
+    assert run.losses("finetune") == pytest.approx(alone.losses("finetune"), rel=near)
+    adapter, expected = run.tensors(ADAPTER), alone.tensors(ADAPTER)
+    assert {name: t.shape for name, t in adapter.items()} == {name: t.shape for name, t in expected.items()}
+    for name, tensor in adapter.items():
+        assert (tensor - expected[name]).abs().median() < (1e-5 if near < 1e-3 else 1e-3), name
 
 
 def test_another_number_of_processes_may_resume(two_process_runs: dict[Any, Run], new_run: Callable[..., Run]) -> None:
