@@ -14,13 +14,15 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from ..config import ScheduleConfig
 from ..errors import ConfigError, DataError
 from .tokens import TokenizedSplit
+
+if TYPE_CHECKING:
+    from ..config import ScheduleConfig
 
 NO_LOSS = -100
 """Label of a position without loss (torch's ignore_index)."""

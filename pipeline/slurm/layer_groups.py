@@ -19,10 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..config import RunConfig
 from ..hidden_state_size import lower_layers_share
 from ..model_shape import ModelShape
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
 
 UNTRAINED_MAPS = frozenset({"elu", "exp_t", "cosformer", "taylor", "performer"})
 """Feature maps without weights: there is nothing to train, so nothing to spread over an array."""
