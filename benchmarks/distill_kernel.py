@@ -1,11 +1,13 @@
 """The Triton kernel of the distillation loss on a GPU: first whether it is right, then how fast.
 
-    python benchmarks/distill_kernel.py [--check] [--lengths 1024,4096,…] [--out FILE.json]
+    python benchmarks/distill_kernel.py [--check | --no-check] [--lengths 1024,4096,…] [--budget-s 150] [--out FILE]
 
 Right: within 1e-2 of the float64 PyTorch form (gradients), over tails, padding, packing and grouped queries, and the
 same bits when run again. Fast: loss and gradient of one layer of Llama-2 7B (32 heads of 128, F = 256, bfloat16),
-median of several runs, against the PyTorch forms where they fit, and as a share of the arithmetic of one pass over
-the tiles, (d + 3F)·T FLOP a token and head. With --check only the first; exit code 1 where something is wrong.
+median of several runs, against the PyTorch forms where they fit (the materialised one with products in float32, TF32
+and bfloat16), and as a share of the arithmetic of one pass over the tiles, (d + 3F)·T FLOP a token and head. With
+--check only the first. Exit code 1 where something is wrong, or where another form than the kernel was chosen and
+--allow-fallback is not given. The JSON is written again after each row.
 """
 
 # setuptools maps hedgehog.* onto folders, which pyright does not see from outside the packages
@@ -16,12 +18,16 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401  before all that imports hedgehog
 import torch
+from gpu_environment import environment
+from gpu_timing import Budget, Forecast
+from matrix_products import products_in
 
 from hedgehog.kernels.distill_backends import select_distill_backend
 from hedgehog.kernels.distill_loss import attention_distillation_loss, materialised_distillation_loss
@@ -111,14 +117,15 @@ def teachers_log_sum_exp(q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, mask_BL: to
     return total
 
 
-def check() -> list[dict[str, Any]]:
+def check() -> Iterator[dict[str, Any]]:
     llama: dict[str, Any] = dict(heads=4, kv_heads=4, head_dim=128, packed=False, dtype=torch.bfloat16)
     cases: list[dict[str, Any]] = []
     cases += [dict(llama, name="hedgehog_softmax", length=length) for length in (1, 63, 64, 65, 300, 2048)]
     cases += [dict(llama, name=name, length=500) for name in ("hedgehog_exp", "hedgehog_joint")]
     cases += [dict(llama, name="hedgehog_softmax", length=777, packed=True, kv_heads=1)]
     cases += [dict(llama, name="hedgehog_softmax", length=500, head_dim=64, dtype=torch.float16)]
-    return [check_case(**case) for case in cases]
+    for case in cases:
+        yield check_case(**case)
 
 
 def median_ms(task: Callable[[], Any], runs: int = 5) -> float:
@@ -134,52 +141,77 @@ def median_ms(task: Callable[[], Any], runs: int = 5) -> float:
     return statistics.median(times)
 
 
-def measure(length: int, name: str = "hedgehog_softmax") -> dict[str, Any]:
-    """Times and peak memory at one length, batch 1; None where a form does not fit."""
+MATERIALISED = ("float32", "tf32", "bfloat16")
+"""How the materialised baseline multiplies matrices."""
+
+
+def measure(length: int, budget: Budget, forecast: Forecast, name: str = "hedgehog_softmax") -> dict[str, Any]:
+    """Times and peak memory at one length, batch 1; None where a form does not fit, no entry where time is short."""
     q, k = make_inputs(1, HEADS, HEADS, length, HEAD_DIM, torch.bfloat16)
     maps = make_maps(name, HEADS, HEAD_DIM)
-    kernel = select_distill_backend("auto", *maps, device="cuda", dtype=q.dtype).loss
-    forms = {"triton": kernel, "torch": attention_distillation_loss, "materialised": materialised_distillation_loss}
+    chosen = select_distill_backend("auto", *maps, device="cuda", dtype=q.dtype)
+    forms = {"chosen": (chosen.loss, "float32"), "torch": (attention_distillation_loss, "float32")}
+    forms |= {f"materialised_{kind}": (materialised_distillation_loss, kind) for kind in MATERIALISED}
     flop = (HEAD_DIM + 3 * maps[0].num_features) * length * length * HEADS
-    row: dict[str, Any] = {"tokens": length}
-    for form, loss in forms.items():
+    row: dict[str, Any] = {"tokens": length, "backend": chosen.name, "reason": chosen.reason}
+    for form, (loss, products) in forms.items():
+        if forecast.seconds(form, length) > budget.left_s():
+            row.setdefault("left_out", []).append(form)
+            continue
+        began = time.monotonic()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         try:
-            row[f"{form}_ms"] = median_ms(lambda loss=loss: gradients(loss, q, k, maps))
+            with products_in(products):
+                row[f"{form}_ms"] = median_ms(lambda loss=loss: gradients(loss, q, k, maps))
             row[f"{form}_peak_MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
         except torch.cuda.OutOfMemoryError:
             row |= {f"{form}_ms": None, f"{form}_peak_MB": None}
-    row["one_pass_tflop_per_s"] = flop / row["triton_ms"] / 1e9
+        forecast.note(form, length, time.monotonic() - began)
+    if row.get("chosen_ms"):
+        row["one_pass_tflop_per_s"] = flop / row["chosen_ms"] / 1e9
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The distillation loss's Triton kernel on this GPU.")
     parser.add_argument("--check", action="store_true", help="only whether it is right")
-    parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768")
+    parser.add_argument("--no-check", action="store_true", help="only how fast")
+    parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536")
+    parser.add_argument("--budget-s", type=float, default=150.0, help="what would end later is left out")
+    parser.add_argument("--allow-fallback", action="store_true", help="times of PyTorch in the kernel's place, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("there is no CUDA device")
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "checks": [],
-        "times": [],
-    }
-    for row in check():
-        report["checks"].append(row)
+    budget, forecast = Budget(arguments.budget_s), Forecast()
+    device = torch.device("cuda", torch.cuda.current_device())
+    report: dict[str, Any] = {**environment(device), "command": " ".join(sys.argv), "checks": [], "times": []}
+
+    def keep(section: str, row: dict[str, Any]) -> None:
+        report[section].append(row)
         print(row, flush=True)
-    if not arguments.check:
-        for length in map(int, arguments.lengths.split(",")):
-            report["times"].append(measure(length))
-            print(report["times"][-1], flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    sys.exit(0 if all(row["right"] for row in report["checks"]) else 1)
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    if not arguments.no_check:
+        for row in check():
+            keep("checks", row)
+    wrong = [row for row in report["checks"] if not row["right"]]
+    lengths = [] if arguments.check or wrong else [int(length) for length in arguments.lengths.split(",")]
+    fell_back = False
+    for length in lengths:
+        if budget.left_s() < 0:
+            break
+        keep("times", measure(length, budget, forecast))
+        fell_back = report["times"][-1]["backend"] != "triton"
+        if fell_back and not arguments.allow_fallback:
+            print(f"not the kernel: {report['times'][-1]['reason']}", file=sys.stderr)
+            break
+    print(f"{len(report['checks'])} checks, {len(wrong)} wrong; {budget.spent_s():.0f} of {budget.limit_s:.0f} s")
+    sys.exit(1 if wrong or (fell_back and not arguments.allow_fallback) else 0)
 
 
 if __name__ == "__main__":

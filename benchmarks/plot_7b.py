@@ -27,6 +27,8 @@ def lines(report: Row, section: str, x: str, y: str) -> dict[str, list[tuple[flo
     """The points of each line; rows that ran out of memory or time have none."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in report.get(section, []):
+        if not all(name in row for name in LABELS[section]):
+            continue  # why there are no more rows
         words = [f"batch {row[name]}" if name == "batch" else str(row[name]) for name in LABELS[section]]
         if y in row:
             found.setdefault(", ".join(words), []).append((row[x], row[y]))
@@ -54,6 +56,18 @@ def plot(report: Row, file: Path) -> None:
     figure.suptitle(f"{report['device']}, {report['dtype']}")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def plot_beside(report: Row, file: Path) -> str:
+    """Writes the plot as PNG beside the JSON `file`; in words what came of it."""
+    if not any(lines(report, *panel[:3]) for panel in PANELS):
+        return "no plot: there is nothing to plot"
+    picture = file.with_suffix(".png")
+    try:
+        plot(report, picture)
+    except ImportError as error:
+        return f"no plot: {error}; `python benchmarks/plot_7b.py {file}` makes it where there is matplotlib"
+    return f"plot: {picture}"
 
 
 def main(arguments: list[str] | None = None) -> None:

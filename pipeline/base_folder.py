@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .config_loading import variant_configs
 from .errors import ModelError
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ def check_convertible(name: str, fields: Mapping[str, Any], config: RunConfig) -
     Raises:
         ModelError: it drops attention weights, of which linear attention has none.
     """
+    from .config_loading import variant_configs
+
     dropout = fields.get("attention_dropout")
     linear = any(one.model.attention == "linear" for one in (config, *variant_configs(config).values()))
     if dropout and linear:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .config import ModelConfig, RunConfig
-from .config_checks import Problem
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .config import ModelConfig, RunConfig
+    from .config_checks import Problem
 
 _ANY_HEAD_DIM = 64
 """Stands in where the base model's head_dim is not known; then a given feature_dim is taken to fit."""
@@ -64,6 +67,7 @@ def _try_to_make(model: ModelConfig, head_dim: int) -> None:
 
 def feature_map_errors(config: RunConfig, head_dim: int | None = None) -> list[Problem]:
     """What the registry refuses about the main conversion's and the variants' feature maps. Imports torch."""
+    from .config_checks import Problem
     from .config_loading import variant_configs
 
     problems: list[Problem] = []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .config import RunConfig
-from .manifest import read_manifest
 from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 GIB = 2**30
 KEY = "distill.cache_hidden_states"
@@ -68,6 +70,8 @@ def describe_cache(config: RunConfig, hidden_size: int, num_rows: int | None) ->
     """
     if not (config.distill.cache_hidden_states and config.model.attention == "linear" and config.distill.enabled):
         return None
+    from .manifest import read_manifest
+
     folder = RunFolder.of(config)
     manifest = read_manifest(folder.stage("prepare"))
     train = manifest.summary.get("splits", {}).get("train", {}) if manifest and manifest.status == "done" else {}

@@ -123,6 +123,8 @@ def _become(connection: socket.socket, request: dict[str, Any]) -> NoReturn:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [request["script"], *request["arguments"]]
+    if (folder := os.path.dirname(request["script"])) != os.path.dirname(os.path.abspath(__file__)):
+        sys.path.insert(0, folder)  # as for any script; but this folder has a `kernels` of its own
     leader = os.getpid()
     status = 1
     try:

@@ -13,14 +13,16 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from ..config import ScheduleConfig
 from ..errors import ConfigError, DataError
 from .packing import best_fit
 from .tokens import TokenizedSplit
+
+if TYPE_CHECKING:
+    from ..config import ScheduleConfig
 
 NO_LOSS = -100
 """Label of a position without loss (torch's ignore_index)."""

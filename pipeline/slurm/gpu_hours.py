@@ -8,11 +8,13 @@ job's start, loading, validation, checkpoints, padding, what small kernels leave
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from ..config import RunConfig, ScheduleConfig
 from ..feature_map_checks import feature_map_size
-from ..memory_estimate import SUMMARY_SHARE
 from ..model_shape import ModelShape
+
+if TYPE_CHECKING:
+    from ..config import RunConfig, ScheduleConfig
 
 PEAK_FLOPS_PER_S = 312e12
 """An A100's in bfloat16."""
@@ -58,6 +60,8 @@ def finetune_gpu_hours(
     alone (2N), and forward again with gradient_checkpointing; attention's backward costs twice its forward. What the
     adapters themselves cost is a few thousandths.
     """
+    from ..memory_estimate import SUMMARY_SHARE
+
     finetune = config.finetune
     num_tokens = num_training_tokens(config, finetune, num_rows, row_tokens)
     if num_tokens is None:

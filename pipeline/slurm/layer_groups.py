@@ -18,12 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..config import RunConfig
 from ..feature_map_checks import feature_map_size
 from ..hidden_state_size import lower_layers_share
 from ..model_shape import ModelShape
 from .gpu_hours import gathering_flops, sequence_tokens
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
 
 LOSS_SLOWNESS = 4.0
 """Time of a FLOP of the loss, which is in float32, over one of the teacher's forward pass in bfloat16."""
