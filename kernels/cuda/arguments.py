@@ -25,7 +25,7 @@ def forward_arguments(
     q, k, v, weight_q, weight_k, *others = inputs
     assert q is not None and k is not None and v is not None
     q, k, v = loadable(q), loadable(k), loadable(v)
-    weights = [None if w is None else w.to(torch.bfloat16).contiguous() for w in (weight_q, weight_k)]
+    weights = [None if w is None else loadable(w.to(torch.bfloat16).contiguous()) for w in (weight_q, weight_k)]
     others = [None if x is None else x.contiguous() for x in others]
     mask, runs, initial_kv, initial_k_sum = others
     batch, heads, length, head_dim, features = sizes

@@ -4,9 +4,15 @@
 //     hedgehog_joint     softmax([2z ⊕ −2z])
 //     hedgehog_exp       queries: softmax([z ⊕ −z]);  keys: [exp(b(z)) ⊕ exp(−b(z))], b bends beyond ±40
 //
-// All of them are 2^(c z − offset₊) and 2^(−c z − offset₋) with offsets per row, which hold maximum and log-sum. The
-// exponentials are taken twice, once for the sums and once for the features: kept ones would need P more registers.
-// A NaN in a row makes an offset NaN, hence all features of that row.
+// All of them are 2^(c z − offset₊) and 2^(−c z − offset₋) with offsets per row, which hold maximum and log-sum. A row of
+// exponentials is needed twice, for its sums and for the features, and the multiplexed unit gives only 16 a clock. So those of
+// −z are reciprocals, of two at once: with e = 2^(c z − top) and r = 1/(e₀ e₁),
+//
+//     1/e₀ = e₁ r      1/e₁ = e₀ r      1/e₀ + 1/e₁ = (e₀ + e₁) r
+//
+// which makes three slow instructions for each z where four exponentials were; two with 64 columns, where e has a register
+// to wait in. In rows so wide that r might leave the range of float, four they are.
+// A NaN in a row makes its sums NaN, hence all features of that row.
 #pragma once
 
 #include "interface.h"
@@ -45,59 +51,115 @@ __device__ __forceinline__ void project(float (&z)[kProjected / 8][4], Tile<kHea
     }
 }
 
-// Writes φ of the sixteen rows into `phi`; a row whose `keep` is false becomes zero.
-template <int kProjected>
-__device__ __forceinline__ void activate(float (&z)[kProjected / 8][4], int feature_map, bool is_key,
-                                         const bool (&keep)[2], Tile<2 * kProjected> phi, int first_row) {
+// How far a row's lowest exponent (of two) may be from its highest: the product of two reciprocals has twice that.
+constexpr float kWidestRow = 48.0f;
+
+// φ of a lane's eight-column units, pair by pair: features(z₀, z₁, row half, their φ₊, their φ₋) into shared memory; zeros in
+// a row whose `keep` is false.
+template <int kProjected, class Features>
+__device__ __forceinline__ void store_features(const float (&z)[kProjected / 8][4], const bool (&keep)[2],
+                                               Tile<2 * kProjected> phi, int first_row, Features features) {
     const int lane = thread_index() % 32;
-    float scale = kLog2E;
-    float offset_plus[2] = {0.0f, 0.0f}, offset_minus[2] = {0.0f, 0.0f};
-    if (feature_map == HEDGEHOG_EXP && is_key) {
-#pragma unroll
-        for (int n = 0; n < kProjected / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) z[n][i] = bounded_exponent(z[n][i]);
-    } else {
-        if (feature_map == HEDGEHOG_JOINT) scale *= 2.0f;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float highest = z[0][2 * r], lowest = z[0][2 * r];
-#pragma unroll
-            for (int n = 0; n < kProjected / 8; ++n) {
-                highest = fmaxf(highest, fmaxf(z[n][2 * r], z[n][2 * r + 1]));
-                lowest = fminf(lowest, fminf(z[n][2 * r], z[n][2 * r + 1]));
-            }
-            float top_plus = quad_max(highest) * scale, top_minus = quad_max(-lowest) * scale;
-            if (feature_map != HEDGEHOG_SOFTMAX) top_plus = top_minus = fmaxf(top_plus, top_minus);
-            float sum_plus = 0.0f, sum_minus = 0.0f;
-#pragma unroll
-            for (int n = 0; n < kProjected / 8; ++n)
-#pragma unroll
-                for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                    sum_plus += exp2_approximate(fmaf(z[n][i], scale, -top_plus));
-                    sum_minus += exp2_approximate(fmaf(-z[n][i], scale, -top_minus));
-                }
-            sum_plus = quad_sum(sum_plus);
-            sum_minus = quad_sum(sum_minus);
-            if (feature_map != HEDGEHOG_SOFTMAX) sum_plus = sum_minus = sum_plus + sum_minus;
-            offset_plus[r] = top_plus + log2_approximate(sum_plus);
-            offset_minus[r] = top_minus + log2_approximate(sum_minus);
-        }
-    }
 #pragma unroll
     for (int n = 0; n < kProjected / 8; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = first_row + lane / 4 + 8 * r, column = 8 * n + 2 * (lane % 4);
-            const float z0 = z[n][2 * r], z1 = z[n][2 * r + 1];
-            const uint32_t plus = pack_bf16(exp2_approximate(fmaf(z0, scale, -offset_plus[r])),
-                                            exp2_approximate(fmaf(z1, scale, -offset_plus[r])));
-            const uint32_t minus = pack_bf16(exp2_approximate(fmaf(-z0, scale, -offset_minus[r])),
-                                             exp2_approximate(fmaf(-z1, scale, -offset_minus[r])));
-            phi.pair(row, column) = keep[r] ? plus : 0u;
-            phi.pair(row, kProjected + column) = keep[r] ? minus : 0u;
+            float plus[2], minus[2];
+            features(z[n][2 * r], z[n][2 * r + 1], r, plus, minus);
+            phi.pair(row, column) = keep[r] ? pack_bf16(plus[0], plus[1]) : 0u;
+            phi.pair(row, kProjected + column) = keep[r] ? pack_bf16(minus[0], minus[1]) : 0u;
             if (r == 1) schedule_barrier();
         }
+}
+
+// Writes φ of the sixteen rows into `phi`; a row whose `keep` is false becomes zero.
+template <int kProjected>
+__device__ __forceinline__ void activate(float (&z)[kProjected / 8][4], int feature_map, bool is_key,
+                                         const bool (&keep)[2], Tile<2 * kProjected> phi, int first_row) {
+    if (feature_map == HEDGEHOG_EXP && is_key) {
+        store_features<kProjected>(z, keep, phi, first_row,
+                                   [](float z0, float z1, int, float (&plus)[2], float (&minus)[2]) {
+                                       z0 = bounded_exponent(z0) * kLog2E, z1 = bounded_exponent(z1) * kLog2E;
+                                       plus[0] = exp2_approximate(z0), plus[1] = exp2_approximate(z1);
+                                       minus[0] = exp2_approximate(-z0), minus[1] = exp2_approximate(-z1);
+                                   });
+        return;
+    }
+    const float scale = feature_map == HEDGEHOG_JOINT ? 2.0f * kLog2E : kLog2E;
+    float top_plus[2], top_minus[2], width = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float highest = z[0][2 * r], lowest = z[0][2 * r];
+#pragma unroll
+        for (int n = 0; n < kProjected / 8; ++n) {
+            highest = fmaxf(highest, fmaxf(z[n][2 * r], z[n][2 * r + 1]));
+            lowest = fminf(lowest, fminf(z[n][2 * r], z[n][2 * r + 1]));
+        }
+        top_plus[r] = quad_max(highest) * scale, top_minus[r] = quad_max(-lowest) * scale;
+        const float bottom = -top_minus[r];
+        if (feature_map != HEDGEHOG_SOFTMAX) top_plus[r] = top_minus[r] = fmaxf(top_plus[r], top_minus[r]);
+        width = fmaxf(width, top_plus[r] - bottom);
+    }
+    for (int lane_mask = 4; lane_mask < 32; lane_mask *= 2) width = fmaxf(width, shuffle_xor(width, lane_mask));
+
+    const bool joint = feature_map != HEDGEHOG_SOFTMAX;
+    if (width <= kWidestRow) {
+        // With 64 columns e takes the place of z; with 128 it does not: the compiler finds no registers for that.
+        constexpr bool kKept = kProjected <= 64;
+        float to_plus[2], to_minus[2];  // a factor of e or an offset of the exponent; 1/(φ₊ φ₋) of one z
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float sum_plus = 0.0f, sum_minus = 0.0f;
+#pragma unroll
+            for (int n = 0; n < kProjected / 8; ++n) {
+                const float e0 = exp2_approximate(fmaf(z[n][2 * r], scale, -top_plus[r]));
+                const float e1 = exp2_approximate(fmaf(z[n][2 * r + 1], scale, -top_plus[r]));
+                const float sum = e0 + e1;
+                sum_plus += sum;
+                sum_minus = fmaf(sum, reciprocal_approximate(e0 * e1), sum_minus);
+                if (kKept) z[n][2 * r] = e0, z[n][2 * r + 1] = e1;
+            }
+            sum_plus = quad_sum(sum_plus);
+            sum_minus = quad_sum(sum_minus);
+            // 2^(−c z − top) is 2^(−2 top) / e; with sums of their own the factor cancels.
+            if (joint) sum_plus = fmaf(sum_minus, exp2_approximate(-2.0f * top_plus[r]), sum_plus);
+            to_plus[r] = kKept ? reciprocal_approximate(sum_plus) : top_plus[r] + log2_approximate(sum_plus);
+            to_minus[r] = sum_plus * (joint ? sum_plus * exp2_approximate(2.0f * top_plus[r]) : sum_minus);
+        }
+        store_features<kProjected>(
+            z, keep, phi, first_row, [&](float z0, float z1, int r, float (&plus)[2], float (&minus)[2]) {
+                plus[0] = kKept ? z0 * to_plus[r] : exp2_approximate(fmaf(z0, scale, -to_plus[r]));
+                plus[1] = kKept ? z1 * to_plus[r] : exp2_approximate(fmaf(z1, scale, -to_plus[r]));
+                const float both = reciprocal_approximate(plus[0] * to_minus[r] * plus[1]);
+                minus[0] = plus[1] * both, minus[1] = plus[0] * both;
+            });
+        return;
+    }
+    float offset_plus[2], offset_minus[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float sum_plus = 0.0f, sum_minus = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kProjected / 8; ++n)
+#pragma unroll
+            for (int i = 2 * r; i < 2 * r + 2; ++i) {
+                sum_plus += exp2_approximate(fmaf(z[n][i], scale, -top_plus[r]));
+                sum_minus += exp2_approximate(fmaf(-z[n][i], scale, -top_minus[r]));
+            }
+        sum_plus = quad_sum(sum_plus);
+        sum_minus = quad_sum(sum_minus);
+        if (joint) sum_plus = sum_minus = sum_plus + sum_minus;
+        offset_plus[r] = top_plus[r] + log2_approximate(sum_plus);
+        offset_minus[r] = top_minus[r] + log2_approximate(sum_minus);
+    }
+    store_features<kProjected>(z, keep, phi, first_row,
+                               [&](float z0, float z1, int r, float (&plus)[2], float (&minus)[2]) {
+                                   plus[0] = exp2_approximate(fmaf(z0, scale, -offset_plus[r]));
+                                   plus[1] = exp2_approximate(fmaf(z1, scale, -offset_plus[r]));
+                                   minus[0] = exp2_approximate(fmaf(-z0, scale, -offset_minus[r]));
+                                   minus[1] = exp2_approximate(fmaf(-z1, scale, -offset_minus[r]));
+                               });
 }
 
 }  // namespace hedgehog

@@ -168,7 +168,7 @@ def linear_attention_token(
     if not (kv_state.is_contiguous() and k_sum.is_contiguous()):
         raise ValueError("kv_state and k_sum must be contiguous: they are updated in place")
     q, k, v = (loadable(x) for x in (q, k, v))
-    weights = [None if w is None else w.to(torch.bfloat16).contiguous() for w in (weight_q, weight_k)]
+    weights = [None if w is None else loadable(w.to(torch.bfloat16).contiguous()) for w in (weight_q, weight_k)]
     mask = None if mask is None else mask.contiguous()
     out = v.new_empty(batch, heads, 1, head_dim)
     if out.numel() == 0:
