@@ -18,6 +18,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 UNITS = ("forward.cu", "decode.cu", "backward.cu", "backward_queries.cu", "backward_keys.cu")
+HOPPER_UNITS = ("forward_hopper.cu",)
+"""Only for compute capability 9.0, and the emulation: wgmma needs the target sm_90a."""
 NVCC_FLAGS = ("-std=c++17", "-O3")
 GXX_FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off")
 COMPILE_LIMIT_S = 900
@@ -38,14 +40,17 @@ def build_cuda_library(capability: tuple[int, int]) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("nvcc was not found (on the path, in $CUDA_HOME or in /usr/local/cuda)")
-    number = f"{capability[0]}{capability[1]}"
+    hopper = capability == (9, 0)
+    number = "90a" if hopper else f"{capability[0]}{capability[1]}"
     flags = (*NVCC_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}", "--cudart=static")
-    return _build([nvcc, *flags, "--shared", "-Xcompiler=-fPIC"], f"cuda-sm{number}")
+    flags = (*flags, "-DHEDGEHOG_SM_90A") if hopper else flags
+    units = UNITS + HOPPER_UNITS if hopper else UNITS
+    return _build([nvcc, *flags, "--shared", "-Xcompiler=-fPIC"], f"cuda-sm{number}", units)
 
 
 def build_emulated_library() -> Path:
     """The same sources for this CPU, as a shared library. Raises BuildError."""
-    return _build([_gxx(), *GXX_FLAGS, "-shared", "-fPIC", "-x", "c++"], "emulated")
+    return _build([_gxx(), *GXX_FLAGS, "-shared", "-fPIC", "-x", "c++"], "emulated", UNITS + HOPPER_UNITS)
 
 
 def build_program(main: Path, *, with_kernels: bool, sanitize: bool) -> Path:
@@ -53,7 +58,7 @@ def build_program(main: Path, *, with_kernels: bool, sanitize: bool) -> Path:
     # not optimised: compiling takes longer than running
     sanitizer = ("-O0", "-g", "-fsanitize=address", "-fno-omit-frame-pointer") if sanitize else ()
     command = [_gxx(), *GXX_FLAGS, *sanitizer, f"-I{FOLDER}", "-x", "c++"]
-    units = UNITS if with_kernels else ()
+    units = UNITS + HOPPER_UNITS if with_kernels else ()
     return _build(command, main.stem, units, more_sources=(main,))
 
 
