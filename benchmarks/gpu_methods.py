@@ -2,6 +2,7 @@
 
 kernel               the CUDA kernels, in as many segments of the length as fill the GPU
 kernel, one segment  the same without cutting the length
+kernel, wgmma        the same with the forward kernel for Hopper, in as many segments as fill the GPU
 fla                  flash-linear-attention: its hedgehog map and its chunked kernel with normaliser
 pytorch              φ and the chunked form in PyTorch
 softmax, flash       torch's SDPA with the FlashAttention backend; what linear attention replaces
@@ -13,8 +14,13 @@ softmax, cudnn       the same with cuDNN's
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +33,23 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hedgehog.kernels.cuda.attention import num_segments
+from hedgehog.kernels.cuda.forward_choice import SWITCH, choose_forward, forward_kernel
+from hedgehog.kernels.cuda.library import library_for
 from hedgehog.kernels.cuda.operators import linear_attention
 from hedgehog.kernels.feature_maps import make_feature_map
 from hedgehog.kernels.linear_attention import chunked_linear_attention
 
 EPS = 1e-30
 FEATURE_MAP = "hedgehog_softmax"
+WGMMA_CHECK_LIMIT_S = 60
+WGMMA_CHECK = """
+import sys, types
+sys.modules["hedgehog"] = types.ModuleType("hedgehog")
+sys.modules["hedgehog"].__path__ = [sys.argv[1]]
+import torch
+from hedgehog.kernels.cuda.attention import disagreement
+sys.exit(next(filter(None, (disagreement(torch.device("cuda"), f, 128, "hedgehog_softmax") for f in (128, 256))), 0))
+"""
 TWO_SETS_UP_TO = 2**22
 """Tokens times heads; larger inputs are far larger than any cache, and two sets might not fit."""
 
@@ -88,6 +105,38 @@ def one_segment(inputs: Inputs) -> Ready:
     if num_segments(inputs.device, 1, inputs.cell.heads) == 1:
         raise NotAvailable("one segment fills the GPU already")
     return kernel(inputs, segments=1)
+
+
+@cache
+def wgmma_obstacle() -> str | None:
+    """Why the wgmma kernel is not to be timed on this GPU, or None.
+
+    It shows that it is right in a process of its own: one that never returned would take the whole run with it.
+    """
+    command = [sys.executable, "-c", WGMMA_CHECK, str(Path(num_segments.__code__.co_filename).parents[2])]
+    environment = {**os.environ, SWITCH: "wgmma"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WGMMA_CHECK_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"its check did not return within {WGMMA_CHECK_LIMIT_S} s"
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def wgmma(inputs: Inputs) -> Ready:
+    cell = inputs.cell
+    assert cell.features is not None
+    with forward_kernel("wgmma"):
+        choice = choose_forward(library_for(inputs.device), cell.head_dim, cell.features, FEATURE_MAP)
+    obstacle = choice.reason if choice.kernel != "wgmma" else wgmma_obstacle()
+    if obstacle:
+        raise NotAvailable(f"wgmma: {obstacle}")
+    ready = kernel(inputs)
+
+    def attend() -> Tensor:
+        with forward_kernel("wgmma"):
+            return ready.attend()
+
+    return Ready(attend, ready.leaves)
 
 
 def apply_map(side: Any, x: Tensor, weight: Tensor, feature_map: str = FEATURE_MAP) -> Tensor:
@@ -169,6 +218,7 @@ def fla_difference(device: torch.device, cell: Cell) -> dict[str, Any]:
 LINEAR: dict[str, Callable[[Inputs], Ready]] = {
     "kernel": kernel,
     "kernel, one segment": one_segment,
+    "kernel, wgmma": wgmma,
     "fla": fla,
     "pytorch": pytorch,
 }

@@ -15,6 +15,7 @@ Row = dict[str, Any]
 COLOURS = {
     "kernel": "C0",
     "kernel, one segment": "C9",
+    "kernel, wgmma": "C6",
     "fla": "C2",
     "pytorch": "C1",
     "softmax, flash": "C3",

@@ -80,8 +80,8 @@ def test_every_section_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert len(report["decoding"]) == 2 * 2 * 5, "two batches, as called and in a graph"
     assert report["fla"]["skipped"].startswith("flash-linear-attention: ModuleNotFoundError")
     for row in [*report["times"], *report["decoding"]]:
-        if row["method"] == "fla":
-            assert "skipped" in row
+        if row["method"] in ("fla", "kernel, wgmma"):
+            assert "skipped" in row, "not installed; not for head dim 64"
         elif row["method"] == "softmax, cudnn":
             assert "failed" in row, "one failure does not stop the rest"
         else:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 UNITS = ("forward.cu", "decode.cu", "backward.cu", "backward_queries.cu", "backward_keys.cu")
+HOPPER_UNITS = ("forward_hopper.cu",)
+"""Only for compute capability 9.0, and the emulation: wgmma needs the target sm_90a."""
 NVCC_FLAGS = ("-std=c++17", "-O3")
 GXX_FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off")
 COMPILE_LIMIT_S = 900
@@ -56,13 +58,16 @@ class Compiler:
 
 def build_cuda_library(capability: tuple[int, int]) -> Path:
     """The shared library for GPUs of this compute capability. Raises BuildError."""
-    number = f"{capability[0]}{capability[1]}"
+    hopper = capability == (9, 0)
+    number = "90a" if hopper else f"{capability[0]}{capability[1]}"
     flags = (*NVCC_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}")
+    flags = (*flags, "-DHEDGEHOG_SM_90A") if hopper else flags
+    units = UNITS + HOPPER_UNITS if hopper else UNITS
     nvcc = find_nvcc()
     compiler = Compiler(nvcc or "nvcc", flags, ("-Xcompiler=-fPIC",), ("--shared", "--cudart=static"))
     label = f"cuda-sm{number}"
     if nvcc is not None:
-        return _build(compiler, label)
+        return _build(compiler, label, units)
     made_before = _cache_folder().glob(f"{label}-{_digest_of_sources(compiler)}-*.so")
     newest = max(made_before, key=lambda file: file.stat().st_mtime, default=None)
     if newest is None:
@@ -75,7 +80,8 @@ def build_cuda_library(capability: tuple[int, int]) -> Path:
 
 def build_emulated_library() -> Path:
     """The same sources for this CPU, as a shared library. Raises BuildError."""
-    return _build(Compiler(_gxx(), (*GXX_FLAGS, "-fPIC"), ("-x", "c++"), ("-shared",)), "emulated")
+    compiler = Compiler(_gxx(), (*GXX_FLAGS, "-fPIC"), ("-x", "c++"), ("-shared",))
+    return _build(compiler, "emulated", UNITS + HOPPER_UNITS)
 
 
 def build_program(main: Path, *, with_kernels: bool, sanitize: bool) -> Path:
@@ -83,7 +89,7 @@ def build_program(main: Path, *, with_kernels: bool, sanitize: bool) -> Path:
     # not optimised: compiling takes longer than running
     sanitizer = ("-O0", "-g", "-fsanitize=address", "-fno-omit-frame-pointer") if sanitize else ()
     compiler = Compiler(_gxx(), (*GXX_FLAGS, *sanitizer), ("-x", "c++"))
-    return _build(compiler, main.stem, UNITS if with_kernels else (), more_sources=(main,))
+    return _build(compiler, main.stem, UNITS + HOPPER_UNITS if with_kernels else (), more_sources=(main,))
 
 
 def _gxx() -> str:

@@ -5,7 +5,10 @@
 //   2. a small kernel adds these up, so that each segment finds the state before it,
 //   3. all segments run at once.
 // Scratch is one state per segment, head and row: it does not grow with the length.
+//
+// The last pass is the wgmma kernel's where the caller asks for it (forward_hopper.cu); the first always runs here.
 #include "forward.cuh"
+#include "forward_hopper.h"
 #include "launches.h"
 
 namespace hedgehog {
@@ -149,13 +152,18 @@ extern "C" int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int
     });
 }
 
+extern "C" int32_t hedgehog_has_wgmma(int32_t head_dim, int32_t features, int32_t feature_map) {
+    return hedgehog::has_hopper(head_dim, features, feature_map);
+}
+
 extern "C" int32_t hedgehog_forward(const HedgehogForwardArguments* arguments) {
     using namespace hedgehog;
     const HedgehogForwardArguments& a = *arguments;
     if (!valid_inputs(a) || !a.out || !a.final_kv != !a.final_k_sum || !aligned(a.out, 4) || !aligned(a.out_stride, 2))
         return cudaErrorInvalidValue;
+    if (a.kernel != HEDGEHOG_MMA && (a.kernel != HEDGEHOG_WGMMA || !serves_hopper(a))) return cudaErrorInvalidValue;
     const cudaError_t error = fill_segment_states(a);
     if (error != cudaSuccess) return error;
     const ForwardParameters p = parameters_of(a);
-    return launch_pass(a, p, p.segments);
+    return a.kernel == HEDGEHOG_WGMMA ? launch_hopper(a, p) : launch_pass(a, p, p.segments);
 }

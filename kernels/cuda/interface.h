@@ -14,6 +14,13 @@ enum HedgehogFeatureMap : int32_t {
     HEDGEHOG_JOINT = 3,
 };
 
+// Which forward kernel: forward.cuh's, on mma.sync, for every shape and GPU; or forward_hopper.cuh's, on wgmma, for the
+// shapes that hedgehog_has_wgmma names. Both keep the same contract, but wgmma wants `out` aligned to 16 bytes.
+enum HedgehogForwardKernel : int32_t {
+    HEDGEHOG_MMA = 0,
+    HEDGEHOG_WGMMA = 1,
+};
+
 struct HedgehogStrides {
     int64_t batch, head, token;
 };
@@ -39,7 +46,7 @@ struct HedgehogForwardArguments {
     int64_t batch, heads, kv_heads, length;
     int32_t head_dim, features, feature_map, segments;
     float eps;
-    int32_t reserved;
+    int32_t kernel;  // HedgehogForwardKernel
 };
 
 // One token a row. State and k_sum are updated in place.
@@ -84,6 +91,9 @@ struct HedgehogBackwardArguments {
 int32_t hedgehog_forward(const HedgehogForwardArguments* arguments);
 int32_t hedgehog_decode(const HedgehogDecodeArguments* arguments);
 int32_t hedgehog_backward(const HedgehogBackwardArguments* arguments);
+
+// Whether this build has the wgmma kernel (for sm_90a; emulated), and it serves the shape.
+int32_t hedgehog_has_wgmma(int32_t head_dim, int32_t features, int32_t feature_map);
 
 // Segments of the length that really run: at most `requested`, at most one per chunk.
 int32_t hedgehog_num_segments(int64_t length, int32_t requested);

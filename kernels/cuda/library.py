@@ -41,7 +41,7 @@ class ForwardArguments(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "heads", "kv_heads", "length")),
         *((name, c_int32) for name in ("head_dim", "features", "feature_map", "segments")),
         ("eps", c_float),
-        ("reserved", c_int32),
+        ("kernel", c_int32),
     ]
     held: tuple[Tensor | None, ...] = ()
     """Tensors that must live as long as these arguments: copies of which nobody else knows."""
@@ -108,6 +108,10 @@ class Library:
     def shared_bytes(self, head_dim: int, features: int, feature_map: str) -> int:
         """Shared memory that a block of the forward kernel takes."""
         return self._c.hedgehog_shared_bytes(head_dim, features, FEATURE_MAP_NUMBERS[feature_map])
+
+    def has_wgmma(self, head_dim: int, features: int, feature_map: str) -> bool:
+        """Whether this build has the wgmma forward kernel for the shape."""
+        return bool(self._c.hedgehog_has_wgmma(head_dim, features, FEATURE_MAP_NUMBERS[feature_map]))
 
     def forward(self, arguments: ForwardArguments) -> None:
         self._check(self._c.hedgehog_forward(ctypes.byref(arguments)))

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import forward_arguments, loadable, token_strides
 from .checks import check_side_inputs, checked_sizes
+from .forward_choice import KERNEL_NUMBERS, choose_forward
 from .gradients import linear_attention_gradients
 from .library import (
     FEATURE_MAP_NUMBERS,
@@ -69,6 +70,7 @@ def linear_attention(
     arguments = forward_arguments(inputs, sizes, feature_map, eps, segments)
     arguments.out, arguments.out_stride = address(out), token_strides(out)
     arguments.denominator = address(denominator)
+    arguments.kernel = KERNEL_NUMBERS[choose_forward(library, sizes[3], sizes[4], feature_map).kernel]
     if return_state:
         arguments.final_kv, arguments.final_k_sum = address(final_kv), address(final_k_sum)
     scratch = torch.empty(library.scratch_bytes(arguments), dtype=torch.uint8, device=q.device)

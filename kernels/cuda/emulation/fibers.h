@@ -48,10 +48,7 @@ struct AsyncCopy {
     void* destination;
     const void* source;
     int num_source_bytes;  // the rest of the 16 bytes becomes zero
-    void perform() const {
-        std::memset(destination, 0, 16);
-        if (num_source_bytes > 0) std::memcpy(destination, source, num_source_bytes);
-    }
+    void perform() const;
 };
 
 struct Fiber {
@@ -63,6 +60,13 @@ struct Fiber {
     void* asan_fake_stack = nullptr;
     std::vector<AsyncCopy> open_copies;
     std::vector<std::vector<AsyncCopy>> committed_copies;
+    std::vector<size_t> unfenced_words;  // of shared memory, written since the last fence.proxy.async
+};
+
+// Threads that meet at a named barrier, or for what all threads of a warpgroup do together.
+struct Gathering {
+    int num_expected = 0;  // 0: nobody has come yet
+    std::vector<int> arrived, waiting;
 };
 
 // Where the lanes of a warp meet for an instruction that all of them execute together.
@@ -123,6 +127,57 @@ class Scheduler {
             if (thread != current_->thread) make_runnable(thread);
     }
 
+    // bar.sync (waits) and bar.arrive (does not) on barrier 1 to 15.
+    void named_barrier(int barrier, int num_threads, bool waits) {
+        if (barrier < 1 || barrier > 15) fail("named barriers are 1 to 15, not " + std::to_string(barrier));
+        if (num_threads % kWarpSize || num_threads > num_threads_) fail("a barrier for part of a warp, or for too many");
+        gather(barriers_[barrier], num_threads, waits, [] {});
+    }
+
+    // The thread joins; if it waits, it goes on when `num_expected` have come. The last one to come runs `complete`.
+    template <class Complete>
+    void gather(Gathering& gathering, int num_expected, bool waits, Complete complete) {
+        const int thread = current_->thread;
+        if (gathering.num_expected == 0) gathering.num_expected = num_expected;
+        if (gathering.num_expected != num_expected) fail("a barrier is used for two numbers of threads at a time");
+        for (int other : gathering.arrived)
+            if (other == thread) fail("a thread comes to a barrier twice before the others came once");
+        gathering.arrived.push_back(thread);
+        if (static_cast<int>(gathering.arrived.size()) < num_expected) {
+            if (!waits) return;
+            gathering.waiting.push_back(thread);
+            hand_over();
+            return;
+        }
+        complete();
+        for (int other : gathering.waiting) make_runnable(other);
+        gathering = Gathering{};
+    }
+
+    // The async proxy (wgmma) reads shared memory as it was at the writer's last fence.proxy.async. From here to the
+    // block's end the emulation remembers who wrote each word without a fence.
+    void track_async_proxy() {
+        if (writers_.empty()) writers_.assign(shared_bytes_ / 4, -1);
+    }
+    void note_write(const void* address, size_t num_bytes) {
+        if (writers_.empty()) return;
+        const size_t first = (static_cast<const unsigned char*>(address) - shared_) / 4;
+        for (size_t word = first; word < first + num_bytes / 4; ++word) {
+            writers_[word] = static_cast<int16_t>(current_->thread);
+            current_->unfenced_words.push_back(word);
+        }
+    }
+    void fence_async_proxy() {
+        for (size_t word : current_->unfenced_words)
+            if (writers_[word] == current_->thread) writers_[word] = -1;
+        current_->unfenced_words.clear();
+    }
+    // The thread that wrote at `offset` into shared memory and has not passed a fence since, or -1.
+    int unfenced_writer(size_t offset) const { return writers_.empty() ? -1 : writers_[offset / 4]; }
+
+    size_t shared_bytes() const { return shared_bytes_; }
+    uint64_t blocks_begun() const { return blocks_begun_; }
+
     // All lanes of the warp bring `operands`; the last one runs `compute` on the operands of all, by lane.
     template <class Operands, class Compute>
     void warp_meeting(const char* instruction, Operands& operands, Compute compute) {
@@ -161,6 +216,9 @@ class Scheduler {
         std::memset(shared_, 0xff, shared_bytes);  // NaN in every floating-point format
         fibers_.resize(num_threads_);
         warps_.assign(num_threads_ / kWarpSize, Warp{});
+        for (Gathering& barrier : barriers_) barrier = Gathering{};
+        writers_.clear();
+        ++blocks_begun_;
         num_at_barrier_ = num_finished_ = burst_ = 0;
         failure_.clear();
         for (int thread = 0; thread < num_threads_; ++thread) {
@@ -170,6 +228,7 @@ class Scheduler {
             fiber.stack.resize(kStackBytes);
             fiber.open_copies.clear();
             fiber.committed_copies.clear();
+            fiber.unfenced_words.clear();
             make_runnable(thread);
         }
         while (goes_on() && (std::exchange(chosen_, false) || choose())) enter(*current_);
@@ -211,6 +270,11 @@ class Scheduler {
     std::string describe_stuck() const {
         std::string text = "deadlock: " + std::to_string(num_at_barrier_) + " of " + std::to_string(num_threads_) +
                            " threads wait at __syncthreads, " + std::to_string(num_finished_) + " have returned";
+        for (size_t barrier = 0; barrier < kNumBarriers; ++barrier)
+            if (!barriers_[barrier].waiting.empty())
+                text += "; barrier " + std::to_string(barrier) + ": " +
+                        std::to_string(barriers_[barrier].arrived.size()) + " of " +
+                        std::to_string(barriers_[barrier].num_expected) + " have come";
         for (size_t warp = 0; warp < warps_.size(); ++warp)
             if (warps_[warp].meeting.num_arrived)
                 text += "; warp " + std::to_string(warp) + ": " + std::to_string(warps_[warp].meeting.num_arrived) +
@@ -291,6 +355,10 @@ class Scheduler {
     int num_threads_ = 0, num_at_barrier_ = 0, num_finished_ = 0, favourite_ = 0, burst_ = 0;
     unsigned char* shared_ = nullptr;
     size_t shared_bytes_ = 0;
+    static constexpr size_t kNumBarriers = 16;
+    Gathering barriers_[kNumBarriers];
+    std::vector<int16_t> writers_;  // by word of shared memory; empty where no kernel uses the async proxy
+    uint64_t blocks_begun_ = 0;
     bool chosen_ = false;  // current_ is whom to enter next
     std::string failure_;
     ucontext_t home_{};
@@ -298,5 +366,11 @@ class Scheduler {
     const void* asan_stack_ = nullptr;
     size_t asan_stack_bytes_ = 0;
 };
+
+inline void AsyncCopy::perform() const {
+    std::memset(destination, 0, 16);
+    if (num_source_bytes > 0) std::memcpy(destination, source, num_source_bytes);
+    Scheduler::get().note_write(destination, 16);
+}
 
 }  // namespace emulation

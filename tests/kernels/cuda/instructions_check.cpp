@@ -284,6 +284,12 @@ void overrun_kernel(const Nothing) {
 void check_overrun() { run(&overrun_kernel, 32, 1024, Nothing{}); }
 #endif
 
+}  // namespace
+
+#include "warpgroup_checks.h"
+
+namespace {
+
 const std::pair<const char*, void (*)()> kChecks[] = {
     {"mma", check_mma},
     {"one_product", check_one_product},
@@ -295,6 +301,11 @@ const std::pair<const char*, void (*)()> kChecks[] = {
     {"missing_barrier", check_missing_barrier},
     {"stuck", check_stuck},
     {"seed", check_seed},
+    {"descriptors", check_descriptors},
+    {"products", check_products},
+    {"misuse", check_misuse},
+    {"stmatrix", check_stmatrix},
+    {"named_barriers", check_named_barriers},
 #ifdef __SANITIZE_ADDRESS__
     {"overrun", check_overrun},
 #endif

@@ -25,7 +25,7 @@ int check(int32_t error, const char* what, int64_t length) {
 }
 
 int sequence(int head_dim, int features, int feature_map, int64_t length, int segments, bool backwards,
-             int64_t kv_heads = 1) {
+             int64_t kv_heads = 1, HedgehogForwardKernel kernel = HEDGEHOG_MMA) {
     const int64_t batch = 1, heads = 2;
     const bool given = feature_map == HEDGEHOG_GIVEN;
     const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
@@ -49,7 +49,7 @@ int sequence(int head_dim, int features, int feature_map, int64_t length, int se
     a.out_stride = {heads * length * head_dim, head_dim, heads * head_dim};
     a.batch = batch, a.heads = heads, a.kv_heads = kv_heads, a.length = length;
     a.head_dim = head_dim, a.features = features, a.feature_map = feature_map, a.segments = segments;
-    a.eps = 1e-30f;
+    a.eps = 1e-30f, a.kernel = kernel;
     Array<unsigned char> scratch(hedgehog_scratch_bytes(&a));
     a.scratch = hedgehog_scratch_bytes(&a) ? scratch.data.get() : nullptr;
     const int failures = check(hedgehog_forward(&a), "forward", length);
@@ -112,5 +112,7 @@ int main() {
     }
     failures += sequence(128, 256, HEDGEHOG_SOFTMAX, 66, 2, true, 2);
     failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 3, 1, true);
+    failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 130, 2, false, 1, HEDGEHOG_WGMMA);
+    failures += sequence(128, 256, HEDGEHOG_EXP, 65, 1, false, 2, HEDGEHOG_WGMMA);
     return failures != 0;
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from hedgehog.kernels.cuda import compile_check
-from hedgehog.kernels.cuda.build import UNITS, find_nvcc
+from hedgehog.kernels.cuda.build import HOPPER_UNITS, UNITS, find_nvcc
 from hedgehog.kernels.cuda.compile_check import KERNELS, Usage, compile_for, declared_resources, faults, read_usage
 
 NAME = "_ZN8hedgehog24linear_attention_forwardILi128ELi256ELb1EEEvNS_17ForwardParametersE"
@@ -44,9 +45,9 @@ def test_names_each_fault():
 
 
 def test_every_kernel_is_declared():
-    assert set(KERNELS) | {"backward.cu"} == set(UNITS)  # which only launches
+    assert set(KERNELS) | {"backward.cu"} == {*UNITS, *HOPPER_UNITS}  # which only launches
     for unit in KERNELS:
-        assert len(declared_resources(unit)) == 8
+        assert len(declared_resources(unit)) == (2 if unit in HOPPER_UNITS else 8)
 
 
 @pytest.mark.timeout(600)
@@ -59,6 +60,14 @@ def test_a_kernel_compiles_within_its_resources():
     declared = declared_resources("decode.cu")
     assert {usage.kernel for usage in usages} == set(declared)
     assert [fault for usage in usages for fault in faults(usage, declared)] == []
+
+
+def test_wgmma_that_the_compiler_serialised_is_a_fault(monkeypatch):
+    warning = "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to"
+    done = SimpleNamespace(returncode=0, stderr=f"{warning}\n{OUTPUT}")
+    monkeypatch.setattr(compile_check.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(RuntimeError, match=r"forward_hopper\.cu for sm_90a: .*C7514"):
+        compile_for("nvcc", "forward_hopper.cu", "sm_90a")
 
 
 def test_main_fails_without_nvcc(monkeypatch, capsys):

@@ -22,6 +22,11 @@ CHECKS = [
     "missing_barrier",
     "stuck",
     "seed",
+    "descriptors",
+    "products",
+    "misuse",
+    "stmatrix",
+    "named_barriers",
 ]
 
 
