@@ -4,7 +4,8 @@
 #   make test        the whole test-suite (no GPU, no network)
 #   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
 #   make lint        ruff and pyright
-#   make cuda        compile the Triton and CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
+#   make compiles    compile the Triton kernels for sm_80, sm_86 and sm_90 (no nvcc, no GPU)
+#   make cuda        the same, and the CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
 #   make bench-gpu   the CUDA kernels on a GPU: correctness, then times
 #   make bench       speed and memory of the kernels on this machine
 #   make bench-7b    both training stages and generation at Llama-2 7B's size, on a GPU; 1/64 as wide without
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: install run test test-slurm lint format cuda bench bench-gpu bench-7b clean
+.PHONY: install run test test-slurm lint format compiles cuda bench bench-gpu bench-7b clean
 
 install: $(VENV)/.installed
 
@@ -46,8 +47,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-cuda: install
+compiles: install
 	$(BIN)/python -m pytest -n 2 -m compiles tests/kernels
+
+cuda: compiles
 	$(BIN)/python -m hedgehog.kernels.cuda.compile_check
 
 bench: install

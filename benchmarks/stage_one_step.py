@@ -37,7 +37,9 @@ def stage_one_step(length: int, *, materialised: bool, num_layers: int | None = 
 
     class Materialised(FeatureMapDistillation):
         def _backend(self, seen: Any) -> DistillBackend:
-            def loss(*inputs: Any, grad: bool, block_size: int, log_sum_exp_BHL: Any, **options: Any) -> Any:
+            def loss(
+                *inputs: Any, grad: bool, block_size: int, log_sum_exp_BHL: Any, visibility: Any, **options: Any
+            ) -> Any:
                 return materialised_distillation_loss(*inputs, **options)
 
             return DistillBackend("materialised", "for comparison", loss)

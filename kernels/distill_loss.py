@@ -24,6 +24,7 @@ from .conventions import run_index_BL
 from .feature_maps import FeatureMap
 from .map_training import MapTraining, check_log_sum_exp, row_weights
 from .output_loss import OutputLoss, output_mse_loss
+from .visible_ranges import Visibility
 
 __all__ = [
     "DEFAULT_BLOCK_SIZE",
@@ -70,6 +71,7 @@ def attention_distillation_loss(
     block_size: int = DEFAULT_BLOCK_SIZE,
     grad: bool = True,
     log_sum_exp_BHL: Tensor | None = None,
+    visibility: Visibility | None = None,
 ) -> DistillLoss:
     """Loss, KL per head, and the gradient to the maps' weights, in one pass; q and k get no gradient.
 
@@ -77,8 +79,9 @@ def attention_distillation_loss(
     neither query nor key. Row weights w_i are by default 1/number of real tokens; those of padding count as zero.
     Blocks of rows that weigh nothing are passed over (`map_training.sampled_row_weights`).
     `grad=False` leaves the gradient out (evaluation). `log_sum_exp_BHL`, L_i in nats, is for the GPU kernel and not
-    used here: a block sees all its keys at once, where softmax costs as little, and Σ_j a_ij is exactly 1. Computes in
-    float32 (float64 for float64 q): g is formed before any rounding. Raises ValueError where shapes do not fit.
+    used here: a block sees all its keys at once, where softmax costs as little, and Σ_j a_ij is exactly 1. Nor is
+    `visibility`. Computes in float32 (float64 for float64 q): g is formed before any rounding. Raises ValueError where
+    shapes do not fit.
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")

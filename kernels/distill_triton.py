@@ -1,7 +1,8 @@
 """The distillation loss through the Triton kernels of `distill_tiles`: shapes, tile sizes, scratch and launches.
 
 Same mathematics and same arguments as `distill_loss.attention_distillation_loss`, which is its fallback and its oracle.
-Scratch for a few heads at a time, linear in length: per token and head 2·F operand numbers for φ and F float32 for dφ.
+Scratch for a few heads at a time, linear in length: per token and head 2·F operand numbers for φ and 2·F float32 for
+dφ; and g for a band of queries and a block of keys, which does not grow.
 """
 
 from __future__ import annotations
@@ -13,34 +14,37 @@ import torch
 import triton
 from torch import Tensor
 
-from . import distill_tiles
-from .distill_limits import CHUNK, WEIGHT_SHARES, WIDTHS, heads_at_once
+from . import distill_maps, distill_tiles
+from .distill_limits import CHUNK, WEIGHT_SHARES, WIDTHS, band_shape, heads_at_once
 from .distill_loss import DEFAULT_BLOCK_SIZE, LOSS_EPS, DistillLoss
 from .feature_maps import KEY_EXPONENT_BOUND, FeatureMap
 from .map_training import MapTraining, check_log_sum_exp
-from .visible_ranges import VisibleRanges, visible_ranges
+from .visible_ranges import Visibility
 
-_kernels: Any = distill_tiles  # a launch takes plain numbers where the signature says constexpr
+# a launch takes plain numbers where the signature says constexpr
+_maps: Any = distill_maps
+_tiles: Any = distill_tiles
 
-INTERPRETED = not isinstance(_kernels.map_features, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(_tiles.sweep, triton.runtime.JITFunction)
 """Whether Triton interprets in this process (TRITON_INTERPRET=1): on CPU tensors, for tests, very slowly."""
 
 # (form of φ, factor on z) by the map's name and side
 _FORMS: dict[tuple[str, str], tuple[Any, float]] = {
-    ("hedgehog_softmax", "query"): (distill_tiles.TWO_SOFTMAXES, 1.0),
-    ("hedgehog_softmax", "key"): (distill_tiles.TWO_SOFTMAXES, 1.0),
-    ("hedgehog_exp", "query"): (distill_tiles.ONE_SOFTMAX, 1.0),
-    ("hedgehog_exp", "key"): (distill_tiles.BOUNDED_EXP, 1.0),
-    ("hedgehog_joint", "query"): (distill_tiles.ONE_SOFTMAX, 2.0),
-    ("hedgehog_joint", "key"): (distill_tiles.ONE_SOFTMAX, 2.0),
+    ("hedgehog_softmax", "query"): (distill_maps.TWO_SOFTMAXES, 1.0),
+    ("hedgehog_softmax", "key"): (distill_maps.TWO_SOFTMAXES, 1.0),
+    ("hedgehog_exp", "query"): (distill_maps.ONE_SOFTMAX, 1.0),
+    ("hedgehog_exp", "key"): (distill_maps.BOUNDED_EXP, 1.0),
+    ("hedgehog_joint", "query"): (distill_maps.ONE_SOFTMAX, 2.0),
+    ("hedgehog_joint", "key"): (distill_maps.ONE_SOFTMAX, 2.0),
 }
 
 
 class Tiles(NamedTuple):
     """A pinned launch configuration, in tokens a tile.
 
-    `chunk`: of `map_features` and `row_statistics`, which share the chunks. `rows`: the tile of a sweep that stays;
-    `passing`: the one that goes by. `weight_rows`: of `weight_gradient`.
+    `chunk`: of `map_features` and `row_sums`, which share the chunks. `rows`: the tile of queries of `sweep` and
+    `log_sums`, and that of keys of `keys_gradient`; `passing`: the tile that goes by, at most `rows`. `weight_rows`: of
+    `weight_gradient`. `stages`: tiles in flight in `sweep`; `product_stages`: in `keys_gradient`.
     """
 
     chunk: int
@@ -49,6 +53,7 @@ class Tiles(NamedTuple):
     weight_rows: int
     warps: int = 8
     stages: int = 2
+    product_stages: int = 5
 
 
 def pinned_tiles(capability: int) -> Tiles:
@@ -59,7 +64,7 @@ def pinned_tiles(capability: int) -> Tiles:
     from shared memory whatever its width.
     """
     if capability in (90, 100, 103):
-        return Tiles(chunk=CHUNK, rows=128, passing=64, weight_rows=32)
+        return Tiles(chunk=CHUNK, rows=128, passing=64, weight_rows=64)
     if capability in (80, 87):
         return Tiles(chunk=CHUNK, rows=64, passing=64, weight_rows=32)
     return Tiles(chunk=CHUNK, rows=64, passing=32, weight_rows=16)
@@ -95,13 +100,15 @@ def triton_distillation_loss(
     block_size: int = DEFAULT_BLOCK_SIZE,
     grad: bool = True,
     log_sum_exp_BHL: Tensor | None = None,
+    visibility: Visibility | None = None,
     tiles: Tiles | None = None,
 ) -> DistillLoss:
     """Loss, KL per head and the gradient to the maps' weights; the same bits whenever it is run on one GPU.
 
     Arguments as `attention_distillation_loss`; `block_size` is that form's and not read here. `log_sum_exp_BHL` is
     L_i in nats over the keys that i sees, where the teacher's forward hands it out (any value at padding); it is
-    computed where it does not. `tiles` overrides the pinned ones.
+    computed where it does not. `visibility`, of these masks and row weights, saves working them out again for each
+    layer. `tiles` overrides the pinned ones.
 
     Products have operands of q's dtype, those with φ or g of bfloat16 (float32 for float32 q; float16 lacks the
     range), and accumulate in float32; all else is float32. Raises ValueError where shapes do not fit or `unsupported`
@@ -123,22 +130,24 @@ def triton_distillation_loss(
         grad=grad,
     )
     check_log_sum_exp(log_sum_exp_BHL, q_BHLD)
+    if visibility is None:
+        visibility = Visibility(mask_BL, segment_ids_BL, row_weights_BL)
+    elif not visibility.is_of(mask_BL, segment_ids_BL, row_weights_BL):
+        raise ValueError("visibility is of other masks or row weights")
     batch, num_heads, length, _ = q_BHLD.shape
-    ranges = visible_ranges(batch, length, mask_BL, segment_ids_BL, q_BHLD.device)
-    sampled = row_weights_BL is not None  # not looked at: that would wait for the GPU
-    launches = _Launches(q_BHLD, k_BKLD, work, (map_q, map_k), ranges, eps, tiles, sampled)
-    loss_H = torch.zeros(num_heads, dtype=torch.float32, device=q_BHLD.device)
-    entropy_H = torch.zeros_like(loss_H)
+    launches = _Launches(q_BHLD, k_BKLD, work, (map_q, map_k), visibility, eps, tiles)
+    kl_H = torch.zeros(num_heads, dtype=torch.float32, device=q_BHLD.device)
+    entropy_H = torch.zeros_like(kl_H)
     step = heads_at_once(num_heads, batch * length, map_q.num_features, launches.operand_dtype.itemsize)
     with torch.cuda.device(q_BHLD.device) if q_BHLD.is_cuda else nullcontext():  # Triton launches on the current device
-        for first in range(0, num_heads, step):
+        for first in range(0, num_heads if batch * length else 0, step):
             heads = slice(first, min(first + step, num_heads))
-            loss_H[heads], entropy_H[heads] = launches.run(heads, log_sum_exp_BHL)
-    return DistillLoss(work.attach(loss_H.mean()), work.row_mean(loss_H - entropy_H), work.row_mean(entropy_H))
+            kl_H[heads], entropy_H[heads] = launches.run(heads, log_sum_exp_BHL)
+    return DistillLoss(work.attach((kl_H + entropy_H).mean()), work.row_mean(kl_H), work.row_mean(entropy_H))
 
 
 class _Launches:
-    """The five kernels on one batch, some heads at a time."""
+    """The kernels on one batch, some heads at a time."""
 
     def __init__(
         self,
@@ -146,16 +155,15 @@ class _Launches:
         k_BKLD: Tensor,
         work: MapTraining,
         maps: tuple[FeatureMap, FeatureMap],
-        ranges: VisibleRanges,
+        visibility: Visibility,
         eps: float,
         tiles: Tiles | None,
-        sampled: bool,
     ) -> None:
         # rows of D adjoining numbers; every other stride may be anything
         self.q, self.k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q_BHLD, k_BKLD))
         if self.k.dtype != self.q.dtype:
             raise ValueError(f"k is {self.k.dtype}, q is {self.q.dtype}")
-        self.work, self.maps, self.ranges, self.eps = work, maps, ranges, eps
+        self.work, self.maps, self.eps = work, maps, eps
         self.batch, self.num_heads, self.length, self.head_dim = q_BHLD.shape
         self.row_weights = work.weights_BL.contiguous()
         self.num_features = maps[0].num_features
@@ -165,27 +173,55 @@ class _Launches:
             major, minor = torch.cuda.get_device_capability(self.device) if q_BHLD.is_cuda else (8, 0)
             tiles = pinned_tiles(10 * major + minor)
         self.tiles = tiles
-        self.upcast = INTERPRETED
-        self.sampled = sampled
+        self.num_tiles = _cdiv(self.length, tiles.rows)
+        if self.batch * self.length:
+            self.ranges, self.tables = visibility.tables(self.row_weights, tiles.chunk, tiles.rows)
         self.options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
     def run(self, heads: slice, log_sum_exp_BHL: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Adds dW of these heads to the gradient; returns Σ_i w_i ℓ_i and Σ_i w_i·entropy_i, each (G,)."""
-        if self.batch * self.length == 0:
-            zero = torch.zeros(heads.stop - heads.start, device=self.device)
-            return zero, zero
+        """Adds dW of these heads to the gradient; returns Σ_i w_i KL_i and Σ_i w_i·entropy_i, each (G,)."""
+        num = heads.stop - heads.start
+        grid = self.batch * num
         phi_q, _ = self._features(0, heads)
         phi_k, tail = self._features(1, heads)
         assert tail is not None
-        statistics = self._statistics(phi_q, phi_k, tail, heads, log_sum_exp_BHL)
-        grad_phi = phi_q.new_empty(phi_q.shape if self.work.needs_grad else (1,), dtype=torch.float32)
-        sums = self._sweep_queries(phi_q, phi_k, statistics, grad_phi, heads)
-        if self.work.learns[0]:
-            self._weight_gradient(0, grad_phi, heads)
-        if self.work.learns[1]:
-            self._sweep_keys(phi_q, phi_k, statistics, grad_phi, heads)
-            self._weight_gradient(1, grad_phi, heads)
-        return sums
+        pair = self._pair(heads) | {"phi_q": phi_q, "phi_k": phi_k}
+        log2_sum, z = self._log_sums(pair, grid, heads, log_sum_exp_BHL), self._row_sums(pair, tail, grid)
+        kl, entropy = torch.zeros_like(z), torch.zeros_like(z)
+        learns = self.work.needs_grad
+        grads = [phi_q.new_empty(phi_q.shape if learns else (1,), dtype=torch.float32) for _ in range(2)]
+        band, keys = band_shape(self.batch, num, self.length, self.tiles.rows)
+        g = phi_q.new_empty(grid * band * self.tiles.rows * keys if learns else 1)
+        pair |= {"g": g, "tiles_per_block": keys // self.tiles.rows}
+        for first_place in range(0, self.num_tiles, band):
+            for key_block in range(_cdiv(self.length, keys)):
+                at = {"first_place": first_place, "key_block": key_block}
+                _tiles.sweep[band, grid](
+                    **_taken(_tiles.sweep, pair),
+                    **at,
+                    row_weight=self.row_weights,
+                    log2_sum=log2_sum,
+                    z=z,
+                    kl=kl,
+                    entropy=entropy,
+                    grad_phi=grads[0],
+                    WITH_GRAD=learns,
+                    **self.options,
+                )
+                if self.work.learns[1]:
+                    _tiles.keys_gradient[pair["tiles_per_block"], grid](
+                        **_taken(_tiles.keys_gradient, pair),
+                        **at,
+                        grad_phi=grads[1],
+                        band=band,
+                        STEP=self.tiles.passing,
+                        num_warps=self.tiles.warps,
+                        num_stages=self.tiles.product_stages,
+                    )
+        for side, phi, counted in ((0, phi_q, self.tables.weighted_BL), (1, phi_k, self.ranges.end_BL)):
+            if self.work.learns[side]:
+                self._weight_gradient(side, phi, grads[side], counted, heads)
+        return kl.sum(dim=(0, 2)), entropy.sum(dim=(0, 2))
 
     def _features(self, side: int, heads: slice) -> tuple[Tensor, Tensor | None]:
         """φ (B, G, L, F) of one side; for keys also the chunks' tails (B, G, chunks, F)."""
@@ -193,7 +229,7 @@ class _Launches:
         chunks = _cdiv(self.length, self.tiles.chunk)
         phi = self.q.new_empty(self.batch, num, self.length, self.num_features, dtype=self.operand_dtype)
         tail = phi.new_empty((self.batch, num, chunks, self.num_features) if side else (1,), dtype=torch.float32)
-        _kernels.map_features[(chunks, self.batch * num)](
+        _maps.map_features[(chunks, self.batch * num)](
             **self._side(side, heads),
             phi=phi,
             tail=tail,
@@ -206,80 +242,45 @@ class _Launches:
         )
         return phi, tail if side else None
 
-    def _statistics(
-        self, phi_q: Tensor, phi_k: Tensor, tail: Tensor, heads: slice, log_sum_exp_BHL: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """L_i in bits and Z_i, each (B, G, L)."""
-        z = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
-        if log_sum_exp_BHL is None:
-            log2_sum = torch.empty_like(z)
-        else:
-            log2_sum = (log_sum_exp_BHL[:, heads].float() * 1.4426950408889634).contiguous()
-        _kernels.row_statistics[(tail.shape[2], self.batch * phi_q.shape[1])](
-            **self._pair(heads),
-            phi_q=phi_q,
-            phi_k=phi_k,
+    def _row_sums(self, pair: dict[str, Any], tail: Tensor, grid: int) -> Tensor:
+        """Z_i, (B, G, L)."""
+        z = tail.new_empty(*tail.shape[:2], self.length)
+        chunks, block = tail.shape[2], min(self.num_features, 64)
+        _tiles.carry_tails[self.num_features // block, grid](
             tail=tail,
-            count=self.ranges.count_BL,
-            row_weight=self.row_weights,
-            log2_sum=log2_sum,
-            z=z,
-            BLOCK=self.tiles.chunk,
-            WITH_LOG_SUM=log_sum_exp_BHL is None,
-            **self.options,
+            spanned=self.tables.spanned_BC,
+            num_heads=tail.shape[1],
+            num_chunks=chunks,
+            F=self.num_features,
+            BLOCK=block,
+            num_warps=1,
         )
-        return log2_sum, z
-
-    def _sweep_queries(
-        self, phi_q: Tensor, phi_k: Tensor, statistics: tuple[Tensor, Tensor], grad_phi: Tensor, heads: slice
-    ) -> tuple[Tensor, Tensor]:
-        log2_sum, z = statistics
-        cross_entropy, entropy = torch.empty_like(z), torch.empty_like(z)
-        _kernels.sweep_queries[(_cdiv(self.length, self.tiles.rows), self.batch * phi_q.shape[1])](
-            **self._pair(heads),
-            phi_q=phi_q,
-            phi_k=phi_k,
-            row_weight=self.row_weights,
-            log2_sum=log2_sum,
-            z=z,
-            cross_entropy=cross_entropy,
-            entropy=entropy,
-            grad_phi=grad_phi,
-            BLOCK_Q=self.tiles.rows,
-            BLOCK_K=self.tiles.passing,
-            WITH_GRAD=self.work.learns[0],
-            **self.options,
+        _tiles.row_sums[chunks, grid](
+            **_taken(_tiles.row_sums, pair), tail=tail, z=z, BLOCK=self.tiles.chunk, **self.options
         )
-        return cross_entropy.sum(dim=(0, 2)), entropy.sum(dim=(0, 2))
+        return z
 
-    def _sweep_keys(
-        self, phi_q: Tensor, phi_k: Tensor, statistics: tuple[Tensor, Tensor], grad_phi: Tensor, heads: slice
-    ) -> None:
-        log2_sum, z = statistics
-        _kernels.sweep_keys[(_cdiv(self.length, self.tiles.rows), self.batch * phi_q.shape[1])](
-            **self._pair(heads),
-            phi_q=phi_q,
-            phi_k=phi_k,
-            row_weight=self.row_weights,
-            log2_sum=log2_sum,
-            z=z,
-            grad_phi=grad_phi,
-            BLOCK_Q=self.tiles.passing,
-            BLOCK_K=self.tiles.rows,
-            **self.options,
-        )
+    def _log_sums(self, pair: dict[str, Any], grid: int, heads: slice, log_sum_exp_BHL: Tensor | None) -> Tensor:
+        """L_i in bits, (B, G, L)."""
+        if log_sum_exp_BHL is not None:
+            return (log_sum_exp_BHL[:, heads].float() * 1.4426950408889634).contiguous()
+        log2_sum = self.q.new_empty(self.batch, heads.stop - heads.start, self.length, dtype=torch.float32)
+        taken = _taken(_tiles.log_sums, pair) | {"BLOCK_K": self.tiles.rows}
+        _tiles.log_sums[self.num_tiles, grid](**taken, log2_sum=log2_sum, **self.options)
+        return log2_sum
 
-    def _weight_gradient(self, side: int, grad_phi: Tensor, heads: slice) -> None:
+    def _weight_gradient(self, side: int, phi: Tensor, grad_phi: Tensor, counted: Tensor, heads: slice) -> None:
         num = heads.stop - heads.start
         num_tiles = self.batch * _cdiv(self.length, self.tiles.weight_rows)
         per_share = _cdiv(num_tiles, WEIGHT_SHARES)
         shares = _cdiv(num_tiles, per_share)
         width = self.num_features // 2
         partial = grad_phi.new_empty(shares, num, self.head_dim, width)
-        _kernels.weight_gradient[(shares, num)](
-            **self._side(side, heads),
+        _maps.weight_gradient[(shares, num)](
+            **_taken(_maps.weight_gradient, self._side(side, heads)),
+            phi=phi,
             grad_phi=grad_phi,
-            end=self.ranges.end_BL,
+            counted=counted,
             partial=partial,
             num_heads=num,
             length=self.length,
@@ -309,7 +310,7 @@ class _Launches:
             "D": self.head_dim,
             "P": feature_map.feature_dim,
             "FORM": form,
-            "UPCAST": self.upcast,
+            "INTERPRETED": INTERPRETED,
         }
 
     def _pair(self, heads: slice) -> dict[str, Any]:
@@ -319,6 +320,9 @@ class _Launches:
             "k": self.k,
             "start": self.ranges.start_BL,
             "end": self.ranges.end_BL,
+            "count": self.ranges.count_BL,
+            "listed": self.tables.listed_BT,
+            "rank": self.tables.rank_BT,
             "q_stride_batch": self.q.stride(0),
             "q_stride_head": self.q.stride(1),
             "q_stride_row": self.q.stride(2),
@@ -328,14 +332,21 @@ class _Launches:
             "first_head": heads.start,
             "heads_per_k_head": self.num_heads // self.k.shape[1],
             "num_heads": heads.stop - heads.start,
+            "num_tiles": self.num_tiles,
             "length": self.length,
             "scale": self.work.scale,
             "eps": self.eps,
             "D": self.head_dim,
             "F": self.num_features,
-            "SAMPLED": self.sampled,
-            "UPCAST": self.upcast,
+            "BLOCK_Q": self.tiles.rows,
+            "BLOCK_K": self.tiles.passing,
+            "INTERPRETED": INTERPRETED,
         }
+
+
+def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that the kernel takes."""
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
 def _cdiv(a: int, b: int) -> int:

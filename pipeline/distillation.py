@@ -19,6 +19,7 @@ from ..kernels.distill_backends import DistillBackend, select_distill_backend
 from ..kernels.distill_loss import output_mse_loss
 from ..kernels.map_training import sampled_row_weights
 from ..kernels.precomputed_gradient import attach_gradient
+from ..kernels.visible_ranges import Visibility
 from .errors import ConfigError
 from .llama.convert import feature_map_modules
 from .llama.modeling_hedgehog_llama import FEATURE_MAP_NAMES
@@ -129,9 +130,10 @@ class FeatureMapDistillation(nn.Module):
         gradients: list[torch.Tensor] = []
 
         row_weights_BL = self._draw_rows(batch)
+        visibility = _visibility(batch, self._config.packing, row_weights_BL)
 
         def learn(seen: TeacherLayer) -> None:
-            loss, kl_H = self._layer_loss(seen, batch, row_weights_BL)
+            loss, kl_H = self._layer_loss(seen, batch, row_weights_BL, visibility)
             weights = list(self.layers[str(seen.layer_index)].parameters())
             grads = torch.autograd.grad(loss, weights)
             norm_H = torch.linalg.vector_norm(torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]), dim=0)
@@ -167,7 +169,8 @@ class FeatureMapDistillation(nn.Module):
         total = 0
         for batch in batches:
             kl: list[torch.Tensor] = []
-            self._teacher[0](batch, False, lambda seen, b=batch, kl=kl: kl.append(self._kl(seen, b)))
+            visibility = _visibility(batch, False, None)
+            self._teacher[0](batch, False, lambda seen, b=batch, v=visibility, kl=kl: kl.append(self._kl(seen, b, v)))
             tokens = int(batch["mask"].sum()) if batch["counted"] else 0
             part = torch.stack(kl).double() * tokens
             kl_LH = part if kl_LH is None else kl_LH + part
@@ -185,9 +188,9 @@ class FeatureMapDistillation(nn.Module):
 
         self._teacher[0](batch, False, see)
 
-    def _kl(self, seen: TeacherLayer, batch: Batch) -> torch.Tensor:
+    def _kl(self, seen: TeacherLayer, batch: Batch, visibility: Visibility) -> torch.Tensor:
         map_q, map_k = self._maps(seen)
-        options = self._loss_options(seen, batch, packed=False)
+        options = self._loss_options(seen, batch, packed=False) | {"visibility": visibility}
         return self._backend(seen).loss(seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=False, **options).kl_H
 
     def _draw_rows(self, batch: Batch) -> torch.Tensor | None:
@@ -199,7 +202,7 @@ class FeatureMapDistillation(nn.Module):
         return sampled_row_weights(batch["mask"], self._config.query_fraction, block, float(torch.rand(())))
 
     def _layer_loss(
-        self, seen: TeacherLayer, batch: Batch, row_weights_BL: torch.Tensor | None
+        self, seen: TeacherLayer, batch: Batch, row_weights_BL: torch.Tensor | None, visibility: Visibility
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self._config
         map_q, map_k = self._maps(seen)
@@ -207,7 +210,14 @@ class FeatureMapDistillation(nn.Module):
         # with the cross-entropy switched off its KL is still recorded, without a gradient
         wanted = config.cross_entropy_weight > 0
         distilled = self._backend(seen).loss(
-            seen.q_BHLD, seen.k_BKLD, map_q, map_k, grad=wanted, row_weights_BL=row_weights_BL, **options
+            seen.q_BHLD,
+            seen.k_BKLD,
+            map_q,
+            map_k,
+            grad=wanted,
+            row_weights_BL=row_weights_BL,
+            visibility=visibility,
+            **options,
         )
         loss = distilled.loss * config.cross_entropy_weight
         if config.output_mse_weight > 0:
@@ -249,6 +259,11 @@ class FeatureMapDistillation(nn.Module):
     def _maps(self, seen: TeacherLayer) -> tuple[Any, Any]:
         maps = self.layers[str(seen.layer_index)]
         return tuple(maps[name] for name in FEATURE_MAP_NAMES)  # type: ignore[return-value, index]
+
+
+def _visibility(batch: Batch, packed: bool, row_weights_BL: torch.Tensor | None) -> Visibility:
+    """For all layers of a batch."""
+    return Visibility(batch["mask"], batch["segment_ids"] if packed else None, row_weights_BL)
 
 
 def parse_layers(layers: str | None, num_layers: int) -> tuple[int, ...]:

@@ -302,8 +302,11 @@ def _attention_loss_terms(sizes: _Sizes) -> list[Term]:
     projected = sizes.config.model.feature_dim or shape.head_dim
     if sizes.loss == "Triton kernel":
         heads = heads_at_once(shape.num_heads, tokens, num_features)
-        scratch = scratch_bytes(shape.num_heads, tokens, shape.head_dim, projected, num_features)
-        formula = f"{heads} heads at once · (B T (8F + F/16 + 8) + 136 D P)"
+        batch = distill.micro_batch_size
+        scratch = scratch_bytes(shape.num_heads, batch, length, shape.head_dim, projected, num_features)
+        formula = (
+            f"{heads} heads at once · (B T (12F + F/16 + 16) + 136 D P), and a band of 512 · 128 · 2048 · 2 at most"
+        )
         return [Term("loss kernel's scratch", scratch, formula)]
     cells = MAX_CELLS[sizes.device]
     head_tokens = min(shape.num_heads * tokens, max(length, cells // distill.query_block))

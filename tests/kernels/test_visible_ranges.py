@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hedgehog.kernels.conventions import run_index_BL
-from hedgehog.kernels.visible_ranges import visible_ranges
+from hedgehog.kernels.visible_ranges import tile_tables, visible_ranges
 
 BATCH = 40
 
@@ -34,3 +34,28 @@ def test_ranges_are_the_mask(padded, packed, length):
     first_seen = torch.where(visible.any(dim=2), visible.int().argmax(dim=2), length)
     assert torch.equal(start, first_seen.int())
     assert torch.equal(end == 0, ~real)
+    last_seen_by = torch.where(visible.any(dim=1), length - visible.flip(1).int().argmax(dim=1), 0)
+    assert torch.equal(end, last_seen_by.int())
+
+
+@pytest.mark.parametrize("length", [1, 8, 21])
+def test_tables_of_tiles(length):
+    chunk, rows = 4, 8
+    generator = torch.Generator().manual_seed(length)
+    mask = torch.rand(BATCH, length, generator=generator) < 0.7
+    segments = torch.randint(0, 2, (BATCH, length), generator=generator).cumsum(dim=1) // 6
+    weights = mask * (torch.rand(BATCH, length, generator=generator) < 0.1).float()
+    ranges = visible_ranges(BATCH, length, mask, segments, torch.device("cpu"))
+    tables = tile_tables(ranges, weights, chunk, rows)
+    starts = ranges.start_BL
+    assert torch.equal(tables.weighted_BL, (weights > 0).int())
+    for row in range(BATCH):
+        counted = [bool((piece > 0).any()) for piece in weights[row].split(rows)]
+        listed = [tile for tile, wanted in enumerate(counted) if wanted]
+        assert tables.listed_BT[row, : len(listed)].tolist() == listed
+        assert tables.rank_BT[row].tolist() == [sum(counted[:tile]) for tile in range(len(counted) + 1)]
+        for place, first in enumerate(range(0, length, chunk)):
+            later = starts[row, first + chunk :][mask[row, first + chunk :]]
+            crosses = len(later) > 0 and int(later[0]) < first + chunk  # a segment goes on after this chunk
+            if crosses:
+                assert bool(tables.spanned_BC[row, place]) == (int(later[0]) < first), (row, place)
