@@ -133,7 +133,7 @@ def carry_tails(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each chunk's tail becomes what its own queries see of the chunks before, summed in order. Grid: (F/BLOCK, B·G)."""
+    """Each chunk's tail becomes what its own queries see of the chunks before, in order. Grid: (F/BLOCK, B·G)."""
     problem = tl.program_id(1).to(tl.int64)
     spanned += problem // num_heads * num_chunks
     tail += problem * num_chunks * F + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
