@@ -245,8 +245,9 @@ def launch(run_forked: Callable[..., tuple[int, str]]) -> Callable[..., list[str
 def two_process_runs(
     new_run: Callable[..., TrainingRun], launch: Callable[..., list[str]], everyones_folder: Path
 ) -> dict[Any, TrainingRun]:
-    """Both training stages finished on two processes under ZeRO 1, 2 and 3; `"distill"` and `"finetune"` interrupted
-    in the last step, to be resumed by another number of processes. Made once, whichever worker of xdist asks first."""
+    """Both training stages finished on two processes under ZeRO 1, 2 and 3; `"distill"` and `"finetune"` (under ZeRO-1,
+    `"finetune 2"` and `3` under these, `"finetune 8bit"`) interrupted in the last step, to be resumed by another number
+    of processes. Made once, whichever worker of xdist asks first."""
     made = everyones_folder / "two-process-runs.json"
     with open(made.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -263,10 +264,14 @@ def _make_two_process_runs(
         stage: new_run(engine__zero_stage=stage, distill__micro_batch_size=1) for stage in (1, 2, 3)
     }
     runs["distill"], runs["finetune"] = new_run(), new_run()
+    runs |= {f"finetune {stage}": new_run(engine__zero_stage=stage) for stage in (2, 3)}
+    runs["finetune 8bit"] = new_run(engine__zero_stage=2, finetune__optimizer="adamw8bit", finetune__lora__rank=64)
     work: list[tuple[TrainingRun, str, int | None]] = []
     for stage in (1, 2, 3):
         work += [(runs[stage], "distill", None), (runs[stage], "finetune", None)]
     work.append((runs["distill"], "distill", NUM_STEPS - 1))
-    work += [(runs["finetune"], "distill", None), (runs["finetune"], "finetune", NUM_STEPS - 1)]
+    for name, run in runs.items():
+        if str(name).startswith("finetune"):
+            work += [(run, "distill", None), (run, "finetune", NUM_STEPS - 1)]
     launch(work)
     return runs
