@@ -2,8 +2,8 @@
 
 Every stage gets its share: on a slow machine a job rarely comes to its end as long as it may be disturbed.
 
-HEDGEHOG_SLURM_KILLS says how often (fifty take a quarter of an hour) and makes it the whole graph; otherwise it is two
-disturbances of one part of the graph, to save time. HEDGEHOG_KILL_SEED repeats the choices.
+HEDGEHOG_SLURM_KILLS says how often, and makes it the whole graph (`make test-slurm-long`: fifty, in a quarter of an
+hour); otherwise it is two disturbances of one part of the graph, to save time. HEDGEHOG_KILL_SEED repeats the choices.
 """
 
 from __future__ import annotations
