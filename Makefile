@@ -3,6 +3,7 @@
 #   make run         convert the built-in tiny Llama: prepare, distill, finetune, evaluate, export
 #   make test        the whole test-suite (no GPU, no network)
 #   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
+#   make test-slurm-long  fifty random kills over a whole graph there (a quarter of an hour)
 #   make lint        ruff and pyright
 #   make compiles    compile the Triton kernels for sm_80, sm_86 and sm_90 (no nvcc, no GPU)
 #   make cuda        the same, and the CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: install run test test-slurm lint format compiles cuda bench bench-gpu bench-7b clean
+.PHONY: install run test test-slurm test-slurm-long lint format compiles cuda bench bench-gpu bench-7b clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ test: install
 
 test-slurm: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm
+
+test-slurm-long: install
+	HF_HUB_OFFLINE=1 HEDGEHOG_SLURM_KILLS=50 HEDGEHOG_KILL_SEED=396223321 $(BIN)/python -m pytest -s tests/slurm/test_random_kills.py
 
 lint: install
 	$(BIN)/ruff check .

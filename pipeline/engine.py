@@ -20,7 +20,7 @@ from torch import nn
 
 from .deepspeed_import import import_deepspeed
 from .deepspeed_settings import deepspeed_settings, frozen_settings
-from .engine_state import gather_state, restore_optimizer, restore_weights
+from .engine_state import gather_state, rank_file, restore_optimizer, restore_weights
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TrainingEngine:
         weights, moments = gather_state(self._engine, self.parameters, self._optimizer_name, self._world)
         files = {"weights.safetensors": weights} if self._world.is_main else {}
         if moments:
-            name = "optimizer.safetensors" if self._optimizer_name == "adamw" else _rank_file(self._world.rank)
+            name = "optimizer.safetensors" if self._optimizer_name == "adamw" else rank_file(self._world.rank)
             files[name] = moments
         return files
 
@@ -168,7 +168,7 @@ def build_engine(
         kept = deepspeed_engine.optimizer.persistent_parameters
         kept[0].all_gather(kept)
     if resume_from is not None:
-        file = resume_from / ("optimizer.safetensors" if optimizer == "adamw" else _rank_file(world.rank))
+        file = resume_from / ("optimizer.safetensors" if optimizer == "adamw" else rank_file(world.rank))
         restore_optimizer(deepspeed_engine, engine.parameters, file, step, engine.layout(), dict(resume_layout or {}))
     return engine
 
@@ -253,7 +253,3 @@ def _make_optimizer(name: str, groups: list[dict[str, Any]], options: dict[str, 
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)  # pyright: ignore[reportPrivateImportUsage]
     return torch.optim.AdamW(groups, **options)
-
-
-def _rank_file(rank: int) -> str:
-    return f"optimizer-{rank:05d}.safetensors"

@@ -1,7 +1,8 @@
 """Weights and optimizer states, between ZeRO's flat shards and whole tensors by name.
 
 AdamW's moments are gathered to whole tensors: they fit any ZeRO stage and world size. The 8-bit optimizer's are
-not: its blocks follow the flat shards, so every rank keeps its own and gets it back only in the same layout.
+not: its blocks follow the flat shards, so every rank keeps its own, with a note of where each parameter lies in it. In
+the same layout it gets them back to the bit; in another one they are dequantized, cut anew and quantized again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from .distributed import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS_8BIT = ("1", "2")
+"""bitsandbytes' names end so: state1, qmap1, absmax1."""
+BLOCK = 256
+"""Numbers that share a scale in bitsandbytes' 8-bit optimizers."""
 Parameters = Mapping[str, torch.nn.Parameter]
 Tensors = dict[str, torch.Tensor]
 
@@ -63,6 +68,7 @@ def gather_state(engine: Any, parameters: Parameters, optimizer_name: str, world
             for key, value in state[shard].items():
                 if isinstance(value, torch.Tensor):
                     moments[f"{index}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+        moments |= _places(engine, parameters)
     return weights, moments
 
 
@@ -97,8 +103,11 @@ def restore_optimizer(
 ) -> None:
     """Give a fresh DeepSpeed engine a checkpoint's optimizer state, as after `step` steps.
 
+    Args:
+        file: the optimizer's, of this rank where each has one. It need not exist where there were fewer ranks.
+
     Raises:
-        CheckpointError: made by another optimizer, or 8-bit states of another layout.
+        CheckpointError: made by another optimizer, or unreadable.
     """
     if saved_layout.get("optimizer") != layout["optimizer"]:
         raise CheckpointError(
@@ -108,12 +117,9 @@ def restore_optimizer(
     state = engine.basic_optimizer.state
     if layout["optimizer"] == "adamw8bit":
         if dict(saved_layout) != dict(layout):
-            raise CheckpointError(
-                f"{file.parent}: 8-bit optimizer states fit only the layout that made them, "
-                f"ZeRO-{saved_layout['zero_stage']} on {saved_layout['world_size']} processes; this is "
-                f"ZeRO-{layout['zero_stage']} on {layout['world_size']}. Resume with that layout, or begin the stage "
-                "anew with --force (finetune.optimizer=adamw would fit any)."
-            )
+            whole = _read_dequantized(file.parent, parameters, saved_layout)
+            _restore_quantized(engine, parameters, whole, step)
+            return
         tensors = _read(file)
         for index, shard in enumerate(_shards(engine)):
             entries = {key.split("/")[1]: value for key, value in tensors.items() if key.startswith(f"{index}/")}
@@ -131,6 +137,86 @@ def restore_optimizer(
         for moment in MOMENTS:
             source = whole[f"{moment}/{names[id(part.parameter)]}"].view(-1)
             state[part.shard][moment].view(-1)[part.in_shard] = source[part.in_parameter].to(part.shard.device)
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's own optimizer states in a checkpoint."""
+    return f"optimizer-{rank:05d}.safetensors"
+
+
+def _places(engine: Any, parameters: Parameters) -> Tensors:
+    """By name `place/<parameter>`: number of the shard, first element there, first in the parameter, number of them."""
+    numbers = {id(shard): index for index, shard in enumerate(_shards(engine))}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = {}
+    for part in _fragments(engine):
+        start, stop, _ = part.in_shard.indices(part.shard.numel())
+        place = [numbers[id(part.shard)], start, part.in_parameter.start or 0, stop - start]
+        found[f"place/{names[id(part.parameter)]}"] = torch.tensor(place)
+    return found
+
+
+def _read_dequantized(folder: Path, parameters: Parameters, layout: Mapping[str, Any]) -> Tensors:
+    """Both moments of every parameter, flat and fp32, from the files of all ranks: `1/<parameter>`, `2/<parameter>`."""
+    sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in parameters.items()}
+    whole = {f"{moment}/{name}": torch.zeros(size) for name, size in sizes.items() for moment in MOMENTS_8BIT}
+    missing = dict(sizes)
+    # without ZeRO every rank has all of it
+    for rank in range(layout["world_size"] if layout["zero_stage"] else 1):
+        tensors = _read(folder / rank_file(rank))
+        shards: Tensors = {}
+        for name in sizes:
+            place = tensors.get(f"place/{name}")
+            if place is None:
+                continue
+            number, here, there, length = place.tolist()
+            missing[name] -= length
+            for moment in MOMENTS_8BIT:
+                key = f"{number}/{moment}"
+                if key not in shards:
+                    shards[key] = _dequantized(tensors, number, moment)
+                whole[f"{moment}/{name}"][there : there + length] = shards[key][here : here + length]
+    if any(missing.values()):
+        name = next(name for name, length in missing.items() if length)
+        raise CheckpointError(
+            f"{folder}: the optimizer states of {name} are not whole. Remove it to go on from another."
+        )
+    return whole
+
+
+def _dequantized(tensors: Tensors, shard: int, moment: str) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = tensors[f"{shard}/state{moment}"].view(-1)
+    if state.dtype != torch.uint8:  # small shards stay fp32
+        return state
+    code, scales = tensors[f"{shard}/qmap{moment}"], tensors[f"{shard}/absmax{moment}"]
+    return dequantize_blockwise(state, absmax=scales, code=code, blocksize=BLOCK)
+
+
+def _restore_quantized(engine: Any, parameters: Parameters, whole: Tensors, step: int) -> None:
+    from bitsandbytes.functional import quantize_blockwise
+
+    optimizer, names = engine.basic_optimizer, {id(parameter): name for name, parameter in parameters.items()}
+    fragments = _fragments(engine)
+    for shard in _shards(engine):
+        # a parameter must be in a group, which ZeRO-3 sees to during a step only; the other groups would do as well
+        group = optimizer.param_groups[0]
+        params, group["params"] = group["params"], [shard]
+        optimizer.init_state(group, shard, 0, 0)
+        group["params"] = params
+        state = optimizer.state[shard]
+        state["step"] = step
+        for moment in MOMENTS_8BIT:
+            flat = torch.zeros(shard.numel(), device=shard.device)
+            for part in fragments:
+                if part.shard is shard:
+                    source = whole[f"{moment}/{names[id(part.parameter)]}"]
+                    flat[part.in_shard] = source[part.in_parameter].to(shard.device)
+            if state[f"state{moment}"].dtype == torch.uint8:
+                flat, scales = quantize_blockwise(flat, code=state[f"qmap{moment}"], blocksize=BLOCK)
+                state[f"absmax{moment}"].copy_(scales.absmax)
+            state[f"state{moment}"].view(-1).copy_(flat)
 
 
 @dataclass(frozen=True)

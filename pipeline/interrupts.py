@@ -5,7 +5,8 @@
     INT (Ctrl-C)                        save, leave with 130; a second one aborts at once
 
 The signal is a property of the job script, which asks Slurm for it, so it comes from the environment and not from the
-config; and so the handlers can be there before the config is read. USR1 would be a bad choice: NCCL may take it.
+config; and so the handlers can be there before the config is read. One that comes still earlier ends the process, and
+the script queues the job again. USR1 would be a bad choice: NCCL may take it.
 """
 
 from __future__ import annotations

@@ -261,8 +261,8 @@ def two_process_runs(
     new_run: Callable[..., TrainingRun], launch: Callable[..., list[str]], everyones_folder: Path
 ) -> dict[Any, TrainingRun]:
     """Both training stages finished on two processes, by the keys of `TWO_PROCESS_RUNS`; `"distill"` and `"finetune"`
-    interrupted in the last step, to be resumed by another number of processes. Made once, whichever worker of xdist
-    asks first."""
+    (under ZeRO-1; `"finetune 2"` and `3` under these, `"finetune 8bit"`) interrupted in the last step, to be resumed by
+    another number of processes. Made once, whichever worker of xdist asks first."""
     made = everyones_folder / "two-process-runs.json"
     with open(made.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -304,8 +304,13 @@ def _make_two_process_runs(
         work.append((run, "distill", None))
         if key != "zero3 wide":
             work.append((run, "finetune", None))
-    runs["distill"], runs["finetune"] = new_run(), new_run()
-    work.append((runs["distill"], "distill", NUM_STEPS - 1))
-    work += [(runs["finetune"], "distill", None), (runs["finetune"], "finetune", NUM_STEPS - 1)]
+    interrupted = {"finetune": new_run()} | {f"finetune {stage}": new_run(engine__zero_stage=stage) for stage in (2, 3)}
+    interrupted["finetune 8bit"] = new_run(
+        engine__zero_stage=2, finetune__optimizer="adamw8bit", finetune__lora__rank=64
+    )
+    for run in interrupted.values():
+        work += [(run, "distill", None), (run, "finetune", NUM_STEPS - 1)]
+    interrupted["distill"] = new_run()
+    work.append((interrupted["distill"], "distill", NUM_STEPS - 1))
     launch(work)
-    return runs
+    return runs | interrupted

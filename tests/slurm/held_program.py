@@ -4,8 +4,11 @@
 
 Where FOLDER has a file `hold-<n>`, the job's n-th restart (0: its first start) waits after as many steps as the file
 says, before it saves, until a signal comes or the file is gone (of an array: the first element; of several ranks: the
-first, and the others wait for it). So a test need not hit a moment. FOLDER/times.jsonl gets a line for the start, for
-every step, every save and search for a checkpoint; of several ranks, from the first.
+first, and the others wait for it). `3 deaf` in it: a signal does not end the wait. Where there is a file `early-<n>`,
+that start waits before it listens to signals. So a test need not hit a moment.
+
+FOLDER/times.jsonl gets a line for the start, for every step, every save and search for a checkpoint; of several ranks,
+from the first. FOLDER/rank-<n> has a rank's process id.
 """
 
 from __future__ import annotations
@@ -16,9 +19,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-from hedgehog.pipeline import cli
-from hedgehog.pipeline.interrupts import asked_to_stop
 
 FOLDER = Path(sys.argv.pop(1))
 RESTART = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -50,17 +50,19 @@ def timed(owner: type, name: str) -> None:
 
 def held_at_steps() -> None:
     from hedgehog.pipeline.checkpoints import Checkpoints
+    from hedgehog.pipeline.interrupts import asked_to_stop
     from hedgehog.pipeline.metrics import Reporter
 
     timed(Checkpoints, "save")
     timed(Checkpoints, "newest")
     record_step, hold = Reporter.step, FOLDER / f"hold-{RESTART}"
+    wanted, *deaf = hold.read_text().split() if hold.exists() else ("0",)
 
     def step(self: Reporter, number: int, *arguments: Any, **rest: Any) -> None:
         record_step(self, number, *arguments, **rest)
         note("step", step=number)
-        if IS_MAIN and PART in (None, "0") and hold.exists() and int(hold.read_text()) == number:
-            while hold.exists() and not asked_to_stop():
+        if IS_MAIN and PART in (None, "0") and int(wanted) == number:
+            while hold.exists() and (deaf or not asked_to_stop()):
                 time.sleep(0.05)
 
     Reporter.step = step
@@ -82,6 +84,12 @@ class Kept:
 
 
 if __name__ == "__main__":
+    (FOLDER / f"rank-{os.environ.get('SLURM_PROCID', '0')}").write_text(str(os.getpid()))
+    if (FOLDER / f"early-{RESTART}").exists():
+        note("early")
+        time.sleep(600)
+    from hedgehog.pipeline import cli
+
     sys.stderr = Kept(sys.stderr)
     note("start", pid=os.getpid())
     load = cli._load

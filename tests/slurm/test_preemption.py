@@ -7,7 +7,6 @@ and files are those of the run that nothing happened to, bit for bit.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -15,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,17 +48,21 @@ class Disturbed:
         for earlier in ("prepare", "distill")[: ("distill", "finetune").index(stage) + 1]:
             shutil.copytree(self.whole / earlier, self.runs / earlier)
 
-    def hold(self, restart: int = 0, step: int = HELD_AT) -> Path:
-        """Let a start of the job (of an array: of its first element) wait after a step."""
+    def hold(self, restart: int = 0, step: int = HELD_AT, *, deaf: bool = False) -> Path:
+        """Let a start of the job (of an array: of its first element) wait after a step; `deaf`: signals or not."""
         file = self.program / f"hold-{restart}"
-        file.write_text(str(step))
+        file.write_text(f"{step} deaf" if deaf else str(step))
         return file
 
-    def submit(self, nodes: int = 1, tasks_per_node: int = 1, **slurm: Any) -> str:
+    def hold_early(self, restart: int) -> None:
+        """Let a start of the job wait before it listens to signals."""
+        (self.program / f"early-{restart}").touch()
+
+    def submit(self, nodes: int = 1, tasks_per_node: int = 1, sbatch_lines: tuple[str, ...] = (), **slurm: Any) -> str:
         """Submit the stage; its job's id."""
         command = shlex.join([sys.executable, str(PROGRAM), str(self.program)])
-        size = {"nodes": nodes, "tasks_per_node": tasks_per_node}
-        self.cluster.write_config(slurm={self.stage: {"command": command, **size}, **slurm})
+        own = {"nodes": nodes, "tasks_per_node": tasks_per_node, "sbatch_lines": list(sbatch_lines)}
+        self.cluster.write_config(slurm={self.stage: {"command": command, **own}, **slurm})
         self.cluster.hedgehog("submit", "micro.yaml", "--from", self.stage, "--to", self.stage)
         records = json.loads((self.runs / "slurm" / "jobs.json").read_text())["jobs"]
         return next(record["job_id"] for record in reversed(records) if record["name"] == self.stage)
@@ -90,13 +93,15 @@ class Disturbed:
     def shorten_limit(self, job: str) -> None:
         """Let the time limit come soon, and wait until the job is in the queue again.
 
-        Slurm looks every 30 s: within the last 50 s before the limit (`grace_period_s`) it has to look twice, once to
-        warn and once to end the job. Limits are whole minutes.
+        Slurm looks every 30 s, and has to look once before the limit to warn.
         """
-        start = datetime.fromisoformat(self.job(job)["StartTime"]).timestamp()
-        minutes = math.ceil((time.time() - start + 35) / 60)
-        self.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+        self.end_in(35, job)
         self.wait(lambda: self.job(job).get("Restarts") == "1", 180)
+
+    def end_in(self, seconds: int, job: str) -> None:
+        """Set the time limit, which Slurm otherwise takes in whole minutes only."""
+        end = datetime.now() + timedelta(seconds=seconds)
+        self.cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
 
     def finish(self, element: str = "") -> None:
         """Wait until the stage, or an element of its array, is done, and compare it with the undisturbed one."""
@@ -109,9 +114,10 @@ class Disturbed:
     def costs(self) -> str:
         """What the machinery took, in seconds, for slurm/README.md. The log's own times are whole seconds."""
         logs = (self.runs / "logs").glob("*.log")
-        scripts = sorted(line.split()[1] for log in logs for line in log.read_text().splitlines() if line[:4] == "=== ")
-        script = datetime.fromisoformat(scripts[0]).timestamp()
-        starts = [record["at"] for record in self.times("start") if record["part"] in (None, "0")][:2]
+        scripts = [line.split()[1] for log in logs for line in log.read_text().splitlines() if line[:4] == "=== "]
+        starts = [record["at"] for record in self.times("start") if record["part"] in (None, "0")]
+        starts = [starts[0], starts[-1]]
+        script = max(t for t in (datetime.fromisoformat(script).timestamp() for script in scripts) if t <= starts[0])
         first_steps = [next(r["at"] for r in self.times("step") if r["at"] > start) for start in starts]
         last_before = max(record["at"] for record in self.times("save") if record["at"] < starts[1])
         saves = sorted(record["seconds"] for record in self.times("save"))
@@ -174,30 +180,47 @@ def test_at_its_time_limit_an_element_of_an_array_saves_and_queues_itself(distur
     run.cluster.hedgehog("cancel", "micro")
 
 
-def test_four_ranks_on_two_nodes_save_together_and_one_goes_on(
+def test_four_ranks_on_two_nodes_save_together_and_go_on_together(
     disturbed: Callable[..., Disturbed], distilled_alone: Cluster
 ):
-    """At their time limit, as above. When they start again they are cancelled, and one process is submitted."""
+    """These nodes' names are in no DNS, and nothing is passed by hand."""
     run = disturbed("distill")
-    run.cluster = run.cluster.under(MASTER_ADDR="127.0.0.1")  # these nodes' names are in no DNS
     run.hold(step=2)
-    job = run.submit(nodes=2, tasks_per_node=2, layer_groups=1, grace_period_s=50)
+    job = run.submit(nodes=2, tasks_per_node=2, layer_groups=1)
     run.wait_for_step(2)
-    run.shorten_limit(job)
-    run.cluster.hedgehog("cancel", "micro")
-    run.cluster.wait(lambda states: states["distill"] == "cancelled", 60)
-    assert run.manifest()["world_size"] == 4
-    assert "stopped by SIGUSR2: saved after step 3 of 6" in run.log(), "all four after the same step"
-
-    assert run.submit() != job
+    run.cluster.run("scancel", "--signal=USR2", job)
     run.cluster.wait(lambda states: states["distill"] == "done", 180)
-    assert run.steps(0) == [1, 2, 3, 4, 5, 6], "nothing is lost or done twice"
+    assert "stopped by SIGUSR2: saved after step 3 of 6" in run.log(), "all four after the same step"
+    assert run.steps(0) == [1, 2, 3] and run.steps(1) == [4, 5, 6], "nothing is lost or done twice"
+    assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (4, 1)
+    undisturbed = distilled_alone.cwd / "runs" / "micro" / "distill"
+    assert losses(run.runs / "distill") == pytest.approx(losses(undisturbed), rel=1e-4)
+
+
+def test_a_rank_dies_and_takes_the_job_along_and_one_process_goes_on(disturbed: Callable[..., Disturbed]):
+    run = disturbed("finetune")
+    run.cluster.write_config(finetune={"micro_batch_size": 1, "save_every_steps": 1})
+    run.hold(step=2)
+    job = run.submit(nodes=2, tasks_per_node=2)
+    run.wait_for_step(2)
+    os.kill(int((run.program / "rank-3").read_text()), signal.SIGKILL)  # the first rank sleeps and would not notice
+    run.cluster.wait(lambda states: states["finetune"] == "failed", 120)
+    assert run.job(job)["JobState"] == "FAILED" and run.job(job)["Restarts"] == "0"
+    assert "task 3: Exited with exit code 137" in run.log()
+    assert run.manifest()["world_size"] == 4
+
+    (run.program / "hold-0").unlink()
+    assert run.submit() != job
+    run.cluster.wait(lambda states: states["finetune"] == "done", 180)
+    assert run.steps(0) == [1, 2, 2, 3, 4, 5, 6], "only the step that was not saved is done again"
     assert (run.manifest()["world_size"], run.manifest()["num_resumes"]) == (1, 1)
-    found, expected = (
-        results(folder / "distill")["metrics.jsonl"] for folder in (run.runs, distilled_alone.cwd / "runs" / "micro")
-    )
-    losses = [[record["loss_nats"] for record in records if "loss_nats" in record] for records in (found, expected)]
-    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses(run.runs / "finetune") == pytest.approx(losses(run.whole / "finetune"), rel=1e-4)
+
+
+def losses(stage: Path) -> list[float]:
+    found = [record["loss_nats"] for record in results(stage)["metrics.jsonl"] if "loss_nats" in record]
+    assert len(found) == 6
+    return found
 
 
 @pytest.fixture
@@ -230,38 +253,52 @@ def preempt(run: Disturbed, job: str) -> None:
 def test_a_job_of_a_higher_partition_comes_first(
     disturbed: Callable[..., Disturbed], without_user_signal: Callable[[Cluster], None]
 ):
-    """Twice: announced by the job's own signal, and by TERM."""
+    """Announced by the job's own signal, and by TERM; each before the program listens, and at its work."""
     run = disturbed("finetune")
-    run.hold(step=2)
-    run.hold(restart=1, step=4)
+    run.hold_early(restart=0)
+    run.hold(restart=1, step=2)
+    run.hold_early(restart=2)
+    run.hold(restart=3, step=4)
     job = run.submit()
-    run.wait_for_step(2)
+    run.wait(lambda: len(run.times("early")) == 1)
+    preempt(run, job)
+    run.wait_for_step(2, restart=1)
     preempt(run, job)
     without_user_signal(run.cluster)
-    run.wait_for_step(4, restart=1)
+    run.wait(lambda: len(run.times("early")) == 2)
+    preempt(run, job)
+    run.wait_for_step(4, restart=3)
     preempt(run, job)
     run.finish()
-    assert [run.steps(start) for start in (0, 1, 2)] == [[1, 2, 3], [4, 5], [6]], "the signals came before the end"
+    assert [run.steps(start) for start in (1, 3, 4)] == [[1, 2, 3], [4, 5], [6]], "the signals came before the end"
     said = run.log()
+    assert f"job {job} ended with 140; it is queued again" in said
     assert "stopped by SIGUSR2: saved after step 3 of 6" in said
+    assert f"job {job} ended with 143; it is queued again" in said
     assert "stopped by SIGTERM: saved after step 5 of 6" in said
 
 
-def test_scancel_then_submitted_again_then_a_node_goes_down(disturbed: Callable[..., Disturbed]):
+def test_scancel_then_a_limit_without_a_warning_then_a_node_goes_down(disturbed: Callable[..., Disturbed]):
     run = disturbed("distill", alone=True)
     run.hold(step=1)
-    job = run.submit(layer_groups=1)
+    cancelled = run.submit(layer_groups=1)
     run.wait_for_step(1)
-    run.cluster.run("scancel", job)
-    run.cluster.wait(lambda states: states["distill"] == "cancelled", 60)
-    assert run.job(job)["Restarts"] == "0", "who cancels a job does not want it back"
+    run.cluster.run("scancel", cancelled)
+    run.cluster.wait(lambda states: states["distill"] == "cancelled", 120)
+    assert run.job(cancelled)["Restarts"] == "0", "who cancels a job does not want it back"
     assert run.steps(0) == [1, 2], "scancel's TERM leaves time to save"
 
-    run.hold()
-    again = run.submit(layer_groups=1)
-    assert again != job
+    run.hold(deaf=True)  # a step that outlasts what Slurm leaves between TERM and KILL
+    timed_out = run.submit(layer_groups=1, sbatch_lines=("--signal=URG@1",))  # URG: it means nothing to the program
     run.wait_for_step(HELD_AT)
-    assert run.steps(0) == [1, 2, 3]
+    run.end_in(1, timed_out)
+    run.cluster.wait(lambda states: states["distill"] == "failed", 120)
+    assert run.cluster.slurm_states()["distill"] == "TIMEOUT" and run.job(timed_out)["Restarts"] == "0"
+
+    run.hold(step=5)
+    again = run.submit(layer_groups=1)
+    run.wait_for_step(5)
+    assert run.steps(0) == [1, 2, 3, 3, 4, 5], "at most save_every_steps are lost"
     node = run.job(again)["NodeList"]
     run.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     try:
@@ -269,8 +306,8 @@ def test_scancel_then_submitted_again_then_a_node_goes_down(disturbed: Callable[
         run.finish()
     finally:  # or it has come back by itself
         run.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-    assert [record["job"] for record in run.times("start")] == [job, again, again]
-    assert run.steps(1)[0] >= LAST_SAVED + 1, "at most save_every_steps are lost"
+    assert [record["job"] for record in run.times("start")] == [cancelled, timed_out, again, again]
+    assert run.steps(1)[0] >= 5, "at most save_every_steps are lost"
 
 
 def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import socket
+import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +47,25 @@ def test_the_whole_graph_ends_in_an_exported_model(whole_graph: Cluster):
     assert submitted(again.stdout) == {} and "nothing to submit" in again.stdout
     for log in sorted((whole_graph.cwd / "runs/micro/logs").iterdir()):
         assert log.read_text().startswith("=== "), log
+    print_costs(whole_graph)
+
+
+def print_costs(cluster: Cluster) -> None:
+    """What a job takes beside its stage's own work, for slurm/README.md. Slurm and manifests tell whole seconds."""
+    rows = cluster.run("sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,Start,End").stdout
+    jobs = {job: times for job, *times in (row.split("|") for row in rows.split())}
+    for title, folder in (
+        ("prepare", "prepare"), ("distill", "distill"), ("evaluate 0/2", "evaluate/shard-0-of-2"),
+        ("evaluate", "evaluate"), ("export", "export"),
+    ):  # fmt: skip
+        own = manifest(cluster, folder)
+        started, finished = (datetime.fromisoformat(own[name]) for name in ("started_at", "finished_at"))
+        start, end = (datetime.fromisoformat(time_).astimezone() for time_ in jobs[cluster.job(title)])
+        name = title.replace("distill", "merge")
+        print(
+            f"{name}: {(started - start).total_seconds():.0f} s from the job's start to the "
+            f"stage's, {own['duration_s']:.1f} s of its own, {(end - finished).total_seconds():.0f} s to the job's end"
+        )
 
 
 def test_an_array_distils_the_model_that_one_process_distils(distilled_alone: Cluster, whole_graph: Cluster):
@@ -125,12 +148,39 @@ def test_a_config_edited_while_the_job_waits(prepared: Cluster):
     assert not (prepared.cwd / "runs/micro/distill").exists()
 
 
+def test_a_run_folder_that_one_node_does_not_see(prepared: Cluster, slurm_conf: Path):
+    """The second node sees an empty folder there."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("this root may not give a process mounts of its own")
+    outputs = slurm_conf.parents[1] / "on-n1-only" / "runs"
+    shutil.copytree(prepared.cwd / "runs", outputs)
+    run = str(outputs / "micro")
+    options = [f"output_dir={outputs}", "slurm.layer_groups=1", "--from", "distill", "--to", "distill"]
+    prepared.hedgehog("submit", "micro.yaml", *options, "slurm.distill.nodes=2", "slurm.tasks_per_node=1")
+    prepared.wait(lambda states: states["distill"] == "failed", 120, run)
+    assert f"error (rank 1): {socket.gethostname()} does not see {run}/slurm/config.submitted.yaml: " in prepared.logs(
+        run
+    )
+    assert "does not see" in " ".join(prepared.hedgehog("status", run).stdout.split())
+
+    prepared.write_config(slurm={"distill": {"sbatch_lines": ["--nodelist=n2"]}})
+    prepared.hedgehog("submit", "micro.yaml", *options)
+    prepared.wait(lambda states: states["distill"] == "failed", 120, run)
+    shown = " ".join(prepared.hedgehog("status", run).stdout.split())
+    assert "exit code 0:53" in shown, "Slurm could not open the log"
+    assert "no log at" in shown and "does the node see this file system?" in shown
+
+
 def test_slurms_own_words_about_a_partition_and_an_index(prepared: Cluster):
     refused = prepared.hedgehog("submit", "micro.yaml", "slurm.merge.partition=nowhere", check=False)
     assert refused.returncode == 2
     assert "invalid partition specified: nowhere" in refused.stderr
     assert "slurm.partition or slurm.merge.partition (now nowhere)" in refused.stderr
     assert "What was submitted before it stays in the queue" in refused.stderr
+    refused = prepared.hedgehog("submit", "micro.yaml", "slurm.account=nobody", check=False)
+    assert refused.returncode == 2
+    assert "Invalid account or account/partition combination specified" in refused.stderr
+    assert "slurm.account" in refused.stderr and "(now nobody)" in refused.stderr
     prepared.hedgehog("cancel", "micro")
     script = prepared.cwd / "runs/micro/slurm/distill.sbatch"
     beyond = prepared.run("sbatch", "--parsable", "--wait", "--array=7", str(script), check=False)
