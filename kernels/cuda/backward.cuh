@@ -229,23 +229,32 @@ class BackwardBlock {
     template <bool kCentred>
     __device__ __forceinline__ void divide_grads(const float* mean, int64_t head) const {
         constexpr int kShare = kSlice / kUnit / 4;  // units: four lanes have a row
+        static_assert(kShare % 2 == 0, "units come in twos");
         const int token_row = thread_index() / 4;
         const float d = token_row < num_rows() ? p.denominator[batch_head(head) * p.length + start() + token_row] : 0.0f;
         const float one_over_d = d <= p.eps ? 0.0f : 1.0f / d;
+        const auto divided = [one_over_d](uint32_t dn) {
+            return one_over_d == 0.0f ? 0u : pack_bf16(low_bf16(dn) * one_over_d, high_bf16(dn) * one_over_d);
+        };
         float shift = 0.0f;
 #pragma unroll 1
         for (int i = 0; i < kShare; ++i) {
-            const int column = (member_of_quad() * kShare + i) * kUnit;
+            // Eight lanes take 16 bytes each at a time, of two rows: in the second they begin elsewhere, so that all banks serve.
+            const int unit = 4 * (i ^ (token_row & 1)) + member_of_quad();
+            uint4& place = grads.eight(token_row, unit);
+            const uint4 raw = place;
+            const uint32_t dn[4] = {divided(raw.x), divided(raw.y), divided(raw.z), divided(raw.w)};
+            place = {dn[0], dn[1], dn[2], dn[3]};
 #pragma unroll
-            for (int c = 0; c < kUnit; c += 2) {
-                const float left = mean[column + c], right = mean[column + c + 1];
-                uint32_t& dn = grads.pair(token_row, column + c);
-                dn = one_over_d == 0.0f ? 0u : pack_bf16(low_bf16(dn) * one_over_d, high_bf16(dn) * one_over_d);
-                shift += low_bf16(dn) * left + high_bf16(dn) * right;
-                if constexpr (kCentred) {
-                    uint32_t& v = values.pair(token_row, column + c);
-                    v = pack_bf16(low_bf16(v) - left, high_bf16(v) - right);
-                }
+            for (int c = 0; c < 4; ++c)
+                shift += low_bf16(dn[c]) * mean[unit * kUnit + 2 * c] + high_bf16(dn[c]) * mean[unit * kUnit + 2 * c + 1];
+            if constexpr (kCentred) {
+                uint4& values_place = values.eight(token_row, unit);
+                const uint4 v = values_place;
+                const auto centred = [&](uint32_t pair, int c) {
+                    return pack_bf16(low_bf16(pair) - mean[unit * kUnit + c], high_bf16(pair) - mean[unit * kUnit + c + 1]);
+                };
+                values_place = {centred(v.x, 0), centred(v.y, 2), centred(v.z, 4), centred(v.w, 6)};
             }
         }
         shift = quad_sum(shift);

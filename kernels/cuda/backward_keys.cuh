@@ -75,8 +75,10 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
             copy_async_wait<0>();
             __syncthreads();
             this->find_mean(mean, nullptr, this->num_rows());
-            if constexpr (kFused) this->make_features(!p.state_only);  // a barrier inside
-            __syncthreads();
+            if constexpr (kFused)
+                this->make_features(!p.state_only);  // a barrier inside
+            else
+                __syncthreads();
             this->template divide_grads<true>(mean, head());
             if (!p.state_only) copy_state();
             __syncthreads();

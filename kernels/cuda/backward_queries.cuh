@@ -68,8 +68,10 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>
             copy_async_wait<0>();
             __syncthreads();
             this->find_mean(mean, totals, tokens_in_state() + (chunk - this->first_chunk()) * kChunk + this->num_rows());
-            if constexpr (kFused) this->make_features(true);  // a barrier inside
-            __syncthreads();
+            if constexpr (kFused)
+                this->make_features(true);  // a barrier inside
+            else
+                __syncthreads();
             this->template divide_grads<false>(mean, head());
             __syncthreads();
             this->multiply_visible(grads, values, this->shifts, -1.0f, this->grad_scores);
@@ -280,7 +282,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>
     // S += φ(k)ᵀ v and z += Σ φ(k), as in forward.cuh.
     __device__ __forceinline__ void advance_state() {
         const bool survives = this->survives();
-        __syncthreads();  // all have read φ(k) and z of their rows
+        // all have read φ(k) and z of their rows: they have met to sum the last ones
         if (p.runs) {
             this->hide_other_runs(phi_k, this->run_at_end());
             __syncthreads();

@@ -132,7 +132,21 @@ cudaError_t fill_segment_states(const HedgehogForwardArguments& a) {
 }  // namespace hedgehog
 
 #ifndef __CUDACC__
-extern "C" void hedgehog_emulation_seed(uint64_t seed) { emulation::Scheduler::get().seed(seed); }
+extern "C" {
+void hedgehog_emulation_seed(uint64_t seed) { emulation::Scheduler::get().seed(seed); }
+
+// The places where threads have waited so far, and the one to leave out from here on; -1: none.
+int32_t hedgehog_emulation_num_places() { return static_cast<int32_t>(emulation::Scheduler::get().places().size()); }
+const char* hedgehog_emulation_place(int32_t place) { return emulation::Scheduler::get().places().at(place).c_str(); }
+void hedgehog_emulation_leave_out(int32_t place) { emulation::Scheduler::get().leave_out(place); }
+
+// Three counts of work since the last call: emulation/fibers.h.
+void hedgehog_emulation_work(int64_t* counts) {
+    emulation::Work& work = emulation::Scheduler::get().work;
+    counts[0] = work.matrix_wavefronts, counts[1] = work.products, counts[2] = work.slow_results;
+    work = {};
+}
+}
 #endif
 
 extern "C" int32_t hedgehog_num_segments(int64_t length, int32_t requested) {

@@ -126,6 +126,21 @@ class Library:
         """The order of fibers from here on; emulated builds only."""
         self._c.hedgehog_emulation_seed(ctypes.c_uint64(seed))
 
+    def emulated_places(self) -> list[str]:
+        """Where threads have waited so far, as "file:line"; emulated builds only."""
+        self._c.hedgehog_emulation_place.restype = ctypes.c_char_p
+        return [self._c.hedgehog_emulation_place(i).decode() for i in range(self._c.hedgehog_emulation_num_places())]
+
+    def leave_out(self, place: str | None) -> None:
+        """From here on threads do not wait at this place; None: they wait everywhere. Emulated builds only."""
+        self._c.hedgehog_emulation_leave_out(-1 if place is None else self.emulated_places().index(place))
+
+    def emulated_work(self) -> tuple[int, int, int]:
+        """ldmatrix's accesses of 128 bytes, mma, and slow results since the last call; emulated builds only."""
+        counts = (c_int64 * 3)()
+        self._c.hedgehog_emulation_work(counts)
+        return counts[0], counts[1], counts[2]
+
     def _check(self, error: int) -> None:
         if error:
             raise KernelError(self._c.hedgehog_error_string(error).decode())

@@ -135,8 +135,8 @@ inline void copy_async(void* destination, const void* source, bool valid) {
 }
 inline void copy_async_commit() { emulation::copy_async_commit(); }
 template <int kPending>
-void copy_async_wait() {
-    emulation::copy_async_wait(kPending);
+void copy_async_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    if (emulation::Scheduler::get().waits_at(file, line)) emulation::copy_async_wait(kPending);
 }
 inline int thread_index() { return threadIdx.x; }
 inline int block_x() { return blockIdx.x; }
@@ -147,12 +147,16 @@ inline float float_of_bits(uint32_t bits) { return emulation::bits_to_float(bits
 inline uint32_t pack_bf16(float low, float high) {
     return emulation::float_to_bf16(low) | uint32_t(emulation::float_to_bf16(high)) << 16;
 }
-inline float reciprocal_approximate(float x) { return 1.0f / x; }
 inline float4 load_streaming(const float4* from) { return *from; }
 inline void store_streaming(float4* to, float4 value) { *to = value; }
 inline void schedule_barrier() {}
-inline float exp2_approximate(float x) { return std::exp2(x); }
-inline float log2_approximate(float x) { return std::log2(x); }
+inline float slow_result(float y) {
+    ++emulation::Scheduler::get().work.slow_results;
+    return y;
+}
+inline float exp2_approximate(float x) { return slow_result(std::exp2(x)); }
+inline float log2_approximate(float x) { return slow_result(std::log2(x)); }
+inline float reciprocal_approximate(float x) { return slow_result(1.0f / x); }
 
 #endif
 

@@ -28,6 +28,11 @@ struct Tile {
         return *reinterpret_cast<uint32_t*>(unit(row, column / kUnit) + column % kUnit);
     }
 
+    // Eight bf16, a unit.
+    __device__ __forceinline__ uint4& eight(int row, int column_unit) const {
+        return *reinterpret_cast<uint4*>(unit(row, column_unit));
+    }
+
     // A operand, rows row…row+15 and k = k…k+15, from a tile whose rows are the operand's rows.
     __device__ __forceinline__ void load_a(uint32_t (&a)[4], int row, int k, int lane) const {
         ldmatrix_x4(a, unit(row + (lane & 15), k / kUnit + (lane >> 4)));

@@ -5,6 +5,9 @@
 // that cannot go on (a barrier that not all threads reach, lanes of a warp in different instructions) ends the launch
 // with a message instead of hanging.
 //
+// The places where threads wait, for others or for copies, are noted as they are met, and one of them may be left out: tests
+// see that numbers are wrong then. Work is counted: what takes time on a GPU that no result shows.
+//
 // Under AddressSanitizer every switch is announced to it, and each block's shared memory is an allocation of its own.
 #pragma once
 
@@ -16,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -81,8 +85,29 @@ struct Warp {
     Meeting meeting;
 };
 
+// What kernels have done since the counts were last read.
+struct Work {
+    int64_t matrix_wavefronts = 0;  // of ldmatrix: accesses of 128 bytes to shared memory, more where banks conflict
+    int64_t products = 0;           // mma, 16×8×16
+    int64_t slow_results = 0;       // exponentials, logarithms and reciprocals of the multiplexed unit
+};
+
 class Scheduler {
    public:
+    Work work;
+
+    // Whether threads are to wait at this place of the source.
+    bool waits_at(const char* file, int line) {
+        const auto [found, is_new] = place_index_.try_emplace({file, line}, static_cast<int>(places_.size()));
+        if (is_new) {
+            const char* name = std::strrchr(file, '/');
+            places_.push_back(std::string(name ? name + 1 : file) + ":" + std::to_string(line));
+        }
+        return found->second != left_out_;
+    }
+    const std::vector<std::string>& places() const { return places_; }
+    void leave_out(int place) { left_out_ = place; }  // -1: none
+
     static Scheduler& get() {
         static Scheduler scheduler;
         return scheduler;
@@ -288,6 +313,8 @@ class Scheduler {
         __sanitizer_finish_switch_fiber(nullptr, &scheduler.asan_stack_, &scheduler.asan_stack_bytes_);
 #endif
         (*scheduler.body_)();
+        if (!scheduler.current_->open_copies.empty() || !scheduler.current_->committed_copies.empty())
+            scheduler.fail("a thread ends with copies under way");
         scheduler.current_->finished = true;
         ++scheduler.num_finished_;
         scheduler.hand_over();
@@ -346,6 +373,9 @@ class Scheduler {
         return value ^ value >> 31;
     }
 
+    std::map<std::pair<const void*, int>, int> place_index_;
+    std::vector<std::string> places_;
+    int left_out_ = -1;
     uint64_t random_state_ = 0;
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;

@@ -85,6 +85,14 @@ EMULATION_NOINLINE void load_matrix_x4(uint32_t (&registers)[4], const void* row
         uint32_t registers[4];
     } mine{static_cast<const uint16_t*>(row), {}};
     auto load = [](Operands** lanes, bool transposed) {
+        for (int i = 0; i < 4; ++i) {
+            int in_group[8] = {}, most = 0;  // rows by the group of banks that they lie in
+            for (int row = 0; row < 8; ++row) {
+                int& rows = in_group[reinterpret_cast<uintptr_t>(lanes[8 * i + row]->row) / 16 % 8];
+                most = ++rows > most ? rows : most;
+            }
+            Scheduler::get().work.matrix_wavefronts += most;
+        }
         for (int lane = 0; lane < kWarpSize; ++lane)
             for (int i = 0; i < 4; ++i) {
                 int group = lane / 4, member = lane % 4;
@@ -109,6 +117,7 @@ EMULATION_NOINLINE void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4
         float* c;
     } mine{a, {b0, b1}, c};
     Scheduler::get().warp_meeting("mma", mine, [](Operands** lanes) {
+        ++Scheduler::get().work.products;
         float left[16][16], right[16][8], sum[16][8];
         for (int lane = 0; lane < kWarpSize; ++lane) {
             int group = lane / 4, member = lane % 4;
@@ -160,7 +169,9 @@ EMULATION_NOINLINE void copy_async_wait(size_t num_pending) {
 
 }  // namespace emulation
 
-EMULATION_NOINLINE void __syncthreads() { emulation::Scheduler::get().block_barrier(); }
+EMULATION_NOINLINE void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    if (emulation::Scheduler::get().waits_at(file, line)) emulation::Scheduler::get().block_barrier();
+}
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
     int before = *address;
