@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,13 +117,14 @@ def test_without_deepspeed_and_pydantic(
 ):
     """The same steps; estimates are added elsewhere."""
     out = tmp_path / "bench.json"
-    monkeypatch.setattr(plain, "NARROW", GROUPED)
-    monkeypatch.setattr(sys, "argv", ["bench_7b.py", "--quick", "--lengths", "64", "--out", str(out)])
+    monkeypatch.setattr(plain, "NARROW", replace(GROUPED, vocab_size=500))
+    sections = ["--sections", "distill,finetune"]
+    monkeypatch.setattr(sys, "argv", ["bench_7b.py", "--quick", "--lengths", "64", "--out", str(out), *sections])
     assert plain.main() == 0
     report = json.loads(out.read_text())
     assert report["engine"] == "torch's AdamW; DeepSpeed is not installed"
-    assert [len(report[name]) for name in ("distill", "finetune", "generate")] == [2, 2, 8]
-    rows = [row for name in ("distill", "finetune", "generate") for row in report[name]]
+    rows = [*report["distill"], *report["finetune"]]
+    assert [row.get("loss", row.get("attention")) for row in rows] == ["tiled", MATERIALISED, "linear", "softmax"]
     assert all(row["backend"] for row in rows)
     assert rows[0]["backend"] == "distillation loss: torch (no kernel for cpu)"
     assert all("missing" in row["estimate"] for row in rows if "estimate" in row)
@@ -130,7 +132,7 @@ def test_without_deepspeed_and_pydantic(
     monkeypatch.undo()
     plain.add_estimates(out)
     rows = json.loads(out.read_text())["distill"]
-    assert rows[0]["estimate"]["ratio"] == pytest.approx(1, abs=0.15) and "missing" not in rows[0]["estimate"]
+    assert rows[0]["estimate"]["ratio"] == pytest.approx(1, abs=0.2) and "missing" not in rows[0]["estimate"]
 
 
 def test_the_settings_are_those_of_the_config(bench_7b: ModuleType):

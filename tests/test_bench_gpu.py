@@ -420,13 +420,12 @@ def test_without_a_gpu_it_says_what_there_is_instead(capsys):
     assert "--device cpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["bench_gpu.py", "distill_kernel.py"])
-def test_from_a_checkout_without_an_installation(script, tmp_path):
+def test_from_a_checkout_without_an_installation(tmp_path):
     """Another `hedgehog` on the path, and none of the training's packages: what lies beside the script is meant."""
     for name in ("hedgehog", "deepspeed", "pydantic", "peft", "typer", "matplotlib"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not to be imported')\n")
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, BENCHMARKS / "bench_gpu.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith(("no CUDA device", "there is no CUDA device")), done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("no CUDA device"), done.stderr

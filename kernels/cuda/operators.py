@@ -84,7 +84,9 @@ def linear_attention(
 def _(
     q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum, feature_map, eps, segments, return_state
 ):  # fmt: skip
-    return _outputs(v, checked_sizes(q, k, v, weight_q, weight_k, feature_map), return_state)
+    sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    check_side_inputs(q, mask, runs, initial_kv, initial_k_sum, sizes)
+    return _outputs(v, sizes, return_state)
 
 
 def _outputs(v: Tensor, sizes: tuple[int, int, int, int, int], return_state: bool) -> tuple[Tensor, ...]:
@@ -210,5 +212,7 @@ def linear_attention_token(
 
 @linear_attention_token.register_fake
 def _(q, k, v, weight_q, weight_k, mask, kv_state, k_sum, feature_map, eps, splits):
-    batch, heads, _, head_dim, _ = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    sizes = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    check_side_inputs(q, mask, None, kv_state, k_sum, sizes)
+    batch, heads, _, head_dim, _ = sizes
     return v.new_empty(batch, heads, 1, head_dim)

@@ -16,7 +16,23 @@ struct Array {
     operator Element*() const { return data.get(); }
 };
 
-constexpr uint16_t kHalf = 0x3f00;  // 0.5
+// bfloat16 numbers of either sign between 2^-7 and 2 in size, others with every call.
+Array<uint16_t> numbers(int64_t size) {
+    static uint32_t random = 1;
+    Array<uint16_t> result(size);
+    for (int64_t i = 0; i < size; ++i) {
+        random = random * 1664525u + 1013904223u;
+        result[i] = static_cast<uint16_t>((random >> 16 & 0x8000u) | 0x3c00u | (random >> 8 & 0x3ffu));
+    }
+    return result;
+}
+
+// Padding at both ends and a hole; one token alone is real.
+Array<uint8_t> padding(int64_t length) {
+    Array<uint8_t> mask(length, 1);
+    for (int64_t i = 0; length > 1 && i < length; ++i) mask[i] = i >= length / 9 && i < length - length / 5 && i % 13 != 6;
+    return mask;
+}
 
 int check(int32_t error, const char* what, int64_t length) {
     if (error == 0) return 0;
@@ -29,10 +45,10 @@ int sequence(int head_dim, int features, int feature_map, int64_t length, int se
     const int64_t batch = 1, heads = 2;
     const bool given = feature_map == HEDGEHOG_GIVEN;
     const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
-    Array<uint16_t> q(batch * heads * length * width, kHalf), k(batch * k_heads * length * width, kHalf);
-    Array<uint16_t> v(batch * kv_heads * length * head_dim, kHalf), out(batch * heads * length * head_dim);
-    Array<uint16_t> weight_q(heads * head_dim * features / 2, kHalf), weight_k(heads * head_dim * features / 2, kHalf);
-    Array<uint8_t> mask(batch * length, 1);
+    Array<uint16_t> q = numbers(batch * heads * length * width), k = numbers(batch * k_heads * length * width);
+    Array<uint16_t> v = numbers(batch * kv_heads * length * head_dim), out(batch * heads * length * head_dim);
+    Array<uint16_t> weight_q = numbers(heads * head_dim * features / 2), weight_k = numbers(heads * head_dim * features / 2);
+    Array<uint8_t> mask = padding(batch * length);
     Array<int32_t> runs(batch * length);
     Array<float> kv(batch * heads * features * head_dim), k_sum(batch * heads * features);
     Array<float> final_kv(batch * heads * features * head_dim), final_k_sum(batch * heads * features);
@@ -55,7 +71,7 @@ int sequence(int head_dim, int features, int feature_map, int64_t length, int se
     const int failures = check(hedgehog_forward(&a), "forward", length);
     if (!backwards) return failures;
 
-    Array<uint16_t> grad_out(batch * heads * length * head_dim, kHalf), grad_q(batch * heads * length * width);
+    Array<uint16_t> grad_out = numbers(batch * heads * length * head_dim), grad_q(batch * heads * length * width);
     Array<uint16_t> grad_k(batch * k_heads * length * width), grad_v(batch * kv_heads * length * head_dim);
     const int64_t weights = hedgehog_num_segments(length, segments) * batch * heads * head_dim * features / 2;
     Array<float> grad_weight_q(weights), grad_weight_k(weights);
@@ -80,10 +96,11 @@ int decode(int head_dim, int features, int feature_map, int splits) {
     const int64_t batch = 2, heads = 2, kv_heads = 1;
     const bool given = feature_map == HEDGEHOG_GIVEN;
     const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
-    Array<uint16_t> q(batch * heads * width, kHalf), k(batch * k_heads * width, kHalf);
-    Array<uint16_t> v(batch * kv_heads * head_dim, kHalf), out(batch * heads * head_dim);
-    Array<uint16_t> weight_q(heads * head_dim * features / 2, kHalf), weight_k(heads * head_dim * features / 2, kHalf);
+    Array<uint16_t> q = numbers(batch * heads * width), k = numbers(batch * k_heads * width);
+    Array<uint16_t> v = numbers(batch * kv_heads * head_dim), out(batch * heads * head_dim);
+    Array<uint16_t> weight_q = numbers(heads * head_dim * features / 2), weight_k = numbers(heads * head_dim * features / 2);
     Array<uint8_t> mask(batch, 1);
+    mask[1] = 0;
     Array<float> kv(batch * heads * features * head_dim), k_sum(batch * heads * features);
     Array<int32_t> arrivals(batch * heads);
     HedgehogDecodeArguments a{};
@@ -110,6 +127,13 @@ int main() {
         for (int splits : {1, 2, 4}) failures += decode(128, 256, feature_map, splits);
         failures += decode(64, 128, feature_map, 4);
     }
+    for (int feature_map : {HEDGEHOG_EXP, HEDGEHOG_JOINT}) {
+        failures += sequence(64, 128, feature_map, 66, 2, true);
+        failures += sequence(128, 256, feature_map, 65, 1, false);
+        failures += decode(64, 256, feature_map, 2);
+    }
+    failures += sequence(64, 256, HEDGEHOG_SOFTMAX, 65, 1, true);
+    failures += sequence(128, 256, HEDGEHOG_GIVEN, 65, 1, true);
     failures += sequence(128, 256, HEDGEHOG_SOFTMAX, 66, 2, true, 2);
     failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 3, 1, true);
     failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 130, 2, false, 1, HEDGEHOG_WGMMA);
