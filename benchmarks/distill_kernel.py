@@ -2,12 +2,12 @@
 
     python benchmarks/distill_kernel.py [--check | --no-check] [--lengths 1024,4096,…] [--budget-s 150] [--out FILE]
 
-Right: within 1e-2 of the float64 PyTorch form (gradients), over tails, padding, packing and grouped queries, and the
-same bits when run again. Fast: loss and gradient of one layer of Llama-2 7B (32 heads of 128, F = 256, bfloat16),
-median of several runs, against the PyTorch forms where they fit (the materialised one with products in float32, TF32
-and bfloat16), and as a share of the arithmetic of one pass over the tiles, (d + 3F)·T FLOP a token and head. With
---check only the first. Exit code 1 where something is wrong, or where another form than the kernel was chosen and
---allow-fallback is not given. The JSON is written again after each row.
+Right: within 1e-2 of the float64 PyTorch form (gradients), over tails, padding, packing, grouped and sampled queries,
+several blocks of keys (9000 tokens), and the same bits when run again. Fast: loss and gradient of one layer of Llama-2
+7B (32 heads of 128, F = 256, bfloat16), median of several runs, against the PyTorch forms where they fit (the
+materialised one with products in float32, TF32 and bfloat16), and as a share of the arithmetic of one pass over the
+tiles, (d + 3F)·T FLOP a token and head. With --check only the first. Exit code 1 where something is wrong, or where
+another form than the kernel was chosen and --allow-fallback is not given. The JSON is written again after each row.
 """
 
 # setuptools maps hedgehog.* onto folders, which pyright does not see from outside the packages
@@ -32,6 +32,7 @@ from matrix_products import products_in
 from hedgehog.kernels.distill_backends import select_distill_backend
 from hedgehog.kernels.distill_loss import attention_distillation_loss, materialised_distillation_loss
 from hedgehog.kernels.feature_maps import FeatureMap, make_feature_map
+from hedgehog.kernels.map_training import sampled_row_weights
 from hedgehog.kernels.softmax_attention import causal_softmax_attention
 
 HEADS, HEAD_DIM = 32, 128
@@ -61,7 +62,14 @@ def gradients(
 
 
 def check_case(
-    name: str, length: int, heads: int, kv_heads: int, head_dim: int, packed: bool, dtype: torch.dtype
+    name: str,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    packed: bool,
+    dtype: torch.dtype,
+    query_fraction: float = 1.0,
 ) -> Any:
     """One row of the report: errors against float64, and whether a second run gives the same bits."""
     batch = 2
@@ -72,6 +80,8 @@ def check_case(
     mask[1, length - length // 4 :] = False
     segments = (torch.arange(length, device="cuda") // 100).expand(batch, -1) if packed else None
     options = {"mask_BL": mask, "segment_ids_BL": segments}
+    if query_fraction < 1:
+        options["row_weights_BL"] = sampled_row_weights(mask, query_fraction, 128, 0.3)
     chosen = select_distill_backend("auto", *maps, device="cuda", dtype=dtype)
     assert chosen.name == "triton", chosen.reason
     result, grads = gradients(chosen.loss, q, k, maps, **options)
@@ -92,6 +102,7 @@ def check_case(
         "tokens": length,
         "heads": f"{heads}/{kv_heads} of {head_dim}",
         "packed": packed,
+        "query_fraction": query_fraction,
         "dtype": str(dtype).removeprefix("torch."),
         "log_sum_handed_out": handed_out is not None,
         "loss_error": max(loss_errors) if length > 1 else 0.0,
@@ -120,10 +131,11 @@ def teachers_log_sum_exp(q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, mask_BL: to
 def check() -> Iterator[dict[str, Any]]:
     llama: dict[str, Any] = dict(heads=4, kv_heads=4, head_dim=128, packed=False, dtype=torch.bfloat16)
     cases: list[dict[str, Any]] = []
-    cases += [dict(llama, name="hedgehog_softmax", length=length) for length in (1, 63, 64, 65, 300, 2048)]
+    cases += [dict(llama, name="hedgehog_softmax", length=length) for length in (1, 63, 64, 65, 300, 2048, 9000)]
     cases += [dict(llama, name=name, length=500) for name in ("hedgehog_exp", "hedgehog_joint")]
     cases += [dict(llama, name="hedgehog_softmax", length=777, packed=True, kv_heads=1)]
     cases += [dict(llama, name="hedgehog_softmax", length=500, head_dim=64, dtype=torch.float16)]
+    cases += [dict(llama, name="hedgehog_softmax", length=3000, query_fraction=0.25)]
     for case in cases:
         yield check_case(**case)
 

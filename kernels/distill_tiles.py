@@ -56,8 +56,8 @@ Two blocks of 64 × 32 would overlap more, but there the products of t and s are
 long), which costs what the overlap gains. From the L2 cache sweep reads 48 KiB a tile, keys_gradient 48, as a dense
 product with tiles of 128 × 256 does.
 
-The element's work is: log2 s, a/s = exp2(t − L − log2 s), a = (a/s)·s, two sums, g. A tile which every query of it sees
-is not masked. A row without a weight has L = 1e30, so that a and g vanish whatever t is.
+The work on an element is: log2 s, a/s = exp2(t − L − log2 s), a = (a/s)·s, two sums, g. A tile of keys that every query
+of the tile sees is not masked. A row without a weight has L = 1e30, so that a and g vanish whatever t is.
 
 Shape letters: B batch, L length, G heads at hand, D head dim, P projected dim, F = 2P. Every kernel's second grid axis
 is b·G + g. Masks come as `visible_ranges`: padding has start = L and end = 0. Tile sizes: BLOCK_Q ≥ BLOCK_K, powers of
@@ -138,7 +138,7 @@ def carry_tails(
     spanned += problem // num_heads * num_chunks
     tail += problem * num_chunks * F + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     state = tl.zeros([BLOCK], dtype=tl.float32)
-    for chunk in range(num_chunks):
+    for chunk in tl.range(num_chunks, num_stages=8):  # loads that are under way
         own = tl.load(tail + chunk * F)
         goes_on = tl.load(spanned + chunk)
         tl.store(tail + chunk * F, state)

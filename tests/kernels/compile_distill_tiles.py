@@ -120,6 +120,7 @@ def compile_all(
     jobs: list[tuple[str, dict[str, Any], bool]] = [
         *(("map_features", {"FORM": form, "WITH_TAIL": True}, False) for form in forms),
         ("map_features", {"FORM": forms[0], "WITH_TAIL": False}, True),
+        ("carry_tails", {}, False),
         ("row_sums", {}, False),
         ("log_sums", {**pair, "BLOCK_K": tiles.rows}, False),
         ("log_sums", {**pair, "BLOCK_K": tiles.rows}, True),

@@ -40,7 +40,7 @@ def compiled(*arguments: object) -> list[dict]:
 def assert_fits(kernel: dict, capability: int) -> None:
     assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
     assert kernel["registers"] <= 255 and 0 <= kernel["spill_store_bytes"] <= MAX_SPILL_BYTES_ONCE, kernel
-    assert INSTRUCTION[capability] in kernel["tensor_cores"], kernel
+    assert kernel["tensor_cores"] == ([] if kernel["kernel"] == "carry_tails" else [INSTRUCTION[capability]]), kernel
     assert all(loop["local"] == 0 for loop in kernel["loops"]), kernel
     most = MAX_INSTRUCTIONS.get(capability, {}).get(kernel["kernel"])
     if most is not None:
@@ -53,11 +53,9 @@ def test_bfloat16_kernels_fit_at_llama_2s_shape(capability):
     only = () if capability != 86 else ("sweep", "keys_gradient", "weight_gradient")
     report = compiled(capability, "bf16", 128, 128, *only)
     # the sweep thrice: with gradient, for grouped queries, and for the loss alone
-    assert len(report) == (8 if only else 15)
+    assert len(report) == (8 if only else 16)
     for kernel in report:
         assert_fits(kernel, capability)
-        if capability == 90:
-            assert kernel["tensor_cores"] == ["wgmma.mma_async"], "one product without it"
 
 
 @pytest.mark.compiles
@@ -70,4 +68,3 @@ def test_the_product_of_g_compiles_without_a_gpu():
     """The cheapest of them, in every run of the tests."""
     (kernel,) = compiled(90, "bf16", 128, 128, "keys_gradient")
     assert_fits(kernel, 90)
-    assert kernel["tensor_cores"] == ["wgmma.mma_async"]

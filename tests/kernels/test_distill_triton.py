@@ -15,10 +15,11 @@ from hedgehog.kernels import distill_backends, distill_limits, distill_loss
 from hedgehog.kernels.feature_maps import make_feature_map
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = pytest.importorskip("triton.language")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1: the kernels cannot run on CPU tensors", allow_module_level=True)
 
-from hedgehog.kernels import distill_triton  # noqa: E402
+from hedgehog.kernels import distill_tiles, distill_triton  # noqa: E402
 from hedgehog.kernels.distill_triton import Tiles, pinned_tiles, triton_distillation_loss  # noqa: E402
 from hedgehog.kernels.map_training import sampled_row_weights  # noqa: E402
 from hedgehog.kernels.visible_ranges import Visibility  # noqa: E402
@@ -254,6 +255,27 @@ def test_features_that_underflow_keep_a_finite_loss_and_a_gradient():
         result = triton_distillation_loss(q.to(dtype), k.to(dtype), *pair)
         assert result.loss.isfinite()
         assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients(result.loss, pair))
+
+
+@triton.jit
+def exp2_too_large(x, INTERPRETED: tl.constexpr):
+    return tl.exp2(x) * (1 + 2.0**-22)
+
+
+@triton.jit
+def log2_too_small(x, INTERPRETED: tl.constexpr):
+    exact = tl.log2(x)
+    return exact - 2.0**-22 * tl.maximum(tl.abs(exact), 1.0)
+
+
+def test_what_the_gpus_own_exp2_and_log2_cost(monkeypatch):
+    """ex2.approx and lg2.approx are off by 2**-22 at most: here always, and so that it adds up."""
+    monkeypatch.setattr(distill_tiles, "_exp2", exp2_too_large)
+    monkeypatch.setattr(distill_tiles, "_log2", log2_too_small)
+    q, k = inputs(40, heads=1)
+    pair = maps("hedgehog_exp", heads=1)
+    result = triton_distillation_loss(q, k, *pair, tiles=SMALL)
+    assert_agrees(result, pair, q, k, loss_error=3e-6, gradient_error=3e-6)
 
 
 def test_keys_beyond_the_exponents_bound():
