@@ -12,6 +12,7 @@
 
 #include <limits>
 #include <map>
+#include <memory>
 
 #include "instructions.h"
 
@@ -45,14 +46,14 @@ struct Warpgroup {
 };
 
 inline Warpgroup& warpgroup() {
-    static std::map<int, Warpgroup> warpgroups;
+    static std::map<int, std::unique_ptr<Warpgroup>> warpgroups;  // on the heap: too large for a fiber's stack
     Scheduler& scheduler = Scheduler::get();
-    Warpgroup& mine = warpgroups[scheduler.current().thread / kWarpgroupSize];
-    if (mine.block != scheduler.blocks_begun()) {
-        mine = Warpgroup{};
-        mine.block = scheduler.blocks_begun();
+    std::unique_ptr<Warpgroup>& mine = warpgroups[scheduler.current().thread / kWarpgroupSize];
+    if (!mine || mine->block != scheduler.blocks_begun()) {
+        mine = std::make_unique<Warpgroup>();
+        mine->block = scheduler.blocks_begun();
     }
-    return mine;
+    return *mine;
 }
 
 // Where element (mn, k) of an operand lies, in bytes from the start of shared memory. With T = 8 elements in 16 bytes
