@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,7 +116,6 @@ def test_without_deepspeed_and_pydantic(
 ):
     """The same steps; estimates are added elsewhere."""
     out = tmp_path / "bench.json"
-    monkeypatch.setattr(plain, "NARROW", replace(GROUPED, vocab_size=500))
     sections = ["--sections", "distill,finetune"]
     monkeypatch.setattr(sys, "argv", ["bench_7b.py", "--quick", "--lengths", "64", "--out", str(out), *sections])
     assert plain.main() == 0
@@ -132,7 +130,7 @@ def test_without_deepspeed_and_pydantic(
     monkeypatch.undo()
     plain.add_estimates(out)
     rows = json.loads(out.read_text())["distill"]
-    assert rows[0]["estimate"]["ratio"] == pytest.approx(1, abs=0.2) and "missing" not in rows[0]["estimate"]
+    assert rows[0]["estimate"]["ratio"] == pytest.approx(1, abs=0.5) and "missing" not in rows[0]["estimate"]
 
 
 def test_the_settings_are_those_of_the_config(bench_7b: ModuleType):
