@@ -101,6 +101,7 @@ class Visibility:
         """Ranges and tables; `weights_BL` are the row weights, filled in where none were given."""
         if (chunk, rows) not in self._known:
             mask_BL, segment_ids_BL, _ = self._masks
-            ranges = visible_ranges(*weights_BL.shape, mask_BL, segment_ids_BL, weights_BL.device)
+            batch, length = weights_BL.shape
+            ranges = visible_ranges(batch, length, mask_BL, segment_ids_BL, weights_BL.device)
             self._known[chunk, rows] = ranges, tile_tables(ranges, weights_BL, chunk, rows)
         return self._known[chunk, rows]

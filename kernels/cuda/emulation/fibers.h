@@ -272,13 +272,19 @@ class Scheduler {
 
     void make_runnable(int thread) { warps_[thread / kWarpSize].runnable_threads.push_back(thread); }
 
-    // The next fiber: a random lane of a warp that stays the favourite for a burst of random length.
+    // The next fiber: a random lane of a warp that stays the favourite for a burst of random length; then mostly another
+    // of its warpgroup.
     bool choose() {
         if (burst_ == 0 || warps_[favourite_].runnable_threads.empty()) {
-            std::vector<int> candidates;
-            for (size_t warp = 0; warp < warps_.size(); ++warp)
-                if (!warps_[warp].runnable_threads.empty()) candidates.push_back(static_cast<int>(warp));
+            std::vector<int> candidates, in_favourite_group;
+            for (size_t warp = 0; warp < warps_.size(); ++warp) {
+                if (warps_[warp].runnable_threads.empty()) continue;
+                candidates.push_back(static_cast<int>(warp));
+                if (static_cast<int>(warp) / 4 == favourite_ / 4) in_favourite_group.push_back(static_cast<int>(warp));
+            }
             if (candidates.empty()) return false;
+            // what a warpgroup does together it can only finish if all four of its warps are the favourites in turn
+            if (!in_favourite_group.empty() && random_below(64)) candidates.swap(in_favourite_group);
             favourite_ = candidates[random_below(candidates.size())];
             static constexpr int kBursts[] = {1, 64, 4096, 1 << 20};
             burst_ = kBursts[random_below(4)];
