@@ -111,11 +111,7 @@ def one_segment(inputs: Inputs) -> Ready:
 def wgmma_obstacle() -> str | None:
     """Why the wgmma kernel is not to be timed on this GPU, or None.
 
-<<<<<<< HEAD
     It shows that it is right in a process of its own: one that never returned would take the whole run with it.
-=======
-    It has a process of its own to show that it is right: if it never returned, the whole run would go with it.
->>>>>>> K3
     """
     command = [sys.executable, "-c", WGMMA_CHECK, str(Path(num_segments.__code__.co_filename).parents[2])]
     environment = {**os.environ, SWITCH: "wgmma"}
