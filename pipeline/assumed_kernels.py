@@ -15,8 +15,7 @@ AttentionKernel = Literal["softmax", "PyTorch", "CUDA kernel, φ outside", "CUDA
 
 def assumed_attention(config: RunConfig, head_dim: int, device: str) -> AttentionKernel:
     """What computes attention when the converted model is trained or generates."""
-    from ..kernels.cuda.attention import FUSED_FEATURE_MAPS
-    from ..kernels.cuda.checks import FEATURES, HEAD_DIMS
+    from ..kernels.cuda.limits import FEATURES, FUSED_FEATURE_MAPS, HEAD_DIMS
 
     model = config.model
     if model.attention == "softmax":

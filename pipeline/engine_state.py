@@ -176,6 +176,12 @@ def _read_dequantized(folder: Path, parameters: Parameters, layout: Mapping[str,
                 if key not in shards:
                     shards[key] = _dequantized(tensors, number, moment)
                 whole[f"{moment}/{name}"][there : there + length] = shards[key][here : here + length]
+    if missing == sizes:
+        raise CheckpointError(
+            f"{folder}: its 8-bit optimizer states are of an earlier version and resume only on "
+            f"{layout['world_size']} processes with engine.zero_stage={layout['zero_stage']}. Go on with these, or "
+            "begin the stage anew with --force."
+        )
     if any(missing.values()):
         name = next(name for name, length in missing.items() if length)
         raise CheckpointError(

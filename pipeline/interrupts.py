@@ -15,7 +15,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, Interrupted, LeaseError
@@ -28,6 +29,9 @@ VARIABLE = "HEDGEHOG_INTERRUPT_SIGNAL"
 _DEFAULT = "USR2"
 _NEVER = ("SIGKILL", "SIGSTOP", "SIGCONT", "SIGCHLD", "SIGTERM", "SIGINT")
 """They cannot be handled, come by themselves, or mean something else here."""
+
+_LISTENING_FILE = "HEDGEHOG_LISTENING"
+"""Names the file by which the job's script (slurm/) learns that signals are seen to here from now on."""
 
 # Handlers belong to the process, and so does what they noted.
 _received: set[signal.Signals] = set()
@@ -66,6 +70,9 @@ def listening() -> Iterator[None]:
     _received.clear()
     _listening = True
     before = {number: signal.signal(number, _note) for number in signals}
+    if os.environ.get(_LISTENING_FILE):
+        with suppress(OSError):
+            Path(os.environ[_LISTENING_FILE]).touch()
     try:
         yield
     finally:

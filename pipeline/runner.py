@@ -154,7 +154,7 @@ def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | Non
             stages = tuple(group)
             for variant in (None, *config.variants) if is_each else (None,):
                 for stage in stages:
-                    run_stage(config, stage, variant=variant, force=force)
+                    run_stage(config, stage, variant=variant, force=force, alone=False)
     if "export" in selected:
         _say_where_things_are(config)
 
@@ -172,7 +172,13 @@ def _say_where_things_are(config: RunConfig) -> None:
 
 
 def run_stage(
-    config: RunConfig, stage: str, *, variant: str | None = None, shard: str | None = None, force: bool = False
+    config: RunConfig,
+    stage: str,
+    *,
+    variant: str | None = None,
+    shard: str | None = None,
+    force: bool = False,
+    alone: bool = True,
 ) -> Manifest:
     """Run or resume one stage.
 
@@ -183,6 +189,7 @@ def run_stage(
         force: where the stage is done or its config or input changed, begin it anew. The earlier folder is kept as
             `<stage>.previous`, unless a finished one is there already and this one is not. A stage that `force` began
             and that was killed goes on.
+        alone: whether this process runs no other stage.
 
     Raises:
         ConfigError: unknown variant, a variant asked of a stage that has none, or no such shard.
@@ -197,7 +204,9 @@ def run_stage(
         check_shard(shard)
     effective = config if variant is None else apply_variant(config, variant)
     layers = _layers_folder(effective, stage)
-    return _run_stage(config, effective, stage, variant, layers, lambda: _stage_module(stage).run, force, shard=shard)
+    return _run_stage(
+        config, effective, stage, variant, layers, lambda: _stage_module(stage).run, force, shard=shard, alone=alone
+    )
 
 
 def merge_layers(config: RunConfig, *, variant: str | None = None, force: bool = False) -> Manifest:
@@ -225,12 +234,14 @@ def _run_stage(
     force: bool,
     *,
     shard: str | None = None,
+    alone: bool = True,
 ) -> Manifest:
     """Run what `load` returns; an interruption is complete, requeue included, when it leaves here."""
     title = "/".join(part for part in (variant, stage, layers or shard) if part)
     with listening(), storage_errors(title):
         function = load()
-        world = discover_world(effective.engine, trains=stage in ("distill", "finetune"))
+        # a process group keeps the timeout that it began with, also in stages where rank 0 works alone for long
+        world = discover_world(effective.engine, trains=alone and stage in ("distill", "finetune"))
         attempt = _describe(config, effective, stage, variant, layers, shard, world, force, title)
         try:
             return _skip_or_run(attempt, function)

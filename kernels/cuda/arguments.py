@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import FEATURE_MAP_NUMBERS, ForwardArguments, Strides, address, current_stream
+from .library import ForwardArguments, Strides, address, current_stream
+from .limits import FEATURE_MAP_NUMBERS
 
 
 def forward_arguments(

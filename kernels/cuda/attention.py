@@ -16,12 +16,11 @@ from ..chunked_attention import chunked_linear_attention
 from ..conventions import run_index_BL
 from ..feature_maps import Side, make_feature_map
 from .build import BuildError
-from .checks import FEATURES, HEAD_DIMS
 from .gradients import backward_obstacle
-from .library import FEATURE_MAP_NUMBERS, KernelError, cuda_library, emulated_library
+from .library import KernelError, cuda_library, emulated_library
+from .limits import FEATURES, FUSED_FEATURE_MAPS, HEAD_DIMS
 from .operators import linear_attention, linear_attention_token
 
-FUSED_FEATURE_MAPS = tuple(name for name in FEATURE_MAP_NUMBERS if name != "given")
 OLDEST_CAPABILITY = (8, 0)
 TOLERANCE = 0.02
 """Relative RMS error at which the kernels count as wrong; bf16 costs about 0.004."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import FEATURE_MAP_NUMBERS
+from .limits import FEATURE_MAP_NUMBERS, FEATURES, HEAD_DIMS
 
-HEAD_DIMS = (64, 128)
-FEATURES = (128, 256)
 MOST_BLOCKS = 65535
 """Rows and heads are the second and third dimension of a grid, to which CUDA gives 16 bits."""
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .build import build_cuda_library, build_emulated_library
-
-FEATURE_MAP_NUMBERS = {"given": 0, "hedgehog_softmax": 1, "hedgehog_exp": 2, "hedgehog_joint": 3}
+from .limits import FEATURE_MAP_NUMBERS
 
 
 class KernelError(RuntimeError):

@@ -18,13 +18,8 @@ from .arguments import forward_arguments, loadable, token_strides
 from .checks import check_side_inputs, checked_sizes
 from .forward_choice import KERNEL_NUMBERS, choose_forward
 from .gradients import linear_attention_gradients
-from .library import (
-    FEATURE_MAP_NUMBERS,
-    DecodeArguments,
-    address,
-    current_stream,
-    library_for,
-)
+from .library import DecodeArguments, address, current_stream, library_for
+from .limits import FEATURE_MAP_NUMBERS
 
 
 @torch.library.custom_op(

@@ -91,15 +91,15 @@ def _keys(config: RunConfig, estimate: StageEstimate) -> Iterator[str]:
             activations.insert(0, "finetune.gradient_checkpointing=true")
     else:
         activations = ["evaluate.batch_size", "evaluate.num_beams"] if stage == "evaluate" else []
-    if config.model.quantization is None and config.engine.zero_stage != 3:
+    if stage == "export":
+        weights.append("slurm.export.gpus=0 and engine.device=auto, which exports in the node's memory")
+    elif config.model.quantization is None and config.engine.zero_stage != 3:
         weights.append("model.quantization=nf4")
     elif config.model.quantization is None and stage == "evaluate":
         weights.append(
             "model.quantization=nf4 engine.zero_stage=1 for this stage alone (submit --to finetune first, then with "
             "them --from evaluate --to evaluate)"
         )
-    elif stage == "export":
-        weights.append("slurm.export.gpus=0 and engine.device=auto, which exports in the node's memory")
     if sizes["weights"] > _GPU_BYTES:  # smaller batches would not help
         yield from weights
     else:

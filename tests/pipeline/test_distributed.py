@@ -48,7 +48,7 @@ def test_torchrun_s_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
-    for name, value in (("is_available", True), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4")):
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     with pytest.raises(ConfigError, match=r"Tesla T4 \(compute capability 7\.5\).*Set engine\.precision=float32"):
@@ -135,6 +135,7 @@ def test_a_task_takes_one_of_the_gpus_that_it_sees(
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)

@@ -92,6 +92,8 @@ def test_the_script_queues_the_job_again_for_a_program_that_cannot(
         ("kill -USR2 $PPID; kill -KILL $$", RUNNING, True),  # the same, and the end of another rank comes first
         ("kill -USR2 $PPID; exit 75", RUNNING, False),  # the program has seen to it
         ("kill -USR2 $PPID; exit 0", RUNNING, False),
+        ('touch "$HEDGEHOG_LISTENING"; kill -USR2 $PPID; exit 1', RUNNING, False),  # it listened, and failed to save
+        ('touch "$HEDGEHOG_LISTENING"; kill -USR2 $PPID; kill -KILL $$', RUNNING, False),
         ("kill -USR2 $$", "JobState=COMPLETING Reason=None PreemptTime=None", False),  # somebody cancels the job
         ("kill -USR2 $$", "JobState=COMPLETING Reason=TimeLimit PreemptTime=None", True),
         ("kill -TERM $PPID; kill -TERM $$", BEING_PREEMPTED, True),
@@ -109,8 +111,9 @@ def test_a_signal_that_comes_before_the_program_listens(
 
 
 @pytest.mark.parametrize("name", ["stage", "array"])
-def test_a_preemption_while_the_environment_is_set_up(name: str, run: Run, tmp_path: Path):
-    done = run(name, hedgehog="exit 0", setup="kill -TERM $$; bash -c 'kill -TERM $$'", state=BEING_PREEMPTED)
+@pytest.mark.parametrize("setup", ["kill -TERM $$", "kill -TERM $$; bash -c 'kill -TERM $$'"])
+def test_a_preemption_while_the_environment_is_set_up(name: str, setup: str, run: Run, tmp_path: Path):
+    done = run(name, hedgehog="exit 0", setup=setup, state=BEING_PREEMPTED)
     assert done.returncode == 143
     assert "requeue " in (tmp_path / "calls").read_text()
 
