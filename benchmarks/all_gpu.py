@@ -17,6 +17,8 @@ What is wrong is not timed; the rest goes on. Exit code 1 where anything was wro
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ cuda_library(torch.cuda.get_device_capability())
 """
 GRACE_S = 20.0
 """What a part may take beyond its budget, for the row it is at, before it is stopped."""
+INTERRUPTED_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,26 @@ def run(part: Part, out: Path, budget_s: float) -> str:
     command = [sys.executable, str(HERE / part.script), *part.arguments, "--out", str(out / part.output)]
     command += ["--budget-s", f"{budget_s:.0f}"]
     with open(out / f"{part.name}.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=budget_s + GRACE_S)
+            code = process.wait(budget_s + GRACE_S)
         except subprocess.TimeoutExpired:
+            _stop(process)
             return "stopped: it went on beyond its time"
-    return "right" if done.returncode == 0 else f"exit code {done.returncode}"
+        except BaseException:
+            _stop(process)
+            raise
+    return "right" if code == 0 else f"exit code {code}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """With what it started, so that nothing works on the GPU while the next part is timed."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(INTERRUPTED_S)
+    except subprocess.TimeoutExpired:  # it waits for a kernel
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -211,6 +211,9 @@ def main() -> None:
     if not arguments.no_check:
         for row in check():
             keep("checks", row)
+            if budget.left_s() < 0:
+                report["left_out"] = "checks after the last one above: no time was left"
+                break
     wrong = [row for row in report["checks"] if not row["right"]]
     lengths = [] if arguments.check or wrong else [int(length) for length in arguments.lengths.split(",")]
     fell_back = False

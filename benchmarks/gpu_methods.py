@@ -42,14 +42,20 @@ from hedgehog.kernels.linear_attention import chunked_linear_attention
 EPS = 1e-30
 FEATURE_MAP = "hedgehog_softmax"
 WGMMA_CHECK_LIMIT_S = 60
-WGMMA_CHECK = """
-import sys, types
-sys.modules["hedgehog"] = types.ModuleType("hedgehog")
-sys.modules["hedgehog"].__path__ = [sys.argv[1]]
+WGMMA_CHECK = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
+import checkout
 import torch
-from hedgehog.kernels.cuda.attention import disagreement
-sys.exit(next(filter(None, (disagreement(torch.device("cuda"), f, 128, "hedgehog_softmax") for f in (128, 256))), 0))
+from gpu_circumstances import repeated
+from gpu_problems import KINDS, Case, check
+device, maps = torch.device("cuda"), ("hedgehog_softmax", "hedgehog_exp", "hedgehog_joint")
+for case in [Case(128, f, name, n, kind) for f in (128, 256) for name in maps for n in (65, 290) for kind in KINDS]:
+    wrong = [row["faults"] for row in check(case, device) if row["faults"]]
+    if wrong or (case.length == 290 and any(repeated(case, device).values())):
+        sys.exit(f"{{case}}: {{wrong or 'not the same bits when run again'}}")
 """
+"""The correctness matrix once more, with wgmma as the forward kernel."""
 TWO_SETS_UP_TO = 2**22
 """Tokens times heads; larger inputs are far larger than any cache, and two sets might not fit."""
 
@@ -113,7 +119,7 @@ def wgmma_obstacle() -> str | None:
 
     It shows that it is right in a process of its own: one that never returned would take the whole run with it.
     """
-    command = [sys.executable, "-c", WGMMA_CHECK, str(Path(num_segments.__code__.co_filename).parents[2])]
+    command = [sys.executable, "-c", WGMMA_CHECK]
     environment = {**os.environ, SWITCH: "wgmma"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WGMMA_CHECK_LIMIT_S)
@@ -127,9 +133,10 @@ def wgmma(inputs: Inputs) -> Ready:
     assert cell.features is not None
     with forward_kernel("wgmma"):
         choice = choose_forward(library_for(inputs.device), cell.head_dim, cell.features, FEATURE_MAP)
-    obstacle = choice.reason if choice.kernel != "wgmma" else wgmma_obstacle()
-    if obstacle:
-        raise NotAvailable(f"wgmma: {obstacle}")
+    if choice.kernel != "wgmma":
+        raise NotAvailable(f"wgmma: {choice.reason}")
+    if obstacle := wgmma_obstacle():
+        raise RuntimeError(f"wgmma is wrong here: {obstacle}")
     ready = kernel(inputs)
 
     def attend() -> Tensor:

@@ -66,11 +66,13 @@ def start(script: Path, *, device: str = "cuda") -> list[Running]:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     target = [sys.executable, str(script), "--sanitizer-target", "--device", device]
     running = []
+    timeout = shutil.which("timeout")  # ends the tools even where this program could not
+    bounded = [timeout, "--signal=KILL", f"{LIMIT_S:.0f}"] if timeout else []
     for tool, options in TOOLS.items():
         ours = ("--kernel-name", "kernel_substring=hedgehog", "--error-exitcode", str(ERROR_EXIT))
         output = tempfile.TemporaryFile()  # noqa: SIM115  `collect` closes it
         process = subprocess.Popen(
-            [program, "--tool", tool, *options, *ours, *target],
+            [*bounded, program, "--tool", tool, *options, *ours, *target],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -302,7 +302,7 @@ def _add_pairs(
     return surprise, log2_a, grad
 
 
-@triton.jit(do_not_specialize=["first_place", "key_block"])
+@triton.jit(do_not_specialize=["first_place", "key_block", "num_heads", "num_tiles", "tiles_per_block", "length"])
 def sweep(
     q,
     k,
@@ -412,7 +412,9 @@ def sweep(
         tl.store(places, grad, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["first_place", "key_block"])
+@triton.jit(
+    do_not_specialize=["first_place", "band", "key_block", "num_heads", "num_tiles", "tiles_per_block", "length"]
+)
 def keys_gradient(
     g,  # (B, G, band·BLOCK_Q, keys_per_block), from `sweep`
     phi_q,

@@ -72,20 +72,26 @@ def _shared_memory_obstacle(device: torch.device, num_features: int, value_dim: 
 def disagreement(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> str | None:
     """Why the kernels are not to be trusted on this device: they fail, or differ from PyTorch. None: they serve.
 
-    A small random problem, 130 tokens and, with φ inside, one more: a wrong kernel would spoil a model in silence.
-    `feature_map` "given" looks at the kernels that take φ.
+    A small random problem, 130 tokens and, with φ inside, one more: a wrong kernel would spoil a model in silence. Once
+    in one segment, so that a block goes from chunk to chunk, and once in as many as fill the GPU. `feature_map` "given"
+    looks at the kernels that take φ.
     """
     try:
-        error = _error_on_a_small_problem(device, num_features, head_dim, feature_map)
+        errors = [_error_on_a_small_problem(device, num_features, head_dim, feature_map, count) for count in (1, None)]
     except torch.OutOfMemoryError:  # says nothing of the kernels: asked again next time
         raise
     except RuntimeError as fault:
         return f"the kernels fail here ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
-    return None if error <= TOLERANCE else f"the kernels differ from PyTorch here by {error:.1%}; please report it"
+    for error in errors:
+        if not error <= TOLERANCE:
+            return f"the kernels differ from PyTorch here by {error:.1%}; please report it"
+    return None
 
 
 @torch.no_grad()
-def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> float:
+def _error_on_a_small_problem(
+    device: torch.device, num_features: int, head_dim: int, feature_map: str, segments: int | None
+) -> float:
     heads, kv_heads, length, eps = 4, 2, 130, 1e-6
     random = torch.Generator().manual_seed(0)  # not the caller's random numbers
 
@@ -120,6 +126,7 @@ def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim:
         initial_state=None,
         eps=eps,
         return_state=True,
+        segments=segments,
         **weights,
     )
     assert state is not None
@@ -183,8 +190,12 @@ def attend(
     initial_state: tuple[Tensor, Tensor] | None,
     eps: float,
     return_state: bool,
+    segments: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """(o_BHLV bfloat16, (S, z) or None). Chunks have 64 tokens. See `operators.linear_attention`."""
+    """(o_BHLV bfloat16, (S, z) or None). Chunks have 64 tokens. See `operators.linear_attention`.
+
+    `segments`: as many as fill the GPU unless given.
+    """
     batch, heads = q_BHLX.shape[:2]
     runs_BL = None if segment_ids_BL is None else run_index_BL(segment_ids_BL, mask_BL).to(torch.int32)
     initial_kv, initial_k_sum = initial_state if initial_state is not None else (None, None)
@@ -200,7 +211,7 @@ def attend(
         initial_k_sum,
         feature_map,
         eps,
-        num_segments(q_BHLX.device, batch, heads),
+        segments or num_segments(q_BHLX.device, batch, heads),
         return_state,
     )
     return out, (kv_state, k_sum) if return_state else None

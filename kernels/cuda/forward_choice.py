@@ -2,7 +2,8 @@
 
 `mma`, forward.cuh's, serves every shape and GPU. `wgmma`, forward_hopper.cuh's, is for Hopper (compute capability 9.0),
 head dim 128 and fused maps. Until a GPU has shown it to be faster, it runs only where `HEDGEHOG_FORWARD=wgmma` asks
-for it. The check at first use (`attention.disagreement`) looks at whichever is chosen.
+for it. The check at first use (`attention.disagreement`) looks at whichever is chosen by
+then; a later change is not looked at.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def choose_forward(library: Library, head_dim: int, features: int, feature_map: 
         return ForwardChoice("mma", f"the default; wgmma has not been measured yet ({SWITCH}=wgmma asks for it)")
     if wanted == "wgmma" and not library.has_wgmma(head_dim, features, feature_map):
         choice = ForwardChoice("mma", f"no wgmma kernel for head dim {head_dim}, F={features}, {feature_map} here")
-        _say_once(choice.reason)
+        if feature_map != "given":  # which is asked about in any case, before it is known that φ can be inside
+            _say_once(choice.reason)
         return choice
     return ForwardChoice(wanted, f"{SWITCH}={wanted}")
 

@@ -126,9 +126,18 @@ def _arrivals(k_sum: Tensor) -> Tensor:
     kept = _ARRIVALS.get(k_sum)
     if kept is None or kept.shape != k_sum.shape[:2]:
         kept = torch.zeros(k_sum.shape[:2], dtype=torch.int32, device=k_sum.device)
-        if not (k_sum.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not _is_capturing(k_sum):
             _ARRIVALS[k_sum] = kept
+    if k_sum.is_cuda and not _is_capturing(k_sum):
+        kept.record_stream(torch.cuda.current_stream(k_sum.device))  # not always the one that it was made on
     return kept
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    if not tensor.is_cuda:
+        return False
+    with torch.cuda.device_of(tensor):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @torch.library.custom_op(

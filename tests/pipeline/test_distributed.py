@@ -48,7 +48,12 @@ def test_torchrun_s_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
-    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4")):
+    for name, value in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_device_capability", (7, 5)),
+        ("get_device_name", "Tesla T4"),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     with pytest.raises(ConfigError, match=r"Tesla T4 \(compute capability 7\.5\).*Set engine\.precision=float32"):
