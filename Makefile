@@ -3,7 +3,7 @@
 #
 #   make run         convert the built-in tiny Llama: prepare, distill, finetune, evaluate, export
 #   make test        the whole test-suite (no GPU, no network)
-#   make test-slurm  its tests on a real Slurm, which they start themselves (as root on Debian; skipped elsewhere)
+#   make test-slurm  its tests on a real Slurm and the long ones of them (as root on Debian; skipped elsewhere)
 #   make test-slurm-long  fifty random kills over a whole graph there (a quarter of an hour)
 #   make lint        ruff and pyright
 #   make compiles    compile the Triton kernels for sm_80, sm_86 and sm_90 (no nvcc, no GPU)
@@ -39,7 +39,7 @@ run: install
 	$(BIN)/hedgehog run configs/tiny.yaml
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not compiles"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not compiles and not long"
 
 test-slurm: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm

@@ -185,7 +185,7 @@ def test_what_each_setting_saves():
     assert sharded["evaluate"]["base weights"] == base["evaluate"]["base weights"], "evaluate does not shard"
     assert sharded["distill"]["trained weights"] == base["distill"]["trained weights"]
     checkpointed = stages(make_config(finetune={"gradient_checkpointing": True}), world_size=8)
-    assert checkpointed["finetune"]["total"] < 0.7 * base["finetune"]["total"]
+    assert checkpointed["finetune"]["total"] < 0.75 * base["finetune"]["total"]
     eight_bit = stages(make_config(finetune={"optimizer": "adamw8bit"}), world_size=8)
     assert eight_bit["finetune"]["optimizer"] < base["finetune"]["optimizer"]
     offloaded = stages(make_config(engine={"offload_optimizer": True}), world_size=8)

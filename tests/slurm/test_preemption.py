@@ -197,6 +197,7 @@ def test_four_ranks_on_two_nodes_save_together_and_go_on_together(
     assert losses(run.runs / "distill") == pytest.approx(losses(undisturbed), rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_rank_dies_and_takes_the_job_along_and_one_process_goes_on(disturbed: Callable[..., Disturbed]):
     run = disturbed("finetune")
     run.cluster.write_config(finetune={"micro_batch_size": 1, "save_every_steps": 1})

@@ -148,6 +148,7 @@ def test_a_config_edited_while_the_job_waits(prepared: Cluster):
     assert not (prepared.cwd / "runs/micro/distill").exists()
 
 
+@pytest.mark.long
 def test_a_run_folder_that_one_node_does_not_see(prepared: Cluster, slurm_conf: Path):
     """The second node sees an empty folder there."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
@@ -167,7 +168,7 @@ def test_a_run_folder_that_one_node_does_not_see(prepared: Cluster, slurm_conf: 
     prepared.hedgehog("submit", "micro.yaml", *options)
     prepared.wait(lambda states: states["distill"] == "failed", 120, run)
     shown = " ".join(prepared.hedgehog("status", run).stdout.split())
-    assert "exit code 0:53" in shown, "Slurm could not open the log"
+    assert "exit code 0:53" in shown, f"Slurm could not open the log: {shown}"
     assert "no log at" in shown and "does the node see this file system?" in shown
 
 

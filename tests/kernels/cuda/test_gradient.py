@@ -293,6 +293,7 @@ def test_kernels_that_are_wrong_or_fail_on_a_device_do_not_serve_there(monkeypat
 def test_out_of_memory_is_no_verdict(monkeypatch):
     """A check that finds no memory, in the middle of a training step, says nothing of the kernels."""
     monkeypatch.setattr(gradients, "UNCHECKED_DEVICES", ())
+    gradients.backward_obstacle.cache_clear()
 
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")

