@@ -168,7 +168,8 @@ def test_a_run_folder_that_one_node_does_not_see(prepared: Cluster, slurm_conf: 
     prepared.hedgehog("submit", "micro.yaml", *options)
     prepared.wait(lambda states: states["distill"] == "failed", 120, run)
     shown = " ".join(prepared.hedgehog("status", run).stdout.split())
-    assert "exit code 0:53" in shown, f"Slurm could not open the log: {shown}"
+    # the controller's word, and later that of accounting
+    assert "JobLaunchFailure" in shown or "exit code 0:53" in shown, f"Slurm could not open the log: {shown}"
     assert "no log at" in shown and "does the node see this file system?" in shown
 
 

@@ -407,13 +407,15 @@ def test_70b_fits_as_shipped_and_a_hopeless_submission_is_told_so(capsys):
     assert memory["evaluate"].startswith("39.6 GiB") and memory["export"] == "130.2 GiB of its node" and said == []
     memory, said = memory_shown(capsys, LLAMA_70B, "slurm.gpus=1", "slurm.export.memory=64G")
     warned = {line.split()[0]: line for line in said}
-    assert memory["finetune"] == "135.5 GiB on its GPU"
+    assert memory["finetune"] == "135.2 GiB on its GPU"
     assert "about 145 GB on each GPU, more than the 80 GB" in warned["finetune"]
     assert "slurm.finetune.gpus" in warned["finetune"] and "micro_batch_size" not in warned["finetune"]
     assert "model.quantization=nf4 engine.zero_stage=1" in warned["evaluate"]
     assert "slurm.export.memory is 64G" in warned["export"]
     _, said = memory_shown(capsys, LLAMA_70B.with_name("llama2-7b-samsum.yaml"), "finetune.micro_batch_size=8")
-    assert any(line.startswith("finetune needs") and "finetune.gradient_checkpointing=true" in line for line in said)
+    assert any(
+        line.startswith("finetune (t2r) needs") and "finetune.gradient_checkpointing=true" in line for line in said
+    )
 
 
 def test_batches_that_do_not_fit_the_tasks(slurm, write_config):
