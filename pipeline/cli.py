@@ -316,14 +316,14 @@ def _run_stage(
     *,
     variant: str | None = None,
     force: bool = False,
-    **part: str | None,
+    shard: str | None = None,
 ) -> None:
     with _errors_shown(), _signals_noted():
         given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
         loaded = _load(config, [*(overrides or []), *given], stage)
         from .runner import run_stage
 
-        run_stage(loaded, stage, variant=variant, force=force, **part)
+        run_stage(loaded, stage, variant=variant, shard=shard, force=force)
 
 
 def _load(path: Path, overrides: list[str] | None, stage: str | None = None) -> RunConfig:
