@@ -137,6 +137,8 @@ def test_a_task_takes_one_of_the_gpus_that_it_sees(
     num_visible: int, device: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of the node's, or only its own where Slurm binds them."""
+    import deepspeed  # before it can take this for a machine with GPUs
+
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
@@ -147,8 +149,6 @@ def test_a_task_takes_one_of_the_gpus_that_it_sees(
     world = discover_world(EngineConfig())
     assert world.device == chosen[0] == torch.device("cuda", device)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    import deepspeed
-
     told = []
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: told.append(os.environ["LOCAL_RANK"]))
     world.ensure_process_group()
