@@ -10,7 +10,7 @@ namespace hedgehog {
     static_assert(KeyLayout<head_dim, features, map == fused>::kBytes <= shared_bytes && registers <= 255,      \
                   "linear_attention_key_gradients<" #head_dim "," #features "," #map "> takes more than declared")
 constexpr bool given = false, fused = true;
-RESOURCES(64, 128, fused, 176, 100608);
+RESOURCES(64, 128, fused, 200, 100608);
 RESOURCES(64, 256, fused, 255, 166656);
 RESOURCES(128, 128, fused, 240, 166144);
 RESOURCES(128, 256, fused, 255, 166656);
