@@ -77,8 +77,23 @@ def load_base(
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
     if device is not None and quantization is None:
         llama = llama.to(device)
+    if quantization == "nf4":
+        _keep_weights_differentiable(llama)
     llama.model.rotary_emb = HedgehogLlamaRotaryEmbedding(llama.config).to(llama.model.norm.weight.device)
     return llama.eval()
+
+
+def _keep_weights_differentiable(llama: LlamaForCausalLM) -> None:
+    """Keep bitsandbytes from repacking NF4 weights for inference.
+
+    On a CPU with AVX512-BF16 the first forward without gradients (a validation loss is enough) repacks them in place
+    for an operator in bf16. That one has no backward, so that training goes on from there without the gradients of all
+    layers below, and says nothing; it takes no input that is narrower than a quantization block; and the weights it
+    computes with are other ones than those which are exported.
+    """
+    for module in llama.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_base(path_or_id: str | os.PathLike, *, revision: str | None = None) -> LlamaConfig:

@@ -176,6 +176,27 @@ def test_hub_id_without_a_network(monkeypatch):
             check_base(name)
 
 
+def test_gradients_of_an_nf4_base_outlive_a_pass_without_them(tmp_path, new_llama, token_ids, monkeypatch):
+    """On a CPU with AVX512-BF16, which this one is made to look like."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    new_llama(intermediate_size=128).save_pretrained(tmp_path / "base")
+    model = convert_llama(load_base(tmp_path / "base", dtype="float32", quantization="nf4", device="cpu"))
+    ids_BL = token_ids(2, 9)
+
+    def map_gradients():
+        model.train()
+        model.zero_grad()
+        model(ids_BL, labels=ids_BL).loss.backward()
+        return [layer.self_attn.feature_map_q.weight.grad for layer in model.model.layers]
+
+    before = map_gradients()
+    with torch.no_grad():
+        model.eval()(ids_BL)
+    assert all(gradient.abs().max() > 0 for gradient in before)
+    assert all(map(torch.equal, map_gradients(), before))
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantized_base_converts_and_generates_on_a_cpu(tmp_path, new_llama, token_ids, quantization):
     pytest.importorskip("bitsandbytes")
