@@ -25,6 +25,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
     # as a shell starts what it runs in the background; the tests of Ctrl-C need it back
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those on a real Slurm first: they mostly wait, and whoever has nothing left to do takes the tests at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 NUM_LAYERS = 3
 NUM_STEPS = 4
 """A checkpoint is saved after every second step; `interrupt` stops in the middle of the fourth."""
@@ -205,6 +212,21 @@ def everyones_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def made_once() -> Callable[[Path, Callable[[], Any]], Any]:
+    """`made_once(file, make)`: what `make()` returned to the worker of xdist that came first; kept in the file, as JSON.
+    The others wait for it."""
+
+    def get(file: Path, make: Callable[[], Any]) -> Any:
+        with open(file.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                file.write_text(json.dumps(make()))
+        return json.loads(file.read_text())
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def run_forked(everyones_folder: Path) -> Iterator[Callable[..., tuple[int, str]]]:
     """`run_forked(script, arguments, environment)`: a script in a process whose imports have been made already."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -258,18 +280,21 @@ def one_process_run(new_run: Callable[..., TrainingRun]) -> Callable[[str], Trai
 
 @pytest.fixture(scope="session")
 def two_process_runs(
-    new_run: Callable[..., TrainingRun], launch: Callable[..., list[str]], everyones_folder: Path
+    new_run: Callable[..., TrainingRun],
+    launch: Callable[..., list[str]],
+    everyones_folder: Path,
+    made_once: Callable[[Path, Callable[[], Any]], Any],
 ) -> dict[Any, TrainingRun]:
     """Both training stages finished on two processes, by the keys of `TWO_PROCESS_RUNS`; `"distill"` and `"finetune"`
     (under ZeRO-1; `"finetune 2"` and `3` under these, `"finetune 8bit"`) interrupted in the last step, to be resumed by
-    another number of processes. Made once, whichever worker of xdist asks first."""
-    made = everyones_folder / "two-process-runs.json"
-    with open(made.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            runs = _make_two_process_runs(new_run, launch)
-            made.write_text(json.dumps([(key, str(run.root), run.values) for key, run in runs.items()]))
-    return {key: TrainingRun(Path(root), values) for key, root, values in json.loads(made.read_text())}
+    another number of processes."""
+
+    def make() -> list[tuple[str, str, dict[str, Any]]]:
+        runs = _make_two_process_runs(new_run, launch)
+        return [(key, str(run.root), run.values) for key, run in runs.items()]
+
+    made = made_once(everyones_folder / "two-process-runs.json", make)
+    return {key: TrainingRun(Path(root), values) for key, root, values in made}
 
 
 SAME_STEPS: dict[str, Any] = {

@@ -6,6 +6,8 @@ and does not start they fail; under CI (`CI=true`) they do so too where Debian h
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -72,20 +74,38 @@ def start() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Path of the slurm.conf of a fresh cluster: two nodes of four CPUs and two pretended GPUs, with accounting."""
+def slurm_conf(everyones_folder: Path) -> Iterator[Path]:
+    """Path of the slurm.conf of a fresh cluster: pairs of nodes of four CPUs and two pretended GPUs, with accounting.
+
+    One for all workers of xdist: who needs it first starts it, and the last to end stops it.
+    """
     reason = why_not()
     if reason:
         pytest.skip(f"no Slurm: {reason}")
-    root = tmp_path_factory.mktemp("slurm")
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    port = 26817 + 300 * (1 + int(worker)) + os.getpid() % 100
-    environment = os.environ | {"LOCAL_SLURM_ROOT": str(root), "LOCAL_SLURM_PORT": str(port)}
-    try:
-        start_slurm(SCRIPT, environment)
-        yield root / "etc" / "slurm.conf"
-    finally:
-        subprocess.run([SCRIPT, "down"], env=environment, capture_output=True, timeout=60)
+    root = everyones_folder / "slurm"
+    root.mkdir(exist_ok=True)
+    environment = os.environ | {"LOCAL_SLURM_ROOT": str(root), "LOCAL_SLURM_PORT": str(27000 + os.getppid() % 4000)}
+    conf = root / "etc" / "slurm.conf"
+    with open(root / "users", "w") as users:
+        try:
+            with locked(root / "lock"):
+                fcntl.flock(users, fcntl.LOCK_SH)
+                if not conf.exists():
+                    start_slurm(SCRIPT, environment)
+            yield conf
+        finally:
+            with locked(root / "lock"), contextlib.suppress(BlockingIOError):
+                fcntl.flock(users, fcntl.LOCK_UN)
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                subprocess.run([SCRIPT, "down"], env=environment, capture_output=True, timeout=60)
+                shutil.rmtree(conf.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    with open(file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
@@ -183,13 +203,19 @@ def new_cluster(slurm_conf: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def whole_graph(new_cluster: Callable[[], Cluster]) -> Cluster:
+def whole_graph(
+    new_cluster: Callable[[], Cluster], slurm_conf: Path, made_once: Callable[[Path, Callable[[], Any]], Any]
+) -> Cluster:
     """A run that went through the whole graph, from `submit` to the exported model."""
-    cluster = new_cluster()
-    done = cluster.hedgehog("submit", "micro.yaml")
-    assert done.stdout.count("submitted") == 7
-    cluster.wait(lambda states: all(state == "done" for state in states.values()))
-    return cluster
+
+    def make() -> str:
+        cluster = new_cluster()
+        done = cluster.hedgehog("submit", "micro.yaml")
+        assert done.stdout.count("submitted") == 7
+        cluster.wait(lambda states: all(state == "done" for state in states.values()))
+        return str(cluster.cwd)
+
+    return replace(new_cluster(), cwd=Path(made_once(slurm_conf.with_name("whole-graph.json"), make)))
 
 
 @pytest.fixture(scope="session")
@@ -210,9 +236,18 @@ def prepared(new_prepared: Callable[[], Cluster]) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def distilled_alone(new_prepared: Callable[[], Cluster], run_forked: Callable[..., tuple[int, str]]) -> Cluster:
+def distilled_alone(
+    new_prepared: Callable[[], Cluster],
+    run_forked: Callable[..., tuple[int, str]],
+    slurm_conf: Path,
+    made_once: Callable[[Path, Callable[[], Any]], Any],
+) -> Cluster:
     """A run whose layers were all distilled by one process, without Slurm."""
-    cluster = new_prepared()
-    status, said = run_forked(Path(__file__).with_name("distill_once.py"), [str(cluster.cwd)], cluster.environment)
-    assert status == 0, said
-    return cluster
+
+    def make() -> str:
+        cluster = new_prepared()
+        status, said = run_forked(Path(__file__).with_name("distill_once.py"), [str(cluster.cwd)], cluster.environment)
+        assert status == 0, said
+        return str(cluster.cwd)
+
+    return replace(new_prepared(), cwd=Path(made_once(slurm_conf.with_name("distilled-alone.json"), make)))

@@ -260,7 +260,7 @@ def test_a_job_of_a_higher_partition_comes_first(
     run.hold(restart=1, step=2)
     run.hold_early(restart=2)
     run.hold(restart=3, step=4)
-    job = run.submit()
+    job = run.submit(partition="second")
     run.wait(lambda: len(run.times("early")) == 1)
     preempt(run, job)
     run.wait_for_step(2, restart=1)
@@ -282,7 +282,7 @@ def test_a_job_of_a_higher_partition_comes_first(
 def test_scancel_then_a_limit_without_a_warning_then_a_node_goes_down(disturbed: Callable[..., Disturbed]):
     run = disturbed("distill", alone=True)
     run.hold(step=1)
-    cancelled = run.submit(layer_groups=1)
+    cancelled = run.submit(layer_groups=1, partition="third")
     run.wait_for_step(1)
     run.cluster.run("scancel", cancelled)
     run.cluster.wait(lambda states: states["distill"] == "cancelled", 120)
@@ -320,7 +320,7 @@ def test_a_job_that_slurm_thinks_dead_runs_beside_its_copy(
     """
     run = disturbed("distill", alone=True)
     older, newer = run.hold(), run.hold(restart=1, step=5)
-    job = run.submit(layer_groups=1)
+    job = run.submit(layer_groups=1, partition="fourth")
     run.wait_for_step(HELD_AT)
     node, process = run.job(job)["NodeList"], Path("/proc") / str(run.times("start")[0]["pid"])
     try:
