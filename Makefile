@@ -38,8 +38,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 run: install
 	$(BIN)/hedgehog run configs/tiny.yaml
 
+# three workers on two cores: the tests on a real Slurm mostly wait
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not compiles and not long"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not compiles and not long"
 
 test-slurm: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm

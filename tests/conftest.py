@@ -28,8 +28,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those on a real Slurm first: they mostly wait, and whoever has nothing left to do takes the tests at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """Those on a real Slurm first: they mostly wait, and take longest. Two of xdist's workers start with half of them
+    each, where the others have equal shares of the rest; whoever is done takes over tests from another one's end."""
+    on_slurm = [item for item in items if item.get_closest_marker("slurm")]
+    rest = [item for item in items if not item.get_closest_marker("slurm")]
+    share = len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - len(on_slurm[::2])
+    items[:] = [*on_slurm[::2], *rest[:share], *on_slurm[1::2], *rest[share:]]
 
 
 NUM_LAYERS = 3
@@ -213,8 +217,8 @@ def everyones_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def made_once() -> Callable[[Path, Callable[[], Any]], Any]:
-    """`made_once(file, make)`: what `make()` returned to the worker of xdist that came first; kept in the file, as JSON.
-    The others wait for it."""
+    """`made_once(file, make)`: what `make()` returned to the worker of xdist that came first, the others wait for it.
+    Kept in the file, as JSON."""
 
     def get(file: Path, make: Callable[[], Any]) -> Any:
         with open(file.with_suffix(".lock"), "w") as lock:
