@@ -26,7 +26,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those on a real Slurm first: they mostly wait, and take longest. Two of xdist's workers start with half of them
     each, where the others have equal shares of the rest; whoever is done takes over tests from another one's end."""
