@@ -164,13 +164,13 @@ def test_the_peak_falls_back_after_a_reset() -> None:
         pytest.skip("counts GPU memory where there is one")
     reset_peak_memory()
     before = peak_memory_bytes()
-    block = torch.ones(32 << 20, dtype=torch.uint8)
+    block = torch.ones(64 << 20, dtype=torch.uint8)  # beyond what malloc may take from pages that it holds already
     with_block = peak_memory_bytes()
     del block
     reset_peak_memory()
     after = peak_memory_bytes()
-    assert with_block - before > 24 << 20
-    assert with_block - after > 16 << 20
+    assert with_block - before > 48 << 20
+    assert with_block - after > 32 << 20
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61, "1:01"), (3723, "1:02:03"), (-1, "0:00")])
