@@ -91,6 +91,7 @@ def _keep_weights_differentiable(llama: LlamaForCausalLM) -> None:
     layers below, and says nothing; it takes no input that is narrower than a quantization block; and the weights it
     computes with are other ones than those which are exported.
     """
+    module: Any
     for module in llama.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
