@@ -382,7 +382,7 @@ def print_section(name: str, section: Section) -> None:
         print(f"  {note}")
     for check in section.checks:
         verdict = "held  " if check["held"] else "MISSED"
-        print(f"  {verdict} {check['name']}: {shown(check['value'])} (at most {check['at_most']})", flush=True)
+        print(f"  {verdict} {check['name']}: {shown(check['value'])} (at most {shown(check['at_most'])})", flush=True)
 
 
 def main() -> None:
