@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attention_state import LinearAttentionState
 from .chunked_attention import chunked_linear_attention
+from .mapped_attention import mapped_linear_attention
 
 BACKENDS = ("auto", "torch", "cuda", "emulated")
 """`cuda` insists on the compiled kernels; `emulated` is their source compiled for a CPU: slow, for tests."""
@@ -29,6 +30,8 @@ class Backend(NamedTuple):
     """On features φ, with the signature of `chunked_linear_attention`."""
     fused: FusedAttention | None = None
     """The same with φ inside the kernel, if the feature map has one."""
+    mapped: Callable | None = None
+    """The same with φ computed along the way, by any map; signature of `mapped_linear_attention`."""
 
 
 class FusedAttention:
@@ -113,7 +116,7 @@ def select_attention_backend(
     """
     name, reason, fuses = _choose(requested, str(device), dtype, num_features, value_dim, feature_map, gradients)
     if name == "torch":
-        return Backend(name, reason, chunked_linear_attention)
+        return Backend(name, reason, chunked_linear_attention, mapped=mapped_linear_attention)
     fused = FusedAttention(_kernels, feature_map) if fuses and feature_map is not None else None
     return Backend(name, reason, _attend_features, fused)
 

@@ -13,15 +13,16 @@ Backward, with dn = do/d and dd = −dn·o, and R, r the state's gradient after 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention_state import LinearAttentionState
-from .conventions import DENOMINATOR_EPS, accumulation_dtype, check_shapes, run_index_BL
+from .conventions import DENOMINATOR_EPS, check_shapes, run_index_BL
 
 # Work per token grows with C, calls fall with 1/C. Measured on a CPU, F = 128 and 256: 64 is the fastest or next to it.
 DEFAULT_CHUNK_SIZE = 64
@@ -46,29 +47,14 @@ def chunked_linear_attention(
     changed; it belongs to the first (real) token's segment, the final state to the last one's.
     """
     check_shapes(phi_q_BHLF, phi_k_BHLF, v_BKLV, mask_BL, segment_ids_BL)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    problem = _Problem(
-        batch_size=phi_q_BHLF.shape[0],
-        num_heads=phi_q_BHLF.shape[1],
-        num_kv_heads=v_BKLV.shape[1],
-        length=phi_q_BHLF.shape[2],
-        chunk_size=chunk_size,
-        eps=eps,
-        dtype=accumulation_dtype(phi_q_BHLF),
-        mask_BL=mask_BL,
-        run_BL=None if segment_ids_BL is None else run_index_BL(segment_ids_BL, mask_BL),
-    )
-    initial_kv = None if initial_state is None else initial_state.kv_state_BHFV
-    initial_k_sum = None if initial_state is None else initial_state.k_sum_BHF
-    out, kv_state, k_sum = _ChunkedLinearAttention.apply(
-        phi_q_BHLF, phi_k_BHLF, v_BKLV, initial_kv, initial_k_sum, problem
-    )
+    problem = Problem.of(phi_q_BHLF, v_BKLV, mask_BL, segment_ids_BL, phi_q_BHLF.dtype, eps, chunk_size)
+    initial = (None, None) if initial_state is None else (initial_state.kv_state_BHFV, initial_state.k_sum_BHF)
+    out, kv_state, k_sum = _ChunkedLinearAttention.apply(phi_q_BHLF, phi_k_BHLF, v_BKLV, *initial, problem)
     return out, LinearAttentionState(kv_state, k_sum) if return_state else None
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """One call's sizes and borders. Takes chunks out of (B, H, L, ·) as (B·H, C, ·) in the accumulation dtype."""
 
     batch_size: int
@@ -81,15 +67,43 @@ class _Problem:
     mask_BL: Tensor | None
     run_BL: Tensor | None
 
-    def chunks(self) -> list[slice]:
-        starts = range(0, self.length, self.chunk_size)
-        return [slice(start, min(start + self.chunk_size, self.length)) for start in starts]
+    @classmethod
+    def of(
+        cls,
+        q_BHLX: Tensor,
+        v_BKLV: Tensor,
+        mask_BL: Tensor | None,
+        segment_ids_BL: Tensor | None,
+        feature_dtype: torch.dtype,
+        eps: float,
+        chunk_size: int,
+    ) -> Problem:
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+        return cls(
+            batch_size=q_BHLX.shape[0],
+            num_heads=q_BHLX.shape[1],
+            num_kv_heads=v_BKLV.shape[1],
+            length=q_BHLX.shape[2],
+            chunk_size=chunk_size,
+            eps=eps,
+            dtype=torch.promote_types(feature_dtype, torch.float32),
+            mask_BL=mask_BL,
+            run_BL=None if segment_ids_BL is None else run_index_BL(segment_ids_BL, mask_BL),
+        )
+
+    def chunks(self, span: slice) -> list[tuple[slice, slice]]:
+        """Each chunk's place in the sequence and within the span."""
+        starts = range(span.start, span.stop, self.chunk_size)
+        chunks = [slice(start, min(start + self.chunk_size, span.stop)) for start in starts]
+        return [(chunk, slice(chunk.start - span.start, chunk.stop - span.start)) for chunk in chunks]
 
     def take(self, x_BHLX: Tensor, chunk: slice) -> Tensor:
         return x_BHLX[:, :, chunk].to(self.dtype).flatten(0, 1)
 
-    def take_keys(self, phi_k_BHLF: Tensor, chunk: slice) -> Tensor:
-        return self.hide_padding(phi_k_BHLF[:, :, chunk].to(self.dtype), chunk).flatten(0, 1)
+    def take_keys(self, phi_k_BHSF: Tensor, chunk: slice, within: slice) -> Tensor:
+        """φ(k) of a chunk, out of a span's in which it lies at `within`."""
+        return self.hide_padding(phi_k_BHSF[:, :, within].to(self.dtype), chunk).flatten(0, 1)
 
     def take_values(self, v_BKLV: Tensor, chunk: slice) -> Tensor:
         v, group = v_BKLV[:, :, chunk].to(self.dtype), self.num_heads // self.num_kv_heads
@@ -139,15 +153,12 @@ class _Problem:
         return flags_BC.to(self.dtype).repeat_interleave(self.num_heads, dim=0).unsqueeze(-1)
 
     def start_state(
-        self, phi_k: Tensor, v: Tensor, kv_state: Tensor | None, k_sum: Tensor | None
+        self, num_features: int, v: Tensor, kv_state: Tensor | None, k_sum: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """S (B·H, F, V) and z (B·H, F, 1) with memory of their own: zeros, or copies of what is given."""
-        shape = (self.batch_size * self.num_heads, phi_k.shape[-1])
+        shape = (self.batch_size * self.num_heads, num_features)
         if kv_state is None or k_sum is None:
-            return (
-                phi_k.new_zeros(*shape, v.shape[-1], dtype=self.dtype),
-                phi_k.new_zeros(*shape, 1, dtype=self.dtype),
-            )
+            return v.new_zeros(*shape, v.shape[-1], dtype=self.dtype), v.new_zeros(*shape, 1, dtype=self.dtype)
         return (
             kv_state.to(self.dtype, copy=True).reshape(*shape, v.shape[-1]),
             k_sum.to(self.dtype, copy=True).reshape(*shape, 1),
@@ -176,47 +187,77 @@ class _Problem:
         return kv_state.view(*shape, -1), k_sum.view(shape)
 
 
-class _ChunkedLinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        phi_q: Tensor,
-        phi_k: Tensor,
-        v: Tensor,
-        initial_kv: Tensor | None,
-        initial_k_sum: Tensor | None,
-        problem: _Problem,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kv_state, k_sum = problem.start_state(phi_k, v, initial_kv, initial_k_sum)
-        out = v.new_empty(*phi_q.shape[:3], v.shape[-1])
-        denominator = phi_q.new_empty(*phi_q.shape[:3], 1, dtype=problem.dtype)
-        for chunk in problem.chunks():
-            q, k, v_chunk = problem.take(phi_q, chunk), problem.take_keys(phi_k, chunk), problem.take_values(v, chunk)
-            o, d = problem.attend(q, k, v_chunk, kv_state, k_sum, chunk)
+class Features(Protocol):
+    """φ(q) and φ(k), (B, H, S, F), a span of S tokens at a time, and who wants their gradients.
+
+    Spans begin at multiples of the chunk. What was asked for as `differentiable` last gets its gradient before the
+    next is asked for.
+    """
+
+    num_features: int
+
+    def spans(self) -> list[slice]: ...
+
+    def queries(self, span: slice, *, differentiable: bool = False) -> Tensor: ...
+
+    def keys(self, span: slice, *, differentiable: bool = False) -> Tensor: ...
+
+    def take_query_gradient(self, span: slice, grad_phi_q: Tensor) -> None: ...
+
+    def take_key_gradient(self, span: slice, grad_phi_k: Tensor) -> None: ...
+
+
+def attend(
+    problem: Problem, features: Features, v: Tensor, initial_kv: Tensor | None, initial_k_sum: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o in v's dtype, d (B, H, L, 1), final S (B, H, F, V), final z (B, H, F))."""
+    kv_state, k_sum = problem.start_state(features.num_features, v, initial_kv, initial_k_sum)
+    shape = (problem.batch_size, problem.num_heads, problem.length)
+    out, denominator = v.new_empty(*shape, v.shape[-1]), v.new_empty(*shape, 1, dtype=problem.dtype)
+
+    def attend_span(span: slice) -> None:
+        # a function of its own: nothing of a span is held when the next one is made
+        phi_q, phi_k = features.queries(span), features.keys(span)
+        for chunk, within in problem.chunks(span):
+            k, v_chunk = problem.take_keys(phi_k, chunk, within), problem.take_values(v, chunk)
+            o, d = problem.attend(problem.take(phi_q, within), k, v_chunk, kv_state, k_sum, chunk)
             problem.put(out, chunk, o)
             problem.put(denominator, chunk, d)
             problem.advance_state_(kv_state, k_sum, k, v_chunk, chunk)
-        ctx.save_for_backward(phi_q, phi_k, v, out, denominator, initial_kv, initial_k_sum)
-        ctx.problem = problem
-        return out, *problem.state_shapes(kv_state, k_sum)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_out, grad_final_kv, grad_final_k_sum = grads
-        phi_q, phi_k, v, out, denominator, initial_kv, initial_k_sum = ctx.saved_tensors
-        problem: _Problem = ctx.problem
-        grad_q, grad_k, grad_v = torch.empty_like(phi_q), torch.empty_like(phi_k), torch.empty_like(v)
-        grad_d = torch.empty_like(denominator)
-        # dφq is a small difference of two large sums, one of them through dd. An o rounded to bfloat16 would leave its
-        # error there alone (measured: 7 % to 360 % of dφq where values share a mean), so o is computed again.
-        out_is_rounded = out.dtype != problem.dtype
+    for span in features.spans():
+        attend_span(span)
+    return out, denominator, *problem.state_shapes(kv_state, k_sum)
 
-        kv_state, k_sum = problem.start_state(phi_k, v, initial_kv, initial_k_sum)
-        for chunk in problem.chunks():
-            k, v_chunk = problem.take_keys(phi_k, chunk), problem.take_values(v, chunk)
+
+def differentiate(
+    problem: Problem,
+    features: Features,
+    v: Tensor,
+    out: Tensor,
+    denominator: Tensor,
+    initial: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dv, dS, dz) of what `attend` gave for `initial` S and z; φ's gradients go to `features`.
+
+    `grads` are those of o and of the final S and z.
+    """
+    grad_out, grad_final_kv, grad_final_k_sum = grads
+    grad_v, grad_d = torch.empty_like(v), torch.empty_like(denominator)
+    # dφq is a small difference of two large sums, one of them through dd. An o rounded to bfloat16 would leave its
+    # error there alone (measured: 7 % to 360 % of dφq where values share a mean), so o is computed again.
+    out_is_rounded = out.dtype != problem.dtype
+
+    kv_state, k_sum = problem.start_state(features.num_features, v, *initial)
+
+    def sweep_forwards(span: slice) -> None:
+        phi_k, phi_q = features.keys(span), features.queries(span, differentiable=True)
+        grad_phi_q = torch.empty_like(phi_q)
+        for chunk, within in problem.chunks(span):
+            k, v_chunk = problem.take_keys(phi_k, chunk, within), problem.take_values(v, chunk)
             if out_is_rounded:
-                o, d = problem.attend(problem.take(phi_q, chunk), k, v_chunk, kv_state, k_sum, chunk)
+                o, d = problem.attend(problem.take(phi_q, within), k, v_chunk, kv_state, k_sum, chunk)
             else:
                 o, d = problem.take(out, chunk), problem.take(denominator, chunk)
             dn = problem.take(grad_out, chunk) / d
@@ -225,12 +266,21 @@ class _ChunkedLinearAttention(torch.autograd.Function):
             grad_scores = problem.keep_visible_(torch.baddbmm(dd, dn, v_chunk.transpose(1, 2)), chunk)
             dn, dd = problem.queries_on_state(dn, chunk), problem.queries_on_state(dd, chunk)
             grad_q_chunk = torch.bmm(grad_scores, k).baddbmm_(dn, kv_state.transpose(1, 2))
-            problem.put(grad_q, chunk, grad_q_chunk.baddbmm_(dd, k_sum.transpose(1, 2)))
+            problem.put(grad_phi_q, within, grad_q_chunk.baddbmm_(dd, k_sum.transpose(1, 2)))
             problem.advance_state_(kv_state, k_sum, k, v_chunk, chunk)
+        features.take_query_gradient(span, grad_phi_q)
 
-        grad_kv, grad_k_sum = problem.start_state(phi_k, v, grad_final_kv, grad_final_k_sum)
-        for chunk in reversed(problem.chunks()):
-            q, k, v_chunk = problem.take(phi_q, chunk), problem.take_keys(phi_k, chunk), problem.take_values(v, chunk)
+    for span in features.spans():
+        sweep_forwards(span)
+
+    grad_kv, grad_k_sum = problem.start_state(features.num_features, v, grad_final_kv, grad_final_k_sum)
+
+    def sweep_backwards(span: slice) -> None:
+        phi_q, phi_k = features.queries(span), features.keys(span, differentiable=True)
+        grad_phi_k = torch.empty_like(phi_k)
+        for chunk, within in reversed(problem.chunks(span)):
+            q, k = problem.take(phi_q, within), problem.take_keys(phi_k, chunk, within)
+            v_chunk = problem.take_values(v, chunk)
             dn, dd = problem.take(grad_out, chunk) / problem.take(denominator, chunk), problem.take(grad_d, chunk)
             scores = problem.keep_visible_(torch.bmm(q, k.transpose(1, 2)), chunk)
             grad_scores = problem.keep_visible_(torch.baddbmm(dd, dn, v_chunk.transpose(1, 2)), chunk)
@@ -238,7 +288,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
             grad_k_state = torch.bmm(v_chunk, grad_kv.transpose(1, 2)).add_(grad_k_sum.transpose(1, 2))
             grad_k_chunk = problem.keys_into_state(grad_k_state, chunk).baddbmm_(grad_scores.transpose(1, 2), q)
             grad_k_chunk = grad_k_chunk.view(problem.batch_size, problem.num_heads, *grad_k_chunk.shape[1:])
-            grad_k[:, :, chunk] = problem.hide_padding(grad_k_chunk, chunk)
+            grad_phi_k[:, :, within] = problem.hide_padding(grad_k_chunk, chunk)
 
             grad_v_chunk = torch.bmm(scores.transpose(1, 2), dn)
             grad_v_chunk.baddbmm_(problem.keys_into_state(k, chunk), grad_kv)
@@ -249,9 +299,70 @@ class _ChunkedLinearAttention(torch.autograd.Function):
             q_state = problem.queries_on_state(q, chunk)
             grad_kv.baddbmm_(q_state.transpose(1, 2), dn)
             grad_k_sum.baddbmm_(q_state.transpose(1, 2), dd)
+        features.take_key_gradient(span, grad_phi_k)
 
-        if initial_kv is None:
-            return grad_q, grad_k, grad_v, None, None, None
-        grad_initial_kv, grad_initial_k_sum = problem.state_shapes(grad_kv, grad_k_sum)
-        dtype = initial_kv.dtype
-        return grad_q, grad_k, grad_v, grad_initial_kv.to(dtype), grad_initial_k_sum.to(dtype), None
+    for span in reversed(features.spans()):
+        sweep_backwards(span)
+    return grad_v, *problem.state_shapes(grad_kv, grad_k_sum)
+
+
+def initial_state_gradients(
+    initial_kv: Tensor | None, grad_kv: Tensor, grad_k_sum: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if initial_kv is None:
+        return None, None
+    return grad_kv.to(initial_kv.dtype), grad_k_sum.to(initial_kv.dtype)
+
+
+class _GivenFeatures:
+    """Features that the caller has: one span."""
+
+    def __init__(self, phi_q: Tensor, phi_k: Tensor) -> None:
+        self._phi_q, self._phi_k = phi_q, phi_k
+        self.num_features = phi_q.shape[-1]
+        self.grad_phi_q: Tensor | None = None
+        self.grad_phi_k: Tensor | None = None
+
+    def spans(self) -> list[slice]:
+        return [slice(0, self._phi_q.shape[2])]
+
+    def queries(self, span: slice, *, differentiable: bool = False) -> Tensor:
+        return self._phi_q
+
+    def keys(self, span: slice, *, differentiable: bool = False) -> Tensor:
+        return self._phi_k
+
+    def take_query_gradient(self, span: slice, grad_phi_q: Tensor) -> None:
+        self.grad_phi_q = grad_phi_q
+
+    def take_key_gradient(self, span: slice, grad_phi_k: Tensor) -> None:
+        self.grad_phi_k = grad_phi_k
+
+
+class _ChunkedLinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        phi_q: Tensor,
+        phi_k: Tensor,
+        v: Tensor,
+        initial_kv: Tensor | None,
+        initial_k_sum: Tensor | None,
+        problem: Problem,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, denominator, final_kv, final_k_sum = attend(
+            problem, _GivenFeatures(phi_q, phi_k), v, initial_kv, initial_k_sum
+        )
+        ctx.save_for_backward(phi_q, phi_k, v, out, denominator, initial_kv, initial_k_sum)
+        ctx.problem = problem
+        return out, final_kv, final_k_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        phi_q, phi_k, v, out, denominator, *initial = ctx.saved_tensors
+        features = _GivenFeatures(phi_q, phi_k)
+        with torch.autocast(v.device.type, enabled=False):
+            grad_v, *grad_state = differentiate(ctx.problem, features, v, out, denominator, initial, grads)
+        initial_grads = initial_state_gradients(initial[0], *grad_state)
+        return features.grad_phi_q, features.grad_phi_k, grad_v, *initial_grads, None

@@ -43,6 +43,9 @@ SUMMARY_SHARE = 0.25
 """Part of a training row's tokens that belong to the summary and get logits (SAMSum: 0.15 to 0.2)."""
 FEATURE_RESULTS = {"hedgehog_exp": 1.5, "performer": 2.0, "taylor": 2.0}
 """Results of φ's size in fp32 that a map keeps for its backward; 1 for the others."""
+SPAN_BYTES = {"forward": 14.0, "backward": 28.0}
+"""For a number in φ(q) of a span, where φ is computed along the way: φ of both sides, what it is made of, gradients.
+Backward half as much again for each further result in `FEATURE_RESULTS`."""
 
 TermKind = Literal["weights", "training", "activations", "overhead"]
 
@@ -157,8 +160,21 @@ class _Sizes:
 
     @property
     def has_no_features(self) -> bool:
-        """Whether no tensor of φ's size is formed: softmax attention, or φ inside the kernel."""
-        return self.attention in ("softmax", "CUDA kernel, φ inside")
+        """Whether no tensor of φ's size is formed: all but the kernel that takes φ from outside."""
+        return self.attention != "CUDA kernel, φ outside"
+
+    def span_scratch(self, direction: Literal["forward", "backward"], rows: int, length: int) -> tuple[float, str]:
+        """Bytes of φ of a span of tokens, where PyTorch computes it along the way, and their formula; or 0 and ""."""
+        from ..kernels.mapped_limits import span_length
+
+        if self.attention != "PyTorch":
+            return 0.0, ""
+        heads, num_features = self.shape.num_heads, self.map_size.num_features
+        span = span_length(self.device, rows, heads, num_features, self.config.model.chunk_size)
+        tokens, per_number = min(span, length), SPAN_BYTES[direction]
+        if direction == "backward":
+            per_number *= (1 + FEATURE_RESULTS.get(self.config.model.feature_map, 1.0)) / 2
+        return per_number * rows * heads * num_features * tokens, f" + {per_number:g} B H F · {tokens} tokens"
 
     @property
     def num_map_weights(self) -> int:
@@ -339,8 +355,11 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     attention, formula = sizes.features_per_token * (4 + p), "2HF (4 + p)"
     if sizes.has_no_features:
         attention, formula = 4 * shape.num_heads * shape.head_dim * p, "4HDp"
-    workspace = tokens * max(attention, 3 * shape.intermediate_size * p)
-    terms.append(Term("backward of one layer", workspace, f"B T max({formula}, 3 I p)"))
+    span, span_formula = sizes.span_scratch("backward", finetune.micro_batch_size, config.data.max_length_tokens)
+    mlp = 3 * tokens * shape.intermediate_size * p
+    workspace = max(mlp, tokens * attention + span - mlp)
+    formula = f"max(B T 3Ip, B T {formula}{span_formula} less the MLP's B T 3Ip, which is gone by then)"
+    terms.append(Term("backward of one layer", workspace, formula))
     share = 1.0 if finetune.packing else SUMMARY_SHARE
     # log-softmax, its gradient and the loss's, each in fp32; the logits themselves are gone by then
     logits = tokens * share * shape.vocab_size * 12
@@ -379,6 +398,8 @@ def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[t
     ]
     if sizes.attention == "CUDA kernel, φ inside":
         parts.append(("q, k, v, d", float(p * (queries + 2 * keys) + 4 * shape.num_heads)))
+    elif sizes.attention == "PyTorch":
+        parts.append(("q, k, v, o, d", float(p * (2 * queries + 2 * keys) + 4 * shape.num_heads)))
     elif sizes.linear:
         if config.finetune.train_feature_maps and sizes.num_map_weights:
             parts.append(("map inputs 8HD", 8.0 * queries))
@@ -410,10 +431,11 @@ def _evaluate_terms(sizes: _Sizes) -> list[Term]:
     attention, formula = sizes.features_per_token * (8 + p), "2HF (8 + p)"
     if sizes.has_no_features:
         attention, formula = 4 * shape.num_heads * shape.head_dim * p, "4HDp"
-    prompt = tokens * (
-        4 * shape.hidden_size + 2 * p * shape.hidden_size + max(attention, 3 * shape.intermediate_size * p)
-    )
-    terms.append(Term("one layer of the prompts", prompt, f"batch T (4E + 2Ep + max({formula}, 3 I p))"))
+    span, span_formula = sizes.span_scratch("forward", rows, length)
+    layer = max(tokens * attention + span, 3 * tokens * shape.intermediate_size * p)
+    prompt = tokens * ((4 + 3 * p) * shape.hidden_size + 8 * shape.head_dim) + layer
+    formula = f"batch T (4E + 3Ep + 8D) + max(batch T {formula}{span_formula}, batch T 3Ip)"
+    terms.append(Term("one layer of the prompts", prompt, formula))
     targets = evaluate.batch_size * (evaluate.max_new_tokens if evaluate.perplexity else 1)
     logits = max(targets, rows) * shape.vocab_size * (p + 8)
     terms.append(Term("logits", logits, "(p + 8) S · batch · summary"))

@@ -125,26 +125,28 @@ class HedgehogLlamaAttention(LlamaAttention):
         state: LinearAttentionState | None,
         return_state: bool,
     ) -> tuple[torch.Tensor, Any]:
-        """φ in PyTorch, then the backend."""
+        """φ in PyTorch: along the way where the backend does so, else before it."""
+        shared = {
+            "mask_BL": mask_BL,
+            "segment_ids_BL": segment_ids,
+            "initial_state": state,
+            "eps": self.config.attention_eps,
+            "chunk_size": self.config.chunk_size,
+            "return_state": return_state,
+        }
+        is_decoding = _is_decoding(q_BHLD, state)
+        if backend.mapped is not None and not is_decoding and not torch.compiler.is_compiling():
+            maps = self.feature_map_q, self.feature_map_k
+            return backend.mapped(q_BHLD, k_BKLD, v_BKLV, *maps, positions_BL=position_ids, **shared)
         k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
         # the same rounded φ in numerator and denominator; fp16 would overflow
         dtype = torch.float32 if v_BKLV.dtype == torch.float16 else v_BKLV.dtype
         phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
         phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)
-        if _is_decoding(q_BHLD, state):
+        if is_decoding:
             assert state is not None
             return self._one_token(phi_q_BHLF, phi_k_BHLF, v_BKLV, mask_BL, state)
-        return backend.causal_attention(
-            phi_q_BHLF,
-            phi_k_BHLF,
-            v_BKLV,
-            mask_BL=mask_BL,
-            segment_ids_BL=segment_ids,
-            initial_state=state,
-            eps=self.config.attention_eps,
-            chunk_size=self.config.chunk_size,
-            return_state=return_state,
-        )
+        return backend.causal_attention(phi_q_BHLF, phi_k_BHLF, v_BKLV, **shared)
 
     def _is_fused(self, backend: Backend, *q_k_v: torch.Tensor) -> bool:
         """Whether the backend computes φ itself, from this layer's q, k and v."""

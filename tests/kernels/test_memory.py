@@ -16,6 +16,7 @@ import sys, torch
 from hedgehog.kernels.distill_loss import attention_distillation_loss, output_mse_loss
 from hedgehog.kernels.feature_maps import make_feature_map
 from hedgehog.kernels.linear_attention import chunked_linear_attention, quadratic_linear_attention
+from hedgehog.kernels.mapped_attention import mapped_linear_attention
 
 torch.set_num_threads(1)
 
@@ -33,7 +34,14 @@ def loss(function):
         torch.autograd.grad(function(q, k, v, *maps).loss, [m.weight for m in maps])
     return run
 
+def mapped(length):
+    q, k, v = (torch.randn(1, 1, length, 16).requires_grad_() for _ in range(3))
+    maps = [make_feature_map("hedgehog_softmax", num_heads=1, head_dim=16, side=s) for s in ("query", "key")]
+    out = mapped_linear_attention(q, k, v, *maps)[0]
+    torch.autograd.grad(out.sum(), (q, k, v, *(m.weight for m in maps)))
+
 work = {
+    "mapped": mapped,
     "chunked": attention(lambda *x: chunked_linear_attention(*x)[0]),
     "quadratic": attention(quadratic_linear_attention),
     "distillation": loss(lambda q, k, v, *maps: attention_distillation_loss(q, k, *maps, block_size=16)),
@@ -59,7 +67,9 @@ def peaks_kb(workload: str, *lengths: int) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-@pytest.mark.parametrize(("workload", "length"), [("chunked", 16384), ("distillation", 2048), ("output", 2048)])
+@pytest.mark.parametrize(
+    ("workload", "length"), [("chunked", 16384), ("mapped", 16384), ("distillation", 2048), ("output", 2048)]
+)
 def test_peak_memory_is_linear_in_length(workload, length):
     """What earlier work left to the process in freed pages, some hundred KiB, is not in its peak: hence the slack."""
     short, long = peaks_kb(workload, length, 4 * length)

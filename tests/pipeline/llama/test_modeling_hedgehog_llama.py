@@ -273,16 +273,19 @@ def test_feature_maps_and_state_stay_float32(hedgehog, token_ids, cast):
     assert hedgehog.double().model.layers[0].self_attn.feature_map_q.weight.dtype == torch.float64
 
 
-@torch.no_grad()
-def test_autocast_leaves_the_feature_maps_alone(hedgehog, token_ids):
-    seen = []
-    hedgehog.model.layers[0].self_attn.feature_map_q.register_forward_hook(lambda m, args, out: seen.append(out))
+def test_autocast_leaves_the_feature_maps_alone(hedgehog, token_ids, monkeypatch):
+    """Nor does it touch them where the backward pass computes φ again."""
+    seen, feature_map = [], hedgehog.model.layers[0].self_attn.feature_map_q
+    activate = feature_map.activate
+    monkeypatch.setattr(feature_map, "activate", lambda *args: seen.append(activate(*args)) or seen[-1])
+    ids_BL = token_ids(1, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hedgehog(token_ids(1, 6))
-    (phi,) = seen
-    assert phi.dtype == torch.float32
-    sums = phi.sum(-1)  # two softmaxes in fp32, not bf16
-    torch.testing.assert_close(sums, torch.full_like(sums, 2.0), rtol=0, atol=1e-6)
+        hedgehog(ids_BL, labels=ids_BL).loss.backward()
+    assert len(seen) == 2
+    for phi in seen:
+        assert phi.dtype == torch.float32
+        sums = phi.sum(-1)  # two softmaxes in fp32, not bf16
+        torch.testing.assert_close(sums, torch.full_like(sums, 2.0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

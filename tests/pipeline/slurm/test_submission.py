@@ -404,7 +404,7 @@ def test_70b_fits_as_shipped_and_a_hopeless_submission_is_told_so(capsys):
     assert [line.split(":")[0] for line in said] == ["engine.zero_stage"], "validate's note, and no warning"
     evaluation = ["model.quantization=nf4", "engine.zero_stage=1"]
     memory, said = memory_shown(capsys, LLAMA_70B, *evaluation)
-    assert memory["evaluate"].startswith("39.6 GiB") and memory["export"] == "130.2 GiB of its node" and said == []
+    assert memory["evaluate"].startswith("39.7 GiB") and memory["export"] == "130.2 GiB of its node" and said == []
     memory, said = memory_shown(capsys, LLAMA_70B, "slurm.gpus=1", "slurm.export.memory=64G")
     warned = {line.split()[0]: line for line in said}
     assert memory["finetune"] == "135.2 GiB on its GPU"
