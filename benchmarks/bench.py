@@ -38,6 +38,7 @@ from hedgehog.kernels.linear_attention import (
     chunked_linear_attention,
     recurrent_linear_attention_step,
 )
+from hedgehog.kernels.mapped_attention import mapped_linear_attention
 
 RESULTS = Path(__file__).parent / "results"
 FEATURE_MAP = "hedgehog_softmax"
@@ -168,6 +169,52 @@ def attention_section(quick: bool) -> Section:
     section.notes.append(
         f"forward + backward, {ATTENTION_HEADS} heads, F = {NUM_FEATURES}, V = {VALUE_DIM}, float32; faster than SDPA "
         f"(D = {HEAD_DIM}) {where} (of the lengths measured)"
+    )
+    return section
+
+
+# -- with feature maps ------------------------------------------------------------------------------------------------
+
+
+def mapped_workload(length: int, features_first: bool = False) -> Callable[[], Any]:
+    """Forward and backward from q, k, v and learning maps."""
+    shape = (1, ATTENTION_HEADS, length, HEAD_DIM)
+    q, k, v = (torch.randn(shape).requires_grad_() for _ in range(3))
+    sides = ("query", "key")
+    maps = [make_feature_map(FEATURE_MAP, num_heads=ATTENTION_HEADS, head_dim=HEAD_DIM, side=side) for side in sides]
+    leaves, grad_out = [q, k, v, *(parameter for m in maps for parameter in m.parameters())], torch.randn(shape)
+
+    def run() -> Any:
+        if features_first:
+            out, _ = chunked_linear_attention(maps[0](q), maps[1](k), v)
+        else:
+            out, _ = mapped_linear_attention(q, k, v, *maps)
+        return torch.autograd.grad(out, leaves, grad_out)
+
+    return run
+
+
+def mapped_section(quick: bool) -> Section:
+    section = Section()
+    lengths = [128, 256] if quick else [1024, 4096, 16384]
+    rounds = 1 if quick else 4
+    along = best_times_s({n: mapped_workload(n) for n in lengths}, rounds)
+    first = best_times_s({n: mapped_workload(n, features_first=True) for n in lengths}, rounds)
+    for length in lengths:
+        row: dict[str, Any] = {"tokens": length, "φ along the way ms": 1e3 * along[length]}
+        row |= {"φ first ms": 1e3 * first[length], "time ratio": along[length] / first[length]}
+        peaks = peaks_bytes(["mapped attention", "attention of features"], length)
+        for name, peak in zip(("along the way", "first"), peaks, strict=True):
+            row[f"peak MB, {name}"] = None if peak is None else peak / 1e6
+        section.rows.append(row)
+    section.check("φ along the way: time over φ first", max(row["time ratio"] for row in section.rows), 1.35)
+    last = section.rows[-1]
+    if last["peak MB, first"]:
+        ratio = last["peak MB, along the way"] / last["peak MB, first"]
+        section.check(f"φ along the way: peak memory over φ first, at {last['tokens']} tokens", ratio, 0.5)
+    section.notes.append(
+        f"forward + backward from q, k, v, {ATTENTION_HEADS} heads of {HEAD_DIM}, {FEATURE_MAP}, F = {2 * HEAD_DIM}, "
+        "float32; q, k, v and their gradients count in the peak"
     )
     return section
 
@@ -333,6 +380,7 @@ def cli_section(quick: bool) -> Section:
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
     "attention": attention_section,
+    "mapped": mapped_section,
     "distillation": distillation_section,
     "step": step_section,
     "decoding": decoding_section,
@@ -341,6 +389,8 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
 }
 WORKLOADS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "attention": linear_attention_workload,
+    "mapped attention": mapped_workload,
+    "attention of features": lambda length: mapped_workload(length, features_first=True),
     "distillation": distillation_workload,
     "materialised distillation": lambda length: distillation_workload(length, materialised_distillation_loss),
 }

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -41,11 +42,12 @@ from typing import TYPE_CHECKING, Any
 
 import checkout  # noqa: F401  before all that imports hedgehog
 import torch
+from generated_tokens import token_clock
 from gpu_environment import version_of
 from gpu_timing import Forecast
 from matrix_products import products_in
 from plot_7b import plot_beside
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hedgehog.kernels.distill_loss import materialised_distillation_loss
@@ -499,8 +501,15 @@ def generate_rows(
                     continue
                 ids = bench.batch(position)["input_ids"].expand(batch_size, -1)
 
-                def generate(count: int, model: Any = model, ids: torch.Tensor = ids) -> None:
-                    model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+                def generate(count: int, *clocks: Any, model: Any = model, ids: torch.Tensor = ids) -> None:
+                    model.generate(
+                        ids,
+                        max_new_tokens=count,
+                        min_new_tokens=count,
+                        do_sample=False,
+                        pad_token_id=0,
+                        logits_processor=LogitsProcessorList(clocks),
+                    )
 
                 row: dict[str, Any] = {"position": position, "batch": batch_size, "attention": attention}
                 with bench.row(key, 1):
@@ -508,10 +517,12 @@ def generate_rows(
                         generate(2)
                         row["backend"] = said[-1]
                         bench.refuse_fallback(said[-1])
-                        prefill = bench.seconds(lambda: generate(1), 0.0)
-                        whole = bench.seconds(lambda: generate(1 + num_tokens), 0.0)
-                        row["ms_per_token"] = 1000 * (whole - prefill) / num_tokens
-                        row["prefill_s"] = prefill
+                        clock, times = token_clock(bench.device.type)
+                        started = time.perf_counter()
+                        generate(1 + num_tokens, clock)
+                        between = [later - earlier for earlier, later in itertools.pairwise(times)]
+                        row["ms_per_token"] = 1000 * statistics.median(between)
+                        row["prefill_s"] = times[0] - started
                         row["new_tokens"] = 1 + num_tokens
                         heads = bench.shape.num_heads
                         per_row = 4 * bench.shape.num_layers * heads * features * (bench.shape.head_dim + 1)

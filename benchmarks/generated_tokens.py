@@ -24,27 +24,35 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def seconds_a_token(positions: tuple[int, ...], *, num_tokens: int, rounds: int) -> dict[int, float]:
-    """Position to the seconds of a token there, greedy, batch 1: the best over rounds of the median over tokens."""
-    from transformers import LogitsProcessor, LogitsProcessorList
+def token_clock(device: str = "cpu") -> tuple[Any, list[float]]:
+    """A logits processor for `generate(logits_processor=[…])`, and the times that it notes, one a token.
 
-    model = _model()
+    The first is that of the prompt's pass; a GPU is waited for.
+    """
+    from transformers import LogitsProcessor
+
+    times: list[float] = []
 
     class Clock(LogitsProcessor):
-        """Is called once a token."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-            self.times.append(time.perf_counter())
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
             return scores
 
+    return Clock(), times
+
+
+def seconds_a_token(positions: tuple[int, ...], *, num_tokens: int, rounds: int) -> dict[int, float]:
+    """Position to the seconds of a token there, greedy, batch 1: the best over rounds of the median over tokens."""
+    from transformers import LogitsProcessorList
+
+    model = _model()
     best = dict.fromkeys(positions, float("inf"))
     for _ in range(rounds):
         for position in positions:
             prompt_BL = torch.randint(3, SHAPE["vocab_size"], (1, position), generator=torch.Generator().manual_seed(0))
-            clock = Clock()
+            clock, times = token_clock()
             model.generate(
                 prompt_BL,
                 attention_mask=torch.ones_like(prompt_BL),
@@ -52,7 +60,7 @@ def seconds_a_token(positions: tuple[int, ...], *, num_tokens: int, rounds: int)
                 do_sample=False,
                 logits_processor=LogitsProcessorList([clock]),
             )
-            between = torch.tensor(clock.times, dtype=torch.float64).diff()
+            between = torch.tensor(times, dtype=torch.float64).diff()
             assert len(between) == num_tokens
             best[position] = min(best[position], float(between.median()))
     return best
