@@ -546,6 +546,8 @@ def _quiet_libraries() -> None:
     if "transformers" in sys.modules:  # not imported for this: a stage that reads no model need not wait for it
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # on a CPU with AVX512-BF16 it asks at import for an operator that `load_base` keeps NF4 weights from
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A graph whose jobs are killed, cancelled, requeued and warned at random: what it ends in is the same.
 
-Every stage gets its share: on a slow machine a job rarely comes to its end as long as it may be disturbed.
+Every stage gets its share: as long as a job may be disturbed it rarely comes to its end.
 
 HEDGEHOG_SLURM_KILLS says how often, and makes it the whole graph (`make test-slurm-long`: fifty, in a quarter of an
 hour); otherwise it is two disturbances of one part of the graph, to save time. HEDGEHOG_KILL_SEED repeats the choices.
@@ -15,7 +15,9 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 NUM_KILLS = int(os.environ.get("HEDGEHOG_SLURM_KILLS", "2"))
 PARTS = (("distill", "distill"), ("finetune", "finetune"), ("evaluate", "export"))
 """First and last stage."""
-LONGEST_WAIT_S = 12.0
-"""Longer than a job takes to its first step, so that some are met at work."""
 JOBS = {
     "prepare": ("prepare",),
     "distill": ("distill", "merge"),
@@ -99,14 +99,18 @@ def share(name: str, jobs: tuple[str, ...]) -> int:
     return math.ceil(NUM_KILLS * (jobs.index(name) + 1) / len(jobs))
 
 
-def sleep_until_runs(cluster: Cluster, job: str, seconds: float) -> None:
-    """Sleep; but little where the last job runs: what is left over of the disturbances has to come before its end."""
-    deadline, most_of_a_job_s = time.monotonic() + seconds, 1.0
-    while time.monotonic() < deadline:
-        if job in [name for _, name in running_jobs(cluster)]:
-            deadline = min(deadline, time.monotonic() + most_of_a_job_s)
-            job = ""
+def usual_job_s(whole_graph: Cluster) -> float:
+    """How long a job of the undisturbed graph took."""
+    jobs = [stage["job"] for stage in whole_graph.status()["stages"] if stage["job"]]
+    asked = ["sacct", "--allocations", "--noheader", "--format=ElapsedRaw", f"--jobs={','.join(jobs)}"]
+    return statistics.median(int(seconds) for seconds in whole_graph.run(*asked).stdout.split())
+
+
+def sleep_into_a_job(cluster: Cluster, seconds: float) -> None:
+    """Wait until a job runs, if one is to come, and then so long."""
+    while live_jobs(cluster) and not running_jobs(cluster):
         time.sleep(0.2)
+    time.sleep(seconds)
 
 
 def live_jobs(cluster: Cluster) -> bool:
@@ -148,7 +152,7 @@ def test_random_kills_over_a_graph_change_nothing(new_cluster: Callable[[], Clus
         shutil.copytree(undisturbed / stage, run / stage)
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     jobs = tuple(job for stage in stages for job in JOBS[stage])
-    longest_wait_s = LONGEST_WAIT_S if whole else LONGEST_WAIT_S / 2  # where a single job has to take them all
+    longest_wait_s = 0.8 * usual_job_s(whole_graph)  # so that some are met at work, and few come to their end
     disturbed: list[tuple[str, str]] = []
     num_submissions = 0
     while not finished(run, last) or live_jobs(cluster):
@@ -156,14 +160,15 @@ def test_random_kills_over_a_graph_change_nothing(new_cluster: Callable[[], Clus
             num_submissions += 1
             assert num_submissions <= NUM_KILLS + 2, cluster.logs()
             cluster.hedgehog("submit", "micro.yaml", "--from", first, "--to", last)
-        due = len(disturbed) < NUM_KILLS
-        sleep_until_runs(cluster, jobs[-1] if due else "", chance.uniform(0, longest_wait_s) if due else 1)
+        sleep_into_a_job(cluster, chance.uniform(0, longest_wait_s) if len(disturbed) < NUM_KILLS else 1)
         running = [(job, name) for job, name in running_jobs(cluster) if len(disturbed) < share(name, jobs)]
         if running:
             (job, name), how = chance.choice(running), chance.choice(["kill", "kill", "requeue", "warn", "cancel"])
             if disturb(cluster, job, how):
                 disturbed.append((name, how))
-    print(f"{len(disturbed)} disturbances, {num_submissions} submissions: {disturbed}")
+    counts = Counter(f"{how} {name}" for name, how in disturbed)
+    told = ", ".join(f"{count} × {what}" for what, count in counts.items())
+    print(f"{len(disturbed)} disturbances, {num_submissions} submissions: {told}")
     assert len(disturbed) == NUM_KILLS, "the graph ended before it was disturbed so often: make the waits shorter"
     actual, expected = outcome(run, stages), outcome(undisturbed, stages)
     assert actual.keys() == expected.keys()
