@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import importlib
 import itertools
+import logging
 import os
 import platform
 import sys
