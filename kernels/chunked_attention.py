@@ -190,17 +190,16 @@ class Problem:
 class Features(Protocol):
     """φ(q) and φ(k), (B, H, S, F), a span of S tokens at a time, and who wants their gradients.
 
-    Spans begin at multiples of the chunk. What was asked for as `differentiable` last gets its gradient before the
-    next is asked for.
+    Spans begin at multiples of the chunk. A gradient comes while its span is the last one asked for.
     """
 
     num_features: int
 
     def spans(self) -> list[slice]: ...
 
-    def queries(self, span: slice, *, differentiable: bool = False) -> Tensor: ...
+    def queries(self, span: slice) -> Tensor: ...
 
-    def keys(self, span: slice, *, differentiable: bool = False) -> Tensor: ...
+    def keys(self, span: slice) -> Tensor: ...
 
     def take_query_gradient(self, span: slice, grad_phi_q: Tensor) -> None: ...
 
@@ -252,7 +251,7 @@ def differentiate(
     kv_state, k_sum = problem.start_state(features.num_features, v, *initial)
 
     def sweep_forwards(span: slice) -> None:
-        phi_k, phi_q = features.keys(span), features.queries(span, differentiable=True)
+        phi_k, phi_q = features.keys(span), features.queries(span)
         grad_phi_q = torch.empty_like(phi_q)
         for chunk, within in problem.chunks(span):
             k, v_chunk = problem.take_keys(phi_k, chunk, within), problem.take_values(v, chunk)
@@ -276,7 +275,7 @@ def differentiate(
     grad_kv, grad_k_sum = problem.start_state(features.num_features, v, grad_final_kv, grad_final_k_sum)
 
     def sweep_backwards(span: slice) -> None:
-        phi_q, phi_k = features.queries(span), features.keys(span, differentiable=True)
+        phi_q, phi_k = features.queries(span), features.keys(span)
         grad_phi_k = torch.empty_like(phi_k)
         for chunk, within in reversed(problem.chunks(span)):
             q, k = problem.take(phi_q, within), problem.take_keys(phi_k, chunk, within)
@@ -326,10 +325,10 @@ class _GivenFeatures:
     def spans(self) -> list[slice]:
         return [slice(0, self._phi_q.shape[2])]
 
-    def queries(self, span: slice, *, differentiable: bool = False) -> Tensor:
+    def queries(self, span: slice) -> Tensor:
         return self._phi_q
 
-    def keys(self, span: slice, *, differentiable: bool = False) -> Tensor:
+    def keys(self, span: slice) -> Tensor:
         return self._phi_k
 
     def take_query_gradient(self, span: slice, grad_phi_q: Tensor) -> None:

@@ -40,11 +40,17 @@ def mapped_linear_attention(
     q (B, H, L, D), k (B, K, L, D): each query head has its own map of its keys. φ is rounded once, to v's dtype, or
     float32 for float16, which would overflow. `positions_BL` are absolute; by default 0, 1, 2, … Everything else as in
     `chunked_linear_attention`. Gradients reach q, k, v, the maps' projections and the initial state.
+
+    Raises:
+        ValueError: shapes that do not fit, or maps that `why_not_mapped` refuses.
     """
     check_shapes(q_BHLD, q_BHLD, v_BKLV, mask_BL, segment_ids_BL)
     batch, _, length, head_dim = q_BHLD.shape
     if k_BKLD.shape != (batch, v_BKLV.shape[1], length, head_dim):
         raise ValueError(f"k {tuple(k_BKLD.shape)} must be (B, K, L, D) = {(batch, v_BKLV.shape[1], length, head_dim)}")
+    obstacle = why_not_mapped(map_q, map_k, q_BHLD.device)
+    if obstacle is not None:
+        raise ValueError(f"{obstacle}: compute φ first, and give it to chunked_linear_attention")
     dtype = torch.float32 if v_BKLV.dtype == torch.float16 else v_BKLV.dtype
     if positions_BL is None:
         positions_BL = torch.arange(length, device=q_BHLD.device).unsqueeze(0)
@@ -55,6 +61,17 @@ def mapped_linear_attention(
         q_BHLD, k_BKLD, v_BKLV, *weights, *initial, problem, (map_q, map_k), positions_BL, dtype
     )
     return out, LinearAttentionState(kv_state, k_sum) if return_state else None
+
+
+def why_not_mapped(map_q: FeatureMap, map_k: FeatureMap, device: torch.device) -> str | None:
+    """Why these maps have to be called as modules, or None."""
+    for feature_map in (map_q, map_k):
+        weight = feature_map.projection_HDP
+        if weight is not None and weight.device != device:
+            return f"a feature map lies on {weight.device}, not on {device}"  # a hook of the module's brings it here
+        if any(parameter is not weight for parameter in feature_map.parameters()):
+            return "a feature map has parameters beside its projection, which would get no gradient"
+    return None
 
 
 class _Recorded(NamedTuple):
@@ -95,7 +112,7 @@ class _Side:
         if self._recorded is not None and self._recorded.span != span:
             self._recorded = None
 
-    def features(self, span: slice, *, differentiable: bool) -> Tensor:
+    def features(self, span: slice) -> Tensor:
         if self._recorded is not None and self._recorded.span == span:
             return self._recorded.phi.detach()
         x, weight = self._x[:, :, span], self._weight
@@ -154,13 +171,13 @@ class _MappedFeatures:
         for side in (self.query_side, self.key_side):
             side.leave_others(span)
 
-    def queries(self, span: slice, *, differentiable: bool = False) -> Tensor:
+    def queries(self, span: slice) -> Tensor:
         self._leave_others(span)
-        return self.query_side.features(span, differentiable=differentiable)
+        return self.query_side.features(span)
 
-    def keys(self, span: slice, *, differentiable: bool = False) -> Tensor:
+    def keys(self, span: slice) -> Tensor:
         self._leave_others(span)
-        return self.key_side.features(span, differentiable=differentiable)
+        return self.key_side.features(span)
 
     def take_query_gradient(self, span: slice, grad_phi_q: Tensor) -> None:
         self.query_side.pull_back(span, grad_phi_q)

@@ -43,9 +43,9 @@ SUMMARY_SHARE = 0.25
 """Part of a training row's tokens that belong to the summary and get logits (SAMSum: 0.15 to 0.2)."""
 FEATURE_RESULTS = {"hedgehog_exp": 1.5, "performer": 2.0, "taylor": 2.0}
 """Results of φ's size in fp32 that a map keeps for its backward; 1 for the others."""
-SPAN_BYTES = {"forward": 14.0, "backward": 28.0}
-"""For a number in φ(q) of a span, where φ is computed along the way: φ of both sides, what it is made of, gradients.
-Backward half as much again for each further result in `FEATURE_RESULTS`."""
+SPAN_BYTES = {"hedgehog_exp": (16, 35), "exp_t": (26, 51), "performer": (32, 55), "taylor": (16, 41)}
+"""Forward and backward, for a number in φ(q) of a span where φ is computed along the way: φ of both sides, what it is
+made of, gradients; measured. (14, 28) for the other maps. In bfloat16 backward is 6 more."""
 
 TermKind = Literal["weights", "training", "activations", "overhead"]
 
@@ -171,9 +171,8 @@ class _Sizes:
             return 0.0, ""
         heads, num_features = self.shape.num_heads, self.map_size.num_features
         span = span_length(self.device, rows, heads, num_features, self.config.model.chunk_size)
-        tokens, per_number = min(span, length), SPAN_BYTES[direction]
-        if direction == "backward":
-            per_number *= (1 + FEATURE_RESULTS.get(self.config.model.feature_map, 1.0)) / 2
+        tokens, (forward, backward) = min(span, length), SPAN_BYTES.get(self.config.model.feature_map, (14, 28))
+        per_number = float(forward if direction == "forward" else backward + (6 if self.precision_bytes == 2 else 0))
         return per_number * rows * heads * num_features * tokens, f" + {per_number:g} B H F · {tokens} tokens"
 
     @property

@@ -26,12 +26,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)  # what -m leaves out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those on a real Slurm first: they mostly wait, and take longest. Two of xdist's workers start with half of them
     each, where the others have equal shares of the rest; whoever is done takes over tests from another one's end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
     on_slurm = [item for item in items if item.get_closest_marker("slurm")]
     rest = [item for item in items if not item.get_closest_marker("slurm")]
-    share = len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - len(on_slurm[::2])
+    share = len(items) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) - len(on_slurm[::2])
     items[:] = [*on_slurm[::2], *rest[:share], *on_slurm[1::2], *rest[share:]]
 
 
@@ -223,7 +226,9 @@ def made_once() -> Callable[[Path, Callable[[], Any]], Any]:
         with open(file.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
-                file.write_text(json.dumps(make()))
+                whole = file.with_suffix(".new")
+                whole.write_text(json.dumps(make()))
+                whole.replace(file)
         return json.loads(file.read_text())
 
     return get

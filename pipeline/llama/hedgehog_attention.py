@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
 from ...kernels.backends import Backend
 from ...kernels.feature_maps import FeatureMap, make_feature_map
 from ...kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step
+from ...kernels.mapped_attention import why_not_mapped
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
 from .hedgehog_cache import HedgehogCache
 
@@ -134,9 +135,10 @@ class HedgehogLlamaAttention(LlamaAttention):
             "chunk_size": self.config.chunk_size,
             "return_state": return_state,
         }
-        is_decoding = _is_decoding(q_BHLD, state)
-        if backend.mapped is not None and not is_decoding and not torch.compiler.is_compiling():
-            maps = self.feature_map_q, self.feature_map_k
+        is_decoding, maps = _is_decoding(q_BHLD, state), (self.feature_map_q, self.feature_map_k)
+        along_the_way = backend.mapped is not None and not is_decoding and not torch.compiler.is_compiling()
+        if along_the_way and why_not_mapped(*maps, q_BHLD.device) is None:
+            assert backend.mapped is not None
             return backend.mapped(q_BHLD, k_BKLD, v_BKLV, *maps, positions_BL=position_ids, **shared)
         k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
         # the same rounded φ in numerator and denominator; fp16 would overflow
@@ -150,7 +152,11 @@ class HedgehogLlamaAttention(LlamaAttention):
 
     def _is_fused(self, backend: Backend, *q_k_v: torch.Tensor) -> bool:
         """Whether the backend computes φ itself, from this layer's q, k and v."""
-        return backend.fused is not None and all(x.dtype == torch.bfloat16 for x in q_k_v)
+        if backend.fused is None or any(x.dtype != torch.bfloat16 for x in q_k_v):
+            return False
+        weights = self.feature_map_q.projection_HDP, self.feature_map_k.projection_HDP
+        # offloaded, they come when the map is called
+        return all(weight is not None and weight.device == q_k_v[0].device for weight in weights)
 
     def _attend_fused(
         self,

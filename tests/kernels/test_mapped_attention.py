@@ -151,6 +151,20 @@ def test_nothing_of_the_features_size_is_kept():
     assert numbers == q.numel() + k.numel() + v.numel() + out.numel() + out[..., 0].numel()
 
 
+def test_maps_that_have_to_be_called_are_refused():
+    class Biased(type(maps("relu")[0])):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.bias = torch.nn.Parameter(torch.zeros(self.feature_dim))
+
+    biased = [Biased(num_heads=HEADS, head_dim=DIM, side=side) for side in ("query", "key")]
+    with pytest.raises(ValueError, match="parameters beside its projection, which would get no gradient: compute φ"):
+        mapped_linear_attention(*problem(5, dtype=torch.float32), *biased)
+    elsewhere = [feature_map.to("meta") for feature_map in maps("relu")]
+    with pytest.raises(ValueError, match="a feature map lies on meta, not on cpu"):
+        mapped_linear_attention(*problem(5), *elsewhere)
+
+
 def test_no_tokens():
     q, k, v = (x[:, :, :0] for x in problem(5))
     made = maps("hedgehog_softmax")

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -84,21 +85,34 @@ def slurm_conf(everyones_folder: Path) -> Iterator[Path]:
         pytest.skip(f"no Slurm: {reason}")
     root = everyones_folder / "slurm"
     root.mkdir(exist_ok=True)
-    environment = os.environ | {"LOCAL_SLURM_ROOT": str(root), "LOCAL_SLURM_PORT": str(27000 + os.getppid() % 4000)}
+    environment = os.environ | {"LOCAL_SLURM_ROOT": str(root)}
     conf = root / "etc" / "slurm.conf"
+    is_up = conf.with_name("is-up")
     with open(root / "users", "w") as users:
         try:
             with locked(root / "lock"):
                 fcntl.flock(users, fcntl.LOCK_SH)
-                if not conf.exists():
-                    start_slurm(SCRIPT, environment)
+                if not is_up.exists():
+                    start_slurm(SCRIPT, environment | {"LOCAL_SLURM_PORT": str(free_ports())})
+                    is_up.touch()
             yield conf
         finally:
             with locked(root / "lock"), contextlib.suppress(BlockingIOError):
                 fcntl.flock(users, fcntl.LOCK_UN)
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                subprocess.run([SCRIPT, "down"], env=environment, capture_output=True, timeout=60)
+                subprocess.run([SCRIPT, "down"], env=environment, capture_output=True, timeout=START_TIMEOUT_S)
                 shutil.rmtree(conf.parent, ignore_errors=True)
+
+
+def free_ports() -> int:
+    """The first of 200 ports, as `local-slurm` takes them, below those that Linux hands out. Another session on this
+    machine has others: its controller listens on the first."""
+    for block in range(os.getpid(), os.getpid() + 60):
+        port = 20_000 + 200 * (block % 60)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("60 Slurms run on this machine already")
 
 
 @contextlib.contextmanager

@@ -154,17 +154,19 @@ def test_random_kills_over_a_graph_change_nothing(new_cluster: Callable[[], Clus
     jobs = tuple(job for stage in stages for job in JOBS[stage])
     longest_wait_s = 0.8 * usual_job_s(whole_graph)  # so that some are met at work, and few come to their end
     disturbed: list[tuple[str, str]] = []
-    num_submissions = 0
+    num_submissions, missed = 0, False
     while not finished(run, last) or live_jobs(cluster):
         if not live_jobs(cluster):
             num_submissions += 1
             assert num_submissions <= NUM_KILLS + 2, cluster.logs()
             cluster.hedgehog("submit", "micro.yaml", "--from", first, "--to", last)
-        sleep_into_a_job(cluster, chance.uniform(0, longest_wait_s) if len(disturbed) < NUM_KILLS else 1)
+        due = len(disturbed) < NUM_KILLS
+        sleep_into_a_job(cluster, 0.2 if due and missed else chance.uniform(0, longest_wait_s) if due else 1)
         running = [(job, name) for job, name in running_jobs(cluster) if len(disturbed) < share(name, jobs)]
         if running:
             (job, name), how = chance.choice(running), chance.choice(["kill", "kill", "requeue", "warn", "cancel"])
-            if disturb(cluster, job, how):
+            missed = not disturb(cluster, job, how)
+            if not missed:
                 disturbed.append((name, how))
     counts = Counter(f"{how} {name}" for name, how in disturbed)
     told = ", ".join(f"{count} × {what}" for what, count in counts.items())

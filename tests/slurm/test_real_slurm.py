@@ -52,7 +52,9 @@ def test_the_whole_graph_ends_in_an_exported_model(whole_graph: Cluster):
 
 def print_costs(cluster: Cluster) -> None:
     """What a job takes beside its stage's own work, for slurm/README.md. Slurm and manifests tell whole seconds."""
-    rows = cluster.run("sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,Start,End").stdout
+    ids = ",".join(stage["job"] for stage in cluster.status()["stages"] if stage["job"])
+    asked = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,Start,End", f"--jobs={ids}"]
+    rows = cluster.run(*asked).stdout
     jobs = {job: times for job, *times in (row.split("|") for row in rows.split())}
     for title, folder in (
         ("prepare", "prepare"), ("distill", "distill"), ("evaluate 0/2", "evaluate/shard-0-of-2"),

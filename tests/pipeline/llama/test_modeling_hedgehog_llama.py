@@ -288,6 +288,28 @@ def test_autocast_leaves_the_feature_maps_alone(hedgehog, token_ids, monkeypatch
         torch.testing.assert_close(sums, torch.full_like(sums, 2.0), rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_offloaded_weights_come_when_they_are_needed(hedgehog, token_ids):
+    """As with `device_map` and too little memory: a hook of each module fetches its own."""
+    import accelerate
+
+    ids_BL = token_ids(2, 11)
+    expected = hedgehog(ids_BL).logits
+    offloaded = accelerate.cpu_offload(hedgehog, execution_device=torch.device("cpu"))
+    assert offloaded.model.layers[0].self_attn.feature_map_q.weight.device.type == "meta"
+    torch.testing.assert_close(offloaded(ids_BL).logits, expected)
+
+
+def test_a_parameter_of_a_map_beside_its_projection_learns(hedgehog, token_ids):
+    feature_map = hedgehog.model.layers[0].self_attn.feature_map_q
+    feature_map.temperature = torch.nn.Parameter(torch.ones(()))
+    activate = feature_map.activate
+    feature_map.activate = lambda z, positions: activate(z * feature_map.temperature, positions)
+    ids_BL = token_ids(2, 11)
+    hedgehog(ids_BL, labels=ids_BL).loss.backward()
+    assert feature_map.temperature.grad.abs() > 0 and feature_map.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_save_and_load(hedgehog, token_ids, tmp_path, dtype):
     hedgehog.to(dtype).save_pretrained(tmp_path)
