@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hedgehog.pipeline.config import EngineConfig
+from hedgehog.pipeline.deepspeed_import import import_deepspeed
 from hedgehog.pipeline.deepspeed_settings import deepspeed_settings, frozen_settings
 from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.engine import TrainingEngine, build_engine, release_deepspeed, shard_frozen
@@ -35,6 +36,16 @@ def write_json(tmp_path: Path, content: dict[str, Any]) -> str:
     file = tmp_path / "expert.json"
     file.write_text(json.dumps(content))
     return str(file)
+
+
+def test_deepspeeds_own_functions_are_not_compiled() -> None:
+    """torch's compiler would be a second of every start, for an optimizer that nothing here uses."""
+    import_deepspeed()
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.muon import original_muon
+
+    assert not hasattr(original_muon.muon_update, "_torchdynamo_orig_callable")
+    assert hasattr(compiler.compile()(lambda: None), "_torchdynamo_orig_callable"), "what DeepSpeed compiles later"
 
 
 def test_settings_follow_the_yaml() -> None:
