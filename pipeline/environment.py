@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from .quiet_libraries import quiet_libraries
+
 REQUIRED_PACKAGES = (
     "hedgehog-llama",
     "torch",
@@ -156,6 +158,7 @@ def _cuda_devices(torch: Any) -> tuple[tuple[str, ...], str | None]:
 
 
 def _optional(name: str, module: str, use: str) -> OptionalPackage:
+    quiet_libraries()
     version = _version(name)
     if version is None:
         return OptionalPackage(name, None, use, "not installed")

@@ -15,12 +15,9 @@ import contextlib
 import hashlib
 import importlib
 import itertools
-import logging
 import os
 import platform
-import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -40,6 +37,7 @@ from .lease import leased
 from .manifest import Manifest, StageInput, describe_artifact, fingerprint, read_manifest
 from .metrics import Reporter, format_bytes, format_duration, peak_memory_bytes, reset_peak_memory
 from .out_of_memory import out_of_memory_explained
+from .quiet_libraries import quiet_libraries
 from .requeue import requeue, requeue_if_preempted, slurm_job
 from .run_folder import (
     HIDDEN_STATES,
@@ -413,7 +411,7 @@ def _run_held(
         reporter=reporter,
         shard=attempt.shard,
     )
-    _quiet_libraries()
+    quiet_libraries()
     reset_peak_memory()
     started = time.monotonic()
     result = StageResult()
@@ -539,16 +537,6 @@ def _begin_anew(folder: Path, reporter: Reporter) -> None:
         reporter.info(f"--force: begins anew; the finished folder of before is still kept as {kept}")
     elif current is not None:
         reporter.info(f"--force: the earlier folder is kept as {set_aside(folder)}")
-
-
-def _quiet_libraries() -> None:
-    """Leave the terminal to our own progress: no bar per weight file, no deprecation notes between libraries."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read at import, by transformers too
-    if "transformers" in sys.modules:  # not imported for this: a stage that reads no model need not wait for it
-        sys.modules["transformers"].utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # on a CPU with AVX512-BF16 it asks at import for an operator that `load_base` keeps NF4 weights from
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
