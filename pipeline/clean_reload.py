@@ -61,10 +61,23 @@ def main(folder: Path) -> None:
             max_new_tokens=request["max_new_tokens"],
             min_new_tokens=request["max_new_tokens"],
         )
+        # the same tokens read at once: does decoding, one by one from a cache, do what the model does?
+        prompt_mask, num_new = tensors["prompt_mask"].to(device), request["max_new_tokens"]
+        reread = model(
+            input_ids=tokens,
+            attention_mask=torch.cat([prompt_mask, prompt_mask.new_ones(len(tokens), num_new)], dim=1),
+            use_cache=False,
+            logits_to_keep=num_new + 1,
+        ).logits[:, :-1]
+        ends = model.generation_config.eos_token_id  # min_new_tokens puts it off
+        if ends is not None:
+            reread[..., ends] = -torch.inf
+        equal_uncached = float((reread.argmax(-1) == tokens[:, -num_new:]).double().mean())
     answer = {"logits": logits.float().cpu().contiguous(), "tokens": tokens.cpu().contiguous()}
     save_file(answer, folder / "answer.safetensors")
     facts = {
         "model_class": type(model).__name__,
+        "equal_uncached_share": equal_uncached,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "missing_keys": sorted(loading["missing_keys"]),
         "unexpected_keys": sorted(loading["unexpected_keys"]),

@@ -18,6 +18,7 @@ import typer
 
 from .distributed import slurm_variables
 from .errors import ConfigError, HedgehogError, Interrupted, LeaseError
+from .quiet_libraries import quiet_libraries
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -305,6 +306,7 @@ def env(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Entry point of the `hedgehog` command."""
+    quiet_libraries()
     app()
 
 

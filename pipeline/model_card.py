@@ -103,7 +103,7 @@ def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     ]
     text = "## How to use it\n\n```python\n" + "\n".join(code) + "\n```"
     if linear:
-        text += "\n\nThe modeling files beside the weights need torch and transformers only."
+        text += "\n\nThe modeling files beside the weights need torch and transformers (5.17 to 5.24) only."
     return text
 
 

@@ -18,18 +18,25 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json"
 
 
 def fingerprint_base(path_or_id: str, revision: str | None, config: Any) -> str:
-    """SHA-256 over the model's config and, for a local folder, over each weight file's name, size, first and last MiB.
+    """SHA-256 over a local folder's config.json and each weight file's name, size, first and last MiB.
 
     A safetensors file begins with its header, and training changes every tensor, so edges and size tell two models
-    apart in practice. For a hub id, over id, revision and the commit that the hub resolved it to, where known.
+    apart in practice. For a hub id, over its config, id, revision and the commit that the hub resolved it to, where
+    known. Another version of transformers changes nothing.
     """
     folder = Path(path_or_id).expanduser()
-    identity: dict[str, Any] = {"config": config.to_dict()}
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
-        identity["weights"] = [[file.name, file.stat().st_size, _hash_edges(file)] for file in files]
+        weights = [[file.name, file.stat().st_size, _hash_edges(file)] for file in files]
+        identity: dict[str, Any] = {"config": hash_file(folder / "config.json"), "weights": weights}
     else:
-        identity |= {"id": path_or_id, "revision": revision, "commit": getattr(config, "_commit_hash", None)}
+        fields = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+        identity = {
+            "config": fields,
+            "id": path_or_id,
+            "revision": revision,
+            "commit": getattr(config, "_commit_hash", None),
+        }
     return fingerprint(identity)
 
 

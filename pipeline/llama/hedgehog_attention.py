@@ -9,7 +9,7 @@ This file travels with every export.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.models.llama.modeling_llama import (
@@ -25,7 +25,7 @@ from ...kernels.feature_maps import FeatureMap, make_feature_map
 from ...kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step
 from ...kernels.mapped_attention import why_not_mapped
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
-from .hedgehog_cache import HedgehogCache
+from .hedgehog_cache import HedgehogCache, the_cache_given
 
 FEATURE_MAP_NAMES = ("feature_map_q", "feature_map_k")
 
@@ -81,6 +81,7 @@ class HedgehogLlamaAttention(LlamaAttention):
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         attention_backend: Backend | None = None,
+        cache: HedgehogCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """hidden_states (B, L, hidden) → the same shape. attention_mask (B, L) bool, True for real tokens, or None.
@@ -93,7 +94,8 @@ class HedgehogLlamaAttention(LlamaAttention):
         v_BKLV = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
         q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
 
-        layer = None if past_key_values is None else past_key_values.layer(self.layer_idx)
+        cache = cast("HedgehogCache | None", the_cache_given(past_key_values, cache))
+        layer = None if cache is None else cache.layer(self.layer_idx)
         state = None if layer is None else layer.state
         assert attention_backend is not None, "the model chooses the backend"
         attend = self._attend_fused if self._is_fused(attention_backend, q_BHLD, k_BKLD, v_BKLV) else self._attend

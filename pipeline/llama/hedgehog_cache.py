@@ -10,8 +10,19 @@ from typing import cast
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ...kernels.linear_attention import LinearAttentionState
+
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a cache, in arguments and results: `cache` from 5.24 on. This project's models take both."""
+
+
+def the_cache_given(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The one that came, by either name. ValueError where two came."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 class HedgehogCacheLayer(CacheLayerMixin):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
@@ -31,7 +32,7 @@ from .hedgehog_attention import (
     HedgehogLlamaDecoderLayer,
     HedgehogLlamaRotaryEmbedding,
 )
-from .hedgehog_cache import HedgehogCache
+from .hedgehog_cache import CACHE_NAME, HedgehogCache, the_cache_given
 from .positions import first_tokens, row_positions
 
 logger = logging.getLogger(__name__)
@@ -81,14 +82,17 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         use_cache: bool | None = None,
         segment_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, L, hidden). `attention_mask` (B, L) or (B, past + L), 1 for real tokens, 0 for padding.
 
         `segment_ids` (B, L): packed sequences. Runs of equal ids attend only to themselves, and positions start
         again at each unless `position_ids` says otherwise. They exclude a cache.
-        `use_cache` defaults to config.use_cache in eval mode and to False in training.
+        `use_cache` defaults to config.use_cache in eval mode and to False in training. `past_key_values` and `cache`
+        are the same: transformers has the second name from 5.24 on.
         """
+        cache = the_cache_given(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.pop("output_attentions", None):
@@ -98,44 +102,47 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if segment_ids is not None:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("segment_ids are for whole packed rows: they cannot go on from past_key_values")
             use_cache = False
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = self._new_cache()
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = self._new_cache()
 
-        if self.config.attention == "linear":
-            layer_inputs = self._linear_inputs(
-                inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values
-            )
-        else:
-            layer_inputs = self._softmax_inputs(
-                inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values
-            )
+        of_this_attention = self._linear_inputs if self.config.attention == "linear" else self._softmax_inputs
+        layer_inputs = of_this_attention(inputs_embeds, attention_mask, position_ids, segment_ids, cache)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=layer_inputs["position_ids"])
 
+        named_cache: dict[str, Any] = {CACHE_NAME: cache}
+        num_seen = 0 if cache is None else cache.get_seq_length()
         hidden_states = inputs_embeds
         all_hidden_states: list[Any] | None = [hidden_states] if output_hidden_states else None
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **named_cache,
                 **layer_inputs,
                 **kwargs,
             )
             if all_hidden_states is not None:
                 all_hidden_states.append(hidden_states)
+        is_linear = self.config.attention == "linear" and not torch.compiler.is_compiling()
+        if is_linear and cache is not None and cache.get_seq_length() == num_seen:
+            raise RuntimeError(  # each token would be decoded as if it were the first
+                f"transformers {transformers.__version__} does not hand layers their cache as '{CACHE_NAME}': install "
+                "a version from 5.17 to 5.24, or say use_cache=False"
+            )
         hidden_states = self.norm(hidden_states)
         if all_hidden_states is not None:
             all_hidden_states[-1] = hidden_states  # as Llama does: the last entry is after the final norm
+        named_cache[CACHE_NAME] = cache if use_cache else None
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
+            **named_cache,
         )
 
     def _new_cache(self) -> Cache:
@@ -224,12 +231,13 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
                 position_ids = (torch.arange(L, device=inputs_embeds.device) + past).unsqueeze(0)
         if segment_ids is not None:
             attention_mask = self._packed_softmax_mask(inputs_embeds, mask_BL, segment_ids)
+        named_cache: dict[str, Any] = {CACHE_NAME: cache}
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
+            **named_cache,
         )
         return {"attention_mask": causal_mask, "position_ids": position_ids}
 
@@ -282,6 +290,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
         segment_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, L, vocab) as LlamaForCausalLM; see HedgehogLlamaModel.forward for masks, segments and cache.
@@ -295,7 +304,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=the_cache_given(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
@@ -311,17 +320,18 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
                 mask_BL = None if attention_mask is None else attention_mask.to(segment_ids.device, torch.bool)
                 labels = labels.masked_fill(first_tokens(segment_ids, mask_BL).to(labels.device), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        named_cache: dict[str, Any] = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **named_cache,
         )
         return result.to_tuple() if return_dict is False else result
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() a HedgehogCache where it would make a DynamicCache."""
-        if self.config.attention == "linear" and model_kwargs.get("past_key_values") is None:
+        if self.config.attention == "linear" and model_kwargs.get(CACHE_NAME) is None:
             if generation_config.use_cache is False:
                 return
             if generation_config.cache_implementation not in (None, "dynamic"):
@@ -329,7 +339,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
                     f"cache_implementation={generation_config.cache_implementation!r}: linear attention has one kind "
                     "of cache, of constant size; leave cache_implementation out"
                 )
-            model_kwargs["past_key_values"] = HedgehogCache(self.config.num_hidden_layers)
+            model_kwargs[CACHE_NAME] = HedgehogCache(self.config.num_hidden_layers)
             return
         super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue] (GenerationMixin's self)
             generation_config, model_kwargs, *args, **kwargs

@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from transformers import LlamaConfig
+
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data import tiny_pretrain
+from hedgehog.pipeline.data.base_fingerprint import fingerprint_base
 from hedgehog.pipeline.data.dialogue_corpus import generate_dialogues
 from hedgehog.pipeline.data.tiny_tokenizer import save_tokenizer, train_tokenizer
 from hedgehog.pipeline.data.tokens import TokenizedSplit
@@ -197,6 +200,9 @@ def test_the_base_fingerprint_notices_other_weights(base, tmp_path):
         prepare(real_config(tmp_path, other), force=True)[1].summary["base_fingerprint"]
         == (first.summary["base_fingerprint"])
     )
+    config = LlamaConfig.from_pretrained(base)
+    newer = LlamaConfig.from_dict(config.to_dict() | {"transformers_version": "99.0", "new_in_99": True})
+    assert fingerprint_base(str(other), None, newer) == fingerprint_base(str(base), None, config)
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (other / "model.safetensors").write_bytes(weights)

@@ -12,8 +12,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from hedgehog.kernels.backends import Backend
 from hedgehog.kernels.feature_maps import FEATURE_MAPS
 from hedgehog.kernels.linear_attention import quadratic_linear_attention
+from hedgehog.pipeline.llama import modeling_hedgehog_llama
 from hedgehog.pipeline.llama.convert import convert_llama
-from hedgehog.pipeline.llama.hedgehog_cache import HedgehogCache
+from hedgehog.pipeline.llama.hedgehog_cache import CACHE_NAME, HedgehogCache
 from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 
 ALL_MAPS = sorted(FEATURE_MAPS)
@@ -286,6 +287,27 @@ def test_autocast_leaves_the_feature_maps_alone(hedgehog, token_ids, monkeypatch
         assert phi.dtype == torch.float32
         sums = phi.sum(-1)  # two softmaxes in fp32, not bf16
         torch.testing.assert_close(sums, torch.full_like(sums, 2.0), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_cache_has_two_names(hedgehog, token_ids):
+    """transformers says `cache` from 5.24 on, and `past_key_values` before."""
+    ids_BL = token_ids(2, 11)
+    whole = hedgehog(ids_BL).logits[:, 7:]
+    for name in ("past_key_values", "cache"):
+        seen = getattr(hedgehog(ids_BL[:, :7], use_cache=True), CACHE_NAME)
+        torch.testing.assert_close(hedgehog(ids_BL[:, 7:], **{name: seen}).logits, whole, rtol=1e-4, atol=1e-5)
+    one, other = (getattr(hedgehog(ids_BL, use_cache=True), CACHE_NAME) for _ in range(2))
+    with pytest.raises(ValueError, match="two names of one argument"):
+        hedgehog(ids_BL, past_key_values=one, cache=other)
+
+
+@torch.no_grad()
+def test_layers_that_get_no_cache_are_noticed(hedgehog, token_ids, monkeypatch):
+    """As when a version of transformers calls it by a third name."""
+    monkeypatch.setattr(modeling_hedgehog_llama, "CACHE_NAME", "memory")
+    with pytest.raises(RuntimeError, match=r"does not hand layers their cache as 'memory'.*use_cache=False"):
+        hedgehog(token_ids(2, 11), use_cache=True)
 
 
 @torch.no_grad()
