@@ -78,6 +78,10 @@ class Problem:
         eps: float,
         chunk_size: int,
     ) -> Problem:
+        """Of q or φ(q) (B, H, L, ·) and v (B, K, L, V), for features of a dtype: sums in float32 at least.
+
+        Raises ValueError for a chunk_size below 1.
+        """
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         return cls(
@@ -308,6 +312,7 @@ def differentiate(
 def initial_state_gradients(
     initial_kv: Tensor | None, grad_kv: Tensor, grad_k_sum: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
+    """dS (B, H, F, V) and dz (B, H, F) in the initial state's dtype; None where there was no such state."""
     if initial_kv is None:
         return None, None
     return grad_kv.to(initial_kv.dtype), grad_k_sum.to(initial_kv.dtype)

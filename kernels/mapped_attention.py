@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention_state import LinearAttentionState
 from .chunked_attention import DEFAULT_CHUNK_SIZE, Problem, attend, differentiate, initial_state_gradients
-from .conventions import DENOMINATOR_EPS, check_shapes
+from .conventions import DENOMINATOR_EPS, accumulation_dtype, check_shapes
 from .feature_maps import FeatureMap
 from .mapped_limits import span_length
 
@@ -105,8 +105,7 @@ class _Side:
         """Which gradients there will be."""
         self.grad_x = torch.empty_like(self._x) if x else None
         if weight and self._weight is not None:
-            sums = torch.promote_types(self._weight.dtype, torch.float32)
-            self.grad_weight = torch.zeros_like(self._weight, dtype=sums)
+            self.grad_weight = torch.zeros_like(self._weight, dtype=accumulation_dtype(self._weight))
 
     def leave_others(self, span: slice) -> None:
         if self._recorded is not None and self._recorded.span != span:
@@ -138,11 +137,11 @@ class _Side:
         recorded = self._recorded
         assert recorded is not None and recorded.span == span
         wanted = [x for x in (recorded.x, recorded.weight) if x is not None and x.requires_grad]
-        grads = dict(zip(map(id, wanted), torch.autograd.grad(recorded.phi, wanted, grad_phi), strict=True))
+        grads = iter(torch.autograd.grad(recorded.phi, wanted, grad_phi))
         if self.grad_x is not None:
-            self.grad_x[:, :, span] = grads[id(recorded.x)]
+            self.grad_x[:, :, span] = next(grads)
         if self.grad_weight is not None:
-            self.grad_weight += grads[id(recorded.weight)]
+            self.grad_weight += next(grads)
 
 
 class _MappedFeatures:

@@ -11,10 +11,11 @@ import torch
 
 from hedgehog.kernels.distill_loss import output_mse_loss
 from hedgehog.kernels.feature_maps import FEATURE_MAPS, make_feature_map
+from hedgehog.kernels.mapped_attention import mapped_linear_attention
 from hedgehog.pipeline.allocation_peak import allocation_peak
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.feature_map_checks import feature_map_size
-from hedgehog.pipeline.memory_estimate import GIB, estimate_memory, saved_per_token, state_bytes
+from hedgehog.pipeline.memory_estimate import GIB, _Sizes, estimate_memory, saved_per_token, state_bytes
 from hedgehog.pipeline.model_shape import HUB_SHAPES, ModelShape
 
 LOSS_TERMS = {"output loss", "loss kernel's scratch", "features of some heads", "loss tiles"}
@@ -287,6 +288,34 @@ def test_activations_of_a_layer_are_what_autograd_keeps(precision, feature_map):
     measured = measured_bytes(2, config, dtype, tokens) - measured_bytes(1, config, dtype, tokens)
     estimated = tokens * sum(per_token for _, per_token in saved_per_token(config, SMALL, "cpu"))
     assert 0.9 * measured < estimated < 1.25 * measured
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_scratch_of_a_span_is_what_its_attention_allocates(name, precision):
+    """Beyond q, k, v, o, d, their gradients and the state; that of the largest of several spans."""
+    heads, length, dim = 2, 4096, 32
+    shape = ModelShape(heads * dim, 2, heads, heads, dim, 160, 128, length)
+    sizes = _Sizes(make_config(model={"feature_map": name}, engine={"precision": precision}), shape, 1, "cpu")
+    maps = [make_feature_map(name, num_heads=heads, head_dim=dim, side=side) for side in ("query", "key")]
+    dtype = getattr(torch, precision)
+    q, k, v = (torch.randn(1, heads, length, dim, dtype=dtype).requires_grad_() for _ in range(3))
+    leaves = [q, k, v, *(weight for feature_map in maps for weight in feature_map.parameters())]
+    state = 4 * heads * maps[0].num_features * (dim + 1)
+    with torch.no_grad(), allocation_peak("cpu") as forward:
+        out, _ = mapped_linear_attention(q, k, v, *maps)
+    with torch.enable_grad():
+        out, _ = mapped_linear_attention(q, k, v, *maps)
+    with allocation_peak("cpu") as backward:
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    beside = {
+        "forward": out.nbytes + 4 * heads * length + state,
+        "backward": sum(leaf.nbytes for leaf in leaves) + out.nbytes + 4 * heads * length + 2 * state,
+    }
+    for direction, peak in (("forward", forward), ("backward", backward)):
+        measured, (estimated, _) = peak.num_bytes - beside[direction], sizes.span_scratch(direction, 1, length)
+        too_much = 1.45 if maps[0].trainable else 1.85  # one figure serves the cheap maps too
+        assert 0.95 * measured < estimated < too_much * measured, direction
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulated kernels need g++")
