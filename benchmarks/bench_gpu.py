@@ -45,9 +45,11 @@ from gpu_timing import Budget, CudaMeter, Forecast, HostMeter, attempt, free_mem
 from gpu_work import PASSES, Ceilings
 
 from hedgehog.kernels.cuda.attention import OLDEST_CAPABILITY, num_segments
+from hedgehog.kernels.cuda.backward_choice import SWITCH
 from hedgehog.kernels.cuda.build import BuildError
-from hedgehog.kernels.cuda.gradients import backward_obstacle
+from hedgehog.kernels.cuda.gradients import backward_obstacle, whole_obstacle
 from hedgehog.kernels.cuda.library import KernelError, library_for
+from hedgehog.kernels.cuda.switches import switched
 
 HERE = Path(__file__).resolve()
 RESULTS = HERE.parent / "results"
@@ -159,21 +161,33 @@ class Run:
         }
 
     def _who_differentiates(self, cases: list[Case]) -> dict[str, str]:
-        """The kernels, or PyTorch and why: times of a backward pass are of the one or the other."""
+        """Which kernels, or PyTorch and why: times of a backward pass are of the one or the other."""
+
+        def who(head_dim: int, features: int, name: str) -> str:
+            if obstacle := backward_obstacle(self.device, features, head_dim, name):
+                return obstacle
+            in_slices = whole_obstacle(self.device, features, head_dim, name, False)
+            return f"the kernels ({in_slices or 'which take the values whole'})"
+
         shapes = sorted({(case.head_dim, case.features, case.feature_map) for case in cases})
-        return {
-            f"head dim {head_dim}, F={features}, {name}": backward_obstacle(self.device, features, head_dim, name)
-            or "the kernels"
-            for head_dim, features, name in shapes
-        }
+        return {f"head dim {shape[0]}, F={shape[1]}, {shape[2]}": who(*shape) for shape in shapes}
 
     def _checked(self, case: Case) -> list[dict[str, Any]]:
         try:
             if case.length == gpu_problems.LONG:
                 return gpu_problems.check_long(case, self.device, (1, num_segments(self.device, 1, 2)))
-            return gpu_problems.check(case, self.device)
+            rows = gpu_problems.check(case, self.device)
+            if self._taken_whole(case):
+                with switched(SWITCH, "slices"):
+                    rows += [{**row, "backward": "slices"} for row in gpu_problems.check(case, self.device)]
+            return rows
         except Exception as error:  # a kernel that fails is a wrong one; the other cases tell where it is right
             return [{**asdict(case), "faults": [f"{type(error).__name__}: {error}"]}]
+
+    def _taken_whole(self, case: Case) -> bool:
+        """Whether there are two kinds of backward kernels for it, of which the other one is not chosen."""
+        shape = case.features, case.head_dim, case.feature_map
+        return whole_obstacle(self.device, *shape, gpu_problems.shares_key_heads(case)) is None
 
     def wrong(self) -> list[Any]:
         """Everything that is off, the times' own failures included."""

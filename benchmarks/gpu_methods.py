@@ -3,6 +3,7 @@
 kernel               the CUDA kernels, in as many segments of the length as fill the GPU
 kernel, one segment  the same without cutting the length
 kernel, wgmma        the same with the forward kernel for Hopper, in as many segments as fill the GPU
+kernel, slices       the same with the values in slices in the backward pass, where they would be taken whole
 fla                  flash-linear-attention: its hedgehog map and its chunked kernel with normaliser
 pytorch              φ and the chunked form in PyTorch
 softmax, flash       torch's SDPA with the FlashAttention backend; what linear attention replaces
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,9 +35,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hedgehog.kernels.cuda.attention import num_segments
-from hedgehog.kernels.cuda.forward_choice import SWITCH, choose_forward, forward_kernel
+from hedgehog.kernels.cuda.backward_choice import SWITCH as BACKWARD_SWITCH
+from hedgehog.kernels.cuda.forward_choice import SWITCH as FORWARD_SWITCH
+from hedgehog.kernels.cuda.forward_choice import choose_forward
+from hedgehog.kernels.cuda.gradients import whole_obstacle
 from hedgehog.kernels.cuda.library import library_for
 from hedgehog.kernels.cuda.operators import linear_attention
+from hedgehog.kernels.cuda.switches import switched
 from hedgehog.kernels.feature_maps import make_feature_map
 from hedgehog.kernels.linear_attention import chunked_linear_attention
 
@@ -120,7 +126,7 @@ def wgmma_obstacle() -> str | None:
     It shows that it is right in a process of its own: one that never returned would take the whole run with it.
     """
     command = [sys.executable, "-c", WGMMA_CHECK]
-    environment = {**os.environ, SWITCH: "wgmma"}
+    environment = {**os.environ, FORWARD_SWITCH: "wgmma"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WGMMA_CHECK_LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -131,19 +137,20 @@ def wgmma_obstacle() -> str | None:
 def wgmma(inputs: Inputs) -> Ready:
     cell = inputs.cell
     assert cell.features is not None
-    with forward_kernel("wgmma"):
-        choice = choose_forward(library_for(inputs.device), cell.head_dim, cell.features, FEATURE_MAP)
+    choice = choose_forward(library_for(inputs.device), cell.head_dim, cell.features, FEATURE_MAP)
     if choice.kernel != "wgmma":
         raise NotAvailable(f"wgmma: {choice.reason}")
     if obstacle := wgmma_obstacle():
         raise RuntimeError(f"wgmma is wrong here: {obstacle}")
-    ready = kernel(inputs)
+    return kernel(inputs)
 
-    def attend() -> Tensor:
-        with forward_kernel("wgmma"):
-            return ready.attend()
 
-    return Ready(attend, ready.leaves)
+def slices(inputs: Inputs) -> Ready:
+    cell = inputs.cell
+    assert cell.features is not None
+    if obstacle := whole_obstacle(inputs.device, cell.features, cell.head_dim, FEATURE_MAP, False):
+        raise NotAvailable(f"that is what runs anyway: {obstacle}")
+    return kernel(inputs)
 
 
 def apply_map(side: Any, x: Tensor, weight: Tensor, feature_map: str = FEATURE_MAP) -> Tensor:
@@ -226,6 +233,7 @@ LINEAR: dict[str, Callable[[Inputs], Ready]] = {
     "kernel": kernel,
     "kernel, one segment": one_segment,
     "kernel, wgmma": wgmma,
+    "kernel, slices": slices,
     "fla": fla,
     "pytorch": pytorch,
 }
@@ -234,6 +242,7 @@ SOFTMAX: dict[str, Callable[[Inputs], Ready]] = {
     "softmax, cudnn": lambda inputs: softmax(inputs, SDPBackend.CUDNN_ATTENTION),
 }
 METHODS = {**LINEAR, **SOFTMAX}
+SWITCHES = {"kernel, wgmma": (FORWARD_SWITCH, "wgmma"), "kernel, slices": (BACKWARD_SWITCH, "slices")}
 
 
 def call_of(ready: Ready, inputs: Inputs, passes: str) -> Call:
@@ -272,11 +281,14 @@ def rates(work: list[Work], seconds: float, ceilings: Ceilings) -> dict[str, flo
 
 def measure(method: str, sets: list[Inputs], passes: str, meter: CudaMeter, ceilings: Ceilings) -> dict[str, Any]:
     """Median time, rates and extra memory of one method on one shape."""
+    if (method, passes) == ("kernel, slices", "forward"):
+        raise NotAvailable("the forward pass is kernel's")
     make = METHODS[method]
-    calls = [call_of(make(inputs), inputs, passes) for inputs in sets]
-    row = meter.seconds(calls)
-    row |= rates(work_of(sets[0].cell, passes), row["seconds"], ceilings)
-    row["extra_bytes"] = meter.extra_bytes(calls[0])
+    with switched(*SWITCHES[method]) if method in SWITCHES else nullcontext():
+        calls = [call_of(make(inputs), inputs, passes) for inputs in sets]
+        row = meter.seconds(calls)
+        row |= rates(work_of(sets[0].cell, passes), row["seconds"], ceilings)
+        row["extra_bytes"] = meter.extra_bytes(calls[0])
     return row
 
 

@@ -49,6 +49,10 @@ class Case:
     kind: str = "plain"
 
 
+def shares_key_heads(case: Case) -> bool:
+    return case.kind in ("grouped", "everything")
+
+
 def all_cases() -> list[Case]:
     return [Case(*chosen) for chosen in product((64, 128), (128, 256), FEATURE_MAPS, LENGTHS, KINDS)]
 
@@ -56,7 +60,12 @@ def all_cases() -> list[Case]:
 def few_cases() -> list[Case]:
     """For the emulation, which takes about as long a case as a GPU for a hundred."""
     cases = [Case(64, 128, feature_map, 70, "everything") for feature_map in FEATURE_MAPS]
-    return [*cases, Case(64, 128, "hedgehog_softmax", 1), Case(128, 256, "hedgehog_softmax", 65, "grouped")]
+    return [
+        *cases,
+        Case(64, 128, "hedgehog_softmax", 1),
+        Case(128, 256, "hedgehog_softmax", 65, "grouped"),
+        Case(128, 256, "hedgehog_softmax", 65),
+    ]
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     everything = case.kind == "everything"
     batch = 2 if everything or case.kind in ("padded", "packed") else 1
-    heads, kv_heads = (4, 2) if everything or case.kind == "grouped" else (2, 2)
+    heads, kv_heads = (4, 2) if shares_key_heads(case) else (2, 2)
     length, given = case.length, case.feature_map == "given"
 
     def tokens(num_tokens: int, num_heads: int) -> Tensor:

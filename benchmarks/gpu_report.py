@@ -16,6 +16,7 @@ COLOURS = {
     "kernel": "C0",
     "kernel, one segment": "C9",
     "kernel, wgmma": "C6",
+    "kernel, slices": "C4",
     "fla": "C2",
     "pytorch": "C1",
     "softmax, flash": "C3",

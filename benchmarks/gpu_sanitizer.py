@@ -30,6 +30,7 @@ CASES = [
     Case(64, 128, "hedgehog_softmax", 130, "everything"),
     Case(64, 128, "given", 130, "everything"),
     Case(128, 256, "hedgehog_exp", 70, "grouped"),
+    Case(128, 256, "hedgehog_softmax", 70, "resumed"),
 ]
 
 

@@ -33,6 +33,8 @@ import gpu_sanitizer  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_work  # noqa: E402
 
+from hedgehog.kernels.cuda import library  # noqa: E402
+
 CPU = torch.device("cpu")
 CASE = gpu_problems.Case(64, 128, "hedgehog_softmax", 70)
 needs_emulation = pytest.mark.skipif(
@@ -80,7 +82,7 @@ def test_every_section_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert len(report["decoding"]) == 2 * 2 * 5, "two batches, as called and in a graph"
     assert report["fla"]["skipped"].startswith("flash-linear-attention: ModuleNotFoundError")
     for row in [*report["times"], *report["decoding"]]:
-        if row["method"] in ("fla", "kernel, wgmma"):
+        if row["method"] in ("fla", "kernel, wgmma", "kernel, slices"):
             assert "skipped" in row, "not installed; not for head dim 64"
         elif row["method"] == "softmax, cudnn":
             assert "failed" in row, "one failure does not stop the rest"
@@ -109,11 +111,30 @@ def test_every_section_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
 def test_the_few_cases_of_a_cpu_are_right(tmp_path):
     code, report = run_bench(tmp_path)
     correctness = report["correctness"]
-    assert code == 0 and correctness["num_results"] == 2 * len(gpu_problems.few_cases())
+    assert code == 0 and correctness["num_results"] == 2 * (len(gpu_problems.few_cases()) + 1), (
+        "one has two kinds of backward"
+    )
     errors = correctness["worst"][0]["errors"]
     leaves = ("q", "k", "v", "weight_q", "weight_k", "initial_kv", "initial_k_sum")
     assert {f"gradient {name}" for name in leaves} | {"forward relative", "decoding absolute"} <= errors.keys()
     assert report["times"] == []
+
+
+@needs_emulation
+def test_each_method_runs_the_kernels_of_its_name(monkeypatch):
+    ran = []
+    forward, backward = library.Library.forward, library.Library.backward
+    monkeypatch.setattr(library.Library, "forward", lambda *a: (ran.append(("forward", a[1].kernel)), forward(*a)))
+    monkeypatch.setattr(library.Library, "backward", lambda *a: (ran.append(("backward", a[1].kernel)), backward(*a)))
+    monkeypatch.setattr(gpu_methods, "wgmma_obstacle", lambda: None)
+    meter, ceilings = gpu_timing.HostMeter(), gpu_work.Ceilings(1.0, 1.0)
+    sets = gpu_methods.make_sets(gpu_methods.Cell(1, 65, 256), torch.device("cpu"))
+    for method, kernels in (("kernel", (0, 1)), ("kernel, wgmma", (1, 1)), ("kernel, slices", (0, 0))):
+        ran.clear()
+        assert gpu_methods.measure(method, sets, "forward+backward", meter, ceilings)["seconds"] > 0
+        assert set(ran) == {("forward", kernels[0]), ("backward", kernels[1])}
+    with pytest.raises(gpu_timing.NotAvailable, match="forward pass is kernel's"):
+        gpu_methods.measure("kernel, slices", sets, "forward", meter, ceilings)
 
 
 def test_the_full_matrix():

@@ -1,9 +1,10 @@
 // Host side of the backward pass: checks, and the order of its launches. See backward.cuh for the mathematics.
 //
-//   1. S and z before each segment, as for the forward pass        4. R and r after each segment
-//   2. first sweep: dq, dW_q, dd                                   5. second sweep: dk, dv, dW_k
+//   1. S and z before each segment, as for the forward pass        3. R and r after each segment
+//   2. first sweep: dq, dW_q, dd                                   4. second sweep: dk, dv, dW_k
+//   5. where the sweeps took the values whole: dq, dk, dW_q, dW_k from their dz (backward_inputs.cuh)
 //
-// 2, and then 4 and 5, come once for each slice of the values, and 5 once for each query head that shares a key head: what
+// 2, and then 3 and 4, come once for each slice of the values, and 4 once for each query head that shares a key head: what
 // several launches give to one address is added up in their order, never by atomics, so that results are the same each time.
 // Beyond inputs and results there is one state per segment. dd, a float a token, head and slice, waits in dv: a slice's at the
 // head of its columns, which the second sweep reads before it writes them. Where query heads share a key head dv has no room
@@ -16,13 +17,17 @@ namespace {
 bool valid(const HedgehogBackwardArguments& b) {
     const HedgehogForwardArguments& a = b.forward;
     const bool fused = a.feature_map != HEDGEHOG_GIVEN;
-    return valid_inputs(a) && b.grad_out && b.grad_q && b.grad_k && b.grad_v &&
+    const bool whole = b.kernel == HEDGEHOG_WHOLE;
+    if (whole && !(hedgehog_has_whole(&a) && aligned(b.grad_q, 16) && aligned(b.grad_k, 16) &&
+                   aligned(b.grad_q_stride, kUnit) && aligned(b.grad_k_stride, kUnit)))
+        return false;
+    return (whole || b.kernel == HEDGEHOG_SLICES) && valid_inputs(a) && b.grad_out && b.grad_q && b.grad_k && b.grad_v &&
            (b.grad_denominator || a.heads == a.kv_heads) &&
            (!fused || (b.grad_weight_q && b.grad_weight_k)) && !b.grad_final_kv == !b.grad_final_k_sum &&
            !b.grad_initial_kv == !b.grad_initial_k_sum && aligned(b.grad_out, 16) &&
            aligned(b.grad_out_stride, kUnit) && aligned(b.grad_q, 4) && aligned(b.grad_k, 4) && aligned(b.grad_v, 4) &&
            aligned(b.grad_q_stride, 2) && aligned(b.grad_k_stride, 2) && aligned(b.grad_v_stride, 2) &&
-           (hedgehog_backward_scratch_bytes(&a) == 0 || a.scratch);
+           (hedgehog_backward_scratch_bytes(&a, b.kernel) == 0 || a.scratch);
 }
 
 BackwardParameters parameters_of(const HedgehogBackwardArguments& b) {
@@ -57,7 +62,7 @@ BackwardParameters parameters_of(const HedgehogBackwardArguments& b) {
         const HedgehogStrides& v = b.grad_v_stride;
         p.grad_denominator = static_cast<float*>(b.grad_v);
         p.grad_denominator_stride = {v.batch / 2, v.head / 2, v.token / 2};  // in floats, of two bf16 each
-        p.grad_denominator_slice = a.head_dim / hedgehog_num_slices(a.head_dim, a.features) / 2;
+        p.grad_denominator_slice = a.head_dim / hedgehog_num_slices(a.head_dim, a.features, b.kernel) / 2;
     }
     p.segment_states = static_cast<float*>(a.scratch);
     p.q_stride = a.q_stride;
@@ -76,38 +81,46 @@ BackwardParameters parameters_of(const HedgehogBackwardArguments& b) {
     p.feature_map = a.feature_map;
     p.segments = segments.count;
     p.eps = a.eps;
+    p.whole = b.kernel == HEDGEHOG_WHOLE;
     return p;
 }
 
 }  // namespace
 }  // namespace hedgehog
 
-extern "C" int32_t hedgehog_num_slices(int32_t head_dim, int32_t features) {
-    using namespace hedgehog;
-    return for_shape(head_dim, features, HEDGEHOG_GIVEN, 0, [](auto shape) -> int {
-        using Shape = decltype(shape);
-        return BackwardShape<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>::kSlices;
-    });
+extern "C" int32_t hedgehog_has_whole(const HedgehogForwardArguments* a) {
+    // dk of query heads that share a key head is a sum, which can't wait in the place of one addend
+    return hedgehog::has_whole(a->head_dim, a->features, a->feature_map != HEDGEHOG_GIVEN) && a->heads == a->kv_heads &&
+           2 * a->batch <= 65535;  // blocks of the last kernel's grid
 }
 
-extern "C" int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* a) {
+extern "C" int32_t hedgehog_num_slices(int32_t head_dim, int32_t features, int32_t kernel) {
+    using namespace hedgehog;
+    if (kernel == HEDGEHOG_WHOLE) return 1;
+    const auto slices = [](auto shape) -> int { return decltype(shape)::kSlices; };
+    return for_backward_shape(head_dim, features, HEDGEHOG_GIVEN, false, 0, slices);
+}
+
+extern "C" int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* a, int32_t kernel) {
     const int64_t states = (hedgehog::split(a->length, a->segments).count - 1) * a->batch * a->heads;
-    const int64_t slices = hedgehog_num_slices(a->head_dim, a->features);
+    const int64_t slices = hedgehog_num_slices(a->head_dim, a->features, kernel);
     return states * a->features * (a->head_dim + slices) * int64_t(sizeof(float));
 }
 
-extern "C" int32_t hedgehog_backward_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map) {
-    return hedgehog::key_gradients_shared_bytes(head_dim, features, feature_map);
+extern "C" int32_t hedgehog_backward_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map,
+                                                  int32_t kernel) {
+    return hedgehog::key_gradients_shared_bytes(head_dim, features, feature_map, kernel == HEDGEHOG_WHOLE);
 }
 
 extern "C" int32_t hedgehog_backward(const HedgehogBackwardArguments* arguments) {
     using namespace hedgehog;
     if (!valid(*arguments)) return cudaErrorInvalidValue;
     const HedgehogForwardArguments& a = arguments->forward;
-    const int32_t slices = hedgehog_num_slices(a.head_dim, a.features);
+    const int32_t slices = hedgehog_num_slices(a.head_dim, a.features, arguments->kernel);
     BackwardParameters p = parameters_of(*arguments);
     cudaError_t error = fill_segment_states(a);
     for (p.slice = 0; error == cudaSuccess && p.slice < slices; ++p.slice) error = launch_query_gradients(a, p);
     for (p.slice = 0; error == cudaSuccess && p.slice < slices; ++p.slice) error = launch_key_gradients(a, p);
+    if (error == cudaSuccess && p.whole) error = launch_input_gradients(a, p);
     return error;
 }

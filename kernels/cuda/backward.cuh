@@ -14,23 +14,33 @@
 // of φ(q). dn is rounded to bf16 once, and the rounded dn is what every sum sees.
 //
 // Work. A block has eight warps and takes one slice of the values (all of them, or half where the state would not fit
-// into registers): dq, dk and the weights' gradients are sums over slices, dv is not. Each warp holds its features' rows
-// of the state, for all values of the slice: sixteen or thirty-two features, of each projected column both signs, so that
+// into registers beside dW): dq, dk and the weights' gradients are sums over slices, dv is not. Each warp holds its features'
+// rows of the state, for all values of the slice: sixteen or thirty-two features, of each projected column both signs, so that
 // a lane has all it needs to go from dφ to dz. The fragments of the state are B operands at the same time (forward.cuh).
+//
+// "Whole": at D = 128, F = 256 the registers hold the state for all values if they need not hold dW. Then the sweeps leave dz
+// where dq and dk will be, and a kernel of its own makes dq, dk and dW of it (backward_inputs.cuh). That takes 211 KiB of
+// shared memory, which an A100 does not give, and a key head for each query head: a sum over heads cannot wait in the place of
+// one addend. It leaves room for raw q and k a chunk ahead.
 //
 // On paper, in FLOP a token and head at D = V = 128 (of a chunk's scores 5/8 are computed, the tiles up to the diagonal):
 //
-//                         F = 128    F = 256, two slices
-//     φ(q), φ(k) again      33 k       66 k × 2               z = x W
-//     first sweep          129 k      177 k × 2               dn vᵀ, its products with φ(k) and 1, dn Sᵀ, S, dq, dW_q
-//     φ(q), φ(k) again      33 k       66 k × 2
-//     second sweep         172 k      215 k × 2               two triangles, dv, dφ(k), R, dk, dW_k
-//     in all               367 k     1048 k
+//                         F = 128    F = 256, two slices    whole
+//     φ(q), φ(k) again      33 k       66 k × 2              66 k    z = x W
+//     first sweep          129 k      177 k × 2             182 k    dn vᵀ, its products with φ(k) and 1, dn Sᵀ, S (dq, dW_q)
+//     φ(q), φ(k) again      33 k       66 k × 2              66 k
+//     second sweep         172 k      215 k × 2             258 k    two triangles, dv, dφ(k), R (dk, dW_k)
+//     afterwards                                            131 k    dq, dW_q, dk, dW_k
+//     in all               367 k     1048 k                 703 k
 //
 // At F = 128 that is less arithmetic than the limit by memory allows. At F = 256 the slices repeat φ, the products with
-// features and the weights' gradients: 1.4 times what one pass would need, so that at most 70 % of the limit is in reach.
+// features and the weights' gradients: 1.4 times what one pass would need. Nothing is repeated where the values are whole;
+// dz goes to memory and comes back instead, with x once more (backward_inputs.cuh).
 #pragma once
 
+#include <type_traits>
+
+#include "backward_inputs.cuh"
 #include "feature_map.cuh"
 
 namespace hedgehog {
@@ -52,15 +62,17 @@ struct BackwardParameters {
     int32_t slice;       // of the values
     int32_t member;      // of the query heads that share a key head; launches of members follow each other
     float eps;
+    bool whole;          // all values at once, F = 256 too: dz goes to grad_q and grad_k
     bool state_only;     // the pass that only fills segment_states, each segment from zero
 };
 
-template <int kHeadDim_, int kFeatures_, bool kFused_>
+template <int kHeadDim_, int kFeatures_, bool kFused_, bool kWhole_>
 struct BackwardShape {
     static constexpr int kHeadDim = kHeadDim_, kFeatures = kFeatures_, kProjected = kFeatures / 2;
-    static constexpr bool kFused = kFused_;
+    static constexpr bool kFused = kFused_, kWhole = kWhole_;
+    static_assert(!kWhole || (kFused && kProjected <= kHeadDim), "dz waits where dq and dk will be");
     static constexpr int kWarps = 8, kThreads = 32 * kWarps;
-    static constexpr int kSlice = kFeatures == 256 ? 64 : kHeadDim, kSlices = kHeadDim / kSlice;
+    static constexpr int kSlice = kFeatures == 256 && !kWhole ? 64 : kHeadDim, kSlices = kHeadDim / kSlice;
     static constexpr int kPairs = kFeatures / 128;  // of eight features: a warp's share
     static constexpr int kGap = kFused ? kProjected / kUnit : 1;  // units between the two of a pair
     static constexpr int kStateSize = kFeatures * (kSlice + 1);   // of one segment's R and r
@@ -68,12 +80,14 @@ struct BackwardShape {
     static constexpr int kWeightBytes = kFused ? Tile<kProjected>::bytes(kHeadDim) : 0;
     static constexpr int kInputBytes = Tile<kHeadDim>::bytes(kChunk);
     static constexpr int kPhiBytes = Tile<kFeatures>::bytes(kChunk);
-    static constexpr int kRawBytes = kFused ? 2 * kInputBytes : 0;
+    static constexpr int kRawBytes = kFused && !kWhole ? 2 * kInputBytes : 0;
     static constexpr int kSliceBytes = Tile<kSlice>::bytes(kChunk);
     static constexpr int kScoresBytes = Tile<kChunk>::bytes(kChunk);
-    // Where things lie in shared memory, as far as both sweeps have them. Raw q and k are where φ(q) will be.
+    // Where things lie in shared memory, as far as both sweeps have them. Raw q and k are where φ(q) will be; with all the
+    // values they have a place of their own, so that they can come a chunk ahead.
     static constexpr int kWeightQ = 0, kWeightK = kWeightBytes;
-    static constexpr int kPhiQ = 2 * kWeightBytes, kRawQ = kPhiQ, kRawK = kRawQ + kInputBytes;
+    static constexpr int kRawQ = 2 * kWeightBytes, kRawK = kRawQ + kInputBytes;
+    static constexpr int kPhiQ = kWhole ? kRawK + kInputBytes : kRawQ;
     static constexpr int kPhiK = kPhiQ + (kRawBytes > kPhiBytes ? kRawBytes : kPhiBytes);
     static constexpr int kValues = kPhiK + kPhiBytes;
     static constexpr int kGrads = kValues + kSliceBytes;
@@ -81,6 +95,7 @@ struct BackwardShape {
     static constexpr int kMarks = kGradScores + kScoresBytes;
     static constexpr int kShifts = kMarks + 4 * kChunk;
     static constexpr int kCommonBytes = kShifts + 4 * kChunk;
+    static constexpr int kMostBytes = (kWhole ? 227 : 163) * 1024;  // what a block gets of an H100, and of an A100
 };
 
 // One block's view of its row, head and segment, and the steps that both sweeps take.
@@ -91,7 +106,7 @@ class BackwardBlock {
     static constexpr int kHeadDim = Shape::kHeadDim, kFeatures = Shape::kFeatures, kProjected = Shape::kProjected;
     static constexpr int kSlice = Shape::kSlice, kPairs = Shape::kPairs, kGap = Shape::kGap;
     static constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps;
-    static constexpr bool kFused = Shape::kFused;
+    static constexpr bool kFused = Shape::kFused, kWhole = Shape::kWhole;
 
     __device__ __forceinline__ explicit BackwardBlock(const BackwardParameters& parameters) : p(parameters) {
         unsigned char* shared = dynamic_shared_memory();
@@ -261,13 +276,15 @@ class BackwardBlock {
         if (member_of_quad() == 0) shifts[token_row] = shift;
     }
 
-    // φ(k) and φ(q) in the place of raw q and k, sixteen rows in each warp.
-    __device__ __forceinline__ void make_features(bool keys_too) const {
+    // φ(k) and φ(q), sixteen rows in each warp. Raw q and k are used up when `fetch` is called.
+    template <class Fetch>
+    __device__ __forceinline__ void make_features(bool keys_too, Fetch fetch) const {
         const int first_row = 16 * (warp() % 4);
         const bool is_key = warp() >= 4, wanted = keys_too || !is_key;
         float z[kProjected / 8][4];
         if (wanted) project<kHeadDim, kProjected>(z, is_key ? raw_k : raw_q, first_row, is_key ? weight_k : weight_q);
         __syncthreads();  // all have read q and k
+        fetch();
         if (!wanted) return;
         const bool keep[2] = {!is_key || is_real(first_row + lane() / 4), !is_key || is_real(first_row + lane() / 4 + 8)};
         // not a choice between two tiles: the compiler is to see that this is shared memory
@@ -390,40 +407,18 @@ class BackwardBlock {
         return p.feature_map == HEDGEHOG_JOINT ? 2.0f * z : z;
     }
 
-    // dz (in the first half of φ's columns) back through W: rows of dq or dk; added to what is there if `add`.
-    __device__ __forceinline__ void write_input_gradient(Tile<kFeatures> dz, Tile<kProjected> weight, uint16_t* to,
-                                                         int64_t row_stride, bool add) const {
-        const int row_tile = warp() % 4;
-        // thirty-two columns at a time: the registers hold the state and dW already
+    // dz, which lies in the first half of φ's columns, to where dx will be.
+    __device__ __forceinline__ void write_projected_gradient(Tile<kFeatures> dz, uint16_t* to, int64_t row_stride) const {
+        constexpr int kUnits = kProjected / kUnit;
 #pragma unroll 1
-        for (int part = 0; part < kHeadDim / 64; ++part) {
-            const int first = warp() / 4 * (kHeadDim / 2) + 32 * part;
-            float sums[2][2][4] = {};
-#pragma unroll 1
-            for (int column = 0; column < kProjected; column += 16) {
-                uint32_t a[4];
-                dz.load_a(a, 16 * row_tile, column, lane());
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    uint32_t b[4];
-                    weight.load_b_transposed(b, column, first + 16 * n, lane());
-                    mma(sums[n][0], a, b[0], b[1]);
-                    mma(sums[n][1], a, b[2], b[3]);
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int row = 16 * row_tile + lane() / 4 + 8 * r;
-                if (row >= num_rows()) continue;
-#pragma unroll
-                for (int n = 0; n < 4; ++n)
-                    add_pair(to + row * row_stride + first + 8 * n + 2 * member_of_quad(), sums[n / 2][n % 2][2 * r],
-                             sums[n / 2][n % 2][2 * r + 1], add);
-            }
+        for (int index = thread_index(); index < kChunk * kUnits; index += kThreads) {
+            const int row = index / kUnits, column_unit = index % kUnits;
+            if (row < num_rows())
+                *reinterpret_cast<uint4*>(to + row * row_stride + column_unit * kUnit) = dz.eight(row, column_unit);
         }
     }
 
-    // The same where φ was given: dφ itself, which lies in φ's place.
+    // Where φ was given: dφ itself, which lies in φ's place.
     __device__ __forceinline__ void write_feature_gradient(Tile<kFeatures> grad, uint16_t* to, int64_t row_stride,
                                                            bool add) const {
         for (int index = thread_index(); index < kChunk * kFeatures / 2; index += kThreads) {
@@ -434,45 +429,8 @@ class BackwardBlock {
         }
     }
 
-    __device__ __forceinline__ static void add_pair(uint16_t* to, float left, float right, bool add) {
-        uint32_t& pair = *reinterpret_cast<uint32_t*>(to);
-        if (add) {
-            left += low_bf16(pair);
-            right += high_bf16(pair);
-        }
-        pair = pack_bf16(left, right);
-    }
-
-    // dW += xᵀ dz. A warp has sixteen of the D rows, and of the columns all or half.
-    static constexpr int kWeightRowTiles = kHeadDim / 16, kWeightColumns = kProjected * kWeightRowTiles / kWarps;
-    __device__ __forceinline__ static int weight_row() { return 16 * (warp() % kWeightRowTiles); }
-    __device__ __forceinline__ static int weight_column() { return warp() / kWeightRowTiles * kWeightColumns; }
-
-    __device__ __forceinline__ void add_weight_gradient(Tile<kHeadDim> x, Tile<kFeatures> dz) {
-#pragma unroll 1
-        for (int token = 0; token < kChunk; token += 16) {
-            uint32_t a[4];
-            x.load_a_transposed(a, weight_row(), token, lane());
-#pragma unroll
-            for (int n = 0; n < kWeightColumns / 8; n += 2) {
-                uint32_t b[4];
-                dz.load_b(b, token, weight_column() + 8 * n, lane());
-                mma(grad_weight[n], a, b[0], b[1]);
-                mma(grad_weight[n + 1], a, b[2], b[3]);
-            }
-        }
-    }
-
-    __device__ __forceinline__ void write_weight_gradient(float* all, int64_t head) const {
-        float* to = all + ((row() * p.segments + segment()) * p.heads + head) * (kHeadDim * kProjected);
-#pragma unroll
-        for (int n = 0; n < kWeightColumns / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int d = weight_row() + lane() / 4 + 8 * (i >> 1);
-                float& element = to[d * kProjected + weight_column() + 8 * n + 2 * member_of_quad() + (i & 1)];
-                element = p.slice > 0 ? element + grad_weight[n][i] : grad_weight[n][i];
-            }
+    __device__ __forceinline__ int64_t weight_offset(int64_t head) const {
+        return ((row() * p.segments + segment()) * p.heads + head) * (kHeadDim * kProjected);
     }
 
     const BackwardParameters& p;
@@ -485,7 +443,8 @@ class BackwardBlock {
     int32_t* marks;            // run << 1 | is it a real token
     float* shifts;             // dn·μ of each row
     float state[kPairs][kSlice / 8][4];
-    float grad_weight[kFused ? kWeightColumns / 8 : 1][4];
+    struct Nothing {};
+    std::conditional_t<kFused && !kWhole, ProjectionGradients<kHeadDim, kProjected, kFeatures>, Nothing> projection;
 };
 
 }  // namespace hedgehog

@@ -7,13 +7,14 @@ namespace hedgehog {
 
 // See forward.cu.
 #define RESOURCES(head_dim, features, map, registers, shared_bytes)                                             \
-    static_assert(KeyLayout<head_dim, features, map == fused>::kBytes <= shared_bytes && registers <= 255,      \
+    static_assert(KeyLayout<head_dim, features, map != given, map == whole>::kBytes <= shared_bytes && registers <= 255,      \
                   "linear_attention_key_gradients<" #head_dim "," #features "," #map "> takes more than declared")
-constexpr bool given = false, fused = true;
+constexpr int given = 0, fused = 1, whole = 2;
 RESOURCES(64, 128, fused, 200, 100608);
 RESOURCES(64, 256, fused, 255, 166656);
 RESOURCES(128, 128, fused, 240, 166144);
 RESOURCES(128, 256, fused, 255, 166656);
+RESOURCES(128, 256, whole, 255, 215808);
 RESOURCES(64, 128, given, 96, 84224);
 RESOURCES(64, 256, given, 160, 133888);
 RESOURCES(128, 128, given, 168, 116992);
@@ -57,19 +58,20 @@ __global__ void __launch_bounds__(kSuffixThreads) segment_suffix(const __grid_co
     }
 }
 
-int32_t key_gradients_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map) {
-    return for_shape(head_dim, features, feature_map, 0, [](auto shape) -> int {
+int32_t key_gradients_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map, bool whole) {
+    return for_backward_shape(head_dim, features, feature_map, whole, 0, [](auto shape) -> int {
         using Shape = decltype(shape);
-        return KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>::kBytes;
+        return KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kWhole>::kBytes;
     });
 }
 
 cudaError_t launch_key_gradients(const HedgehogForwardArguments& a, BackwardParameters p) {
     const auto stream = static_cast<cudaStream_t>(a.stream);
-    return for_shape(a.head_dim, a.features, a.feature_map, cudaErrorInvalidValue, [&](auto shape) -> cudaError_t {
+    const auto launch_all = [&](auto shape) -> cudaError_t {
         using Shape = decltype(shape);
-        using Layout = KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>;
-        const auto kernel = &linear_attention_key_gradients<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>;
+        using Layout = KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kWhole>;
+        const auto kernel =
+            &linear_attention_key_gradients<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kWhole>;
         const auto pass = [&](bool state_only) {
             const dim3 grid(p.segments, p.heads / p.group, p.batch);
             cudaError_t error = cudaSuccess;
@@ -101,7 +103,8 @@ cudaError_t launch_key_gradients(const HedgehogForwardArguments& a, BackwardPara
             if (error != cudaSuccess) return error;
         }
         return pass(false);
-    });
+    };
+    return for_backward_shape(a.head_dim, a.features, a.feature_map, p.whole, cudaErrorInvalidValue, launch_all);
 }
 
 }  // namespace hedgehog

@@ -1,34 +1,35 @@
 // Backward, second sweep: chunk after chunk from the end, with R and r. Gives dk, dv, dW_k, and the initial state's.
 //
 // The values become v − μ where they lie, and the rows' dd becomes dd + dn·μ (backward.cuh). R is needed a second time with
-// its features as the sum's index, for φ(k) R: a bf16 copy goes to shared memory, if need be over W_q, which is fetched
-// again. dz takes the place of φ(k). Raw k comes a second time, for dW, into the place of φ(q).
+// its features as the sum's index, for φ(k) R: a bf16 copy goes to shared memory, if need be over W_q, with all values over
+// W_k too, which are fetched again. dz takes the place of φ(k). Raw k comes a second time, for dW, into the place of φ(q).
 #pragma once
 
 #include "backward.cuh"
 
 namespace hedgehog {
 
-template <int kHeadDim, int kFeatures, bool kFused>
-struct KeyLayout : BackwardShape<kHeadDim, kFeatures, kFused> {
-    using Shape = BackwardShape<kHeadDim, kFeatures, kFused>;
+template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
+struct KeyLayout : BackwardShape<kHeadDim, kFeatures, kFused, kWhole> {
+    using Shape = BackwardShape<kHeadDim, kFeatures, kFused, kWhole>;
     static constexpr int kStateBytes = Tile<Shape::kSlice>::bytes(kFeatures);
     static constexpr bool kStateOverWeight = kFused && kHeadDim == 128 && kFeatures == 256;
     static constexpr int kState = kStateOverWeight ? Shape::kWeightQ : Shape::kCommonBytes;
-    static_assert(!kStateOverWeight || kStateBytes <= Shape::kWeightBytes, "R fits where W_q is");
+    static_assert(!kStateOverWeight || kStateBytes <= (kWhole ? 2 : 1) * Shape::kWeightBytes, "R fits where W is");
     static constexpr int kScores = Shape::kCommonBytes + (kStateOverWeight ? 0 : kStateBytes);
     static constexpr int kGradDenominator = kScores + Shape::kScoresBytes;
     static constexpr int kShiftedSum = kGradDenominator + 4 * kChunk;  // r + R μ
     static constexpr int kRowSums = kShiftedSum + 4 * kFeatures;       // 8 warps × 16 rows × 2; before that μ
     static constexpr int kBytes = kRowSums + 4 * 2 * 16 * Shape::kWarps;
-    static_assert(kBytes <= 163 * 1024, "an A100 gives a block 163 KiB");
+    static_assert(kBytes <= Shape::kMostBytes, "shared memory of a block");
     static_assert(Shape::kSlice <= 2 * 16 * Shape::kWarps, "μ fits");
 };
 
-template <int kHeadDim, int kFeatures, bool kFused>
-class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
-    using Layout = KeyLayout<kHeadDim, kFeatures, kFused>;
-    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>;
+template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
+class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>> {
+    using Layout = KeyLayout<kHeadDim, kFeatures, kFused, kWhole>;
+    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>>;
+    static constexpr bool kProjects = kFused && !kWhole;
     using Block::chunk;
     using Block::grads;
     using Block::kGap;
@@ -59,10 +60,7 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
     __device__ __forceinline__ void run() {
         if (p.state_only && this->segment() == 0) return;  // nothing comes before the first
         load_state();
-#pragma unroll
-        for (auto& fragment : this->grad_weight)
-#pragma unroll
-            for (float& element : fragment) element = 0.0f;
+        if constexpr (kProjects) this->projection.clear();
         chunk = this->stop_chunk() - 1;
         if constexpr (kFused) this->copy_weights(head());
         this->copy_values_and_grads(head(), kv_head(), chunk);
@@ -76,7 +74,9 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
             __syncthreads();
             this->find_mean(mean, nullptr, this->num_rows());
             if constexpr (kFused)
-                this->make_features(!p.state_only);  // a barrier inside
+                this->make_features(!p.state_only, [&] {  // a barrier inside
+                    if constexpr (kWhole) this->copy_inputs(head(), kv_head(), next);
+                });
             else
                 __syncthreads();
             this->template divide_grads<true>(mean, head());
@@ -90,12 +90,21 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
                 __syncthreads();
                 write_value_gradient();
 #pragma unroll 1
-                for (int row_tile = 0; row_tile < 4; ++row_tile) differentiate_rows(row_tile);
+                for (int row_tile = 0; row_tile < 4; ++row_tile) {
+                    differentiate_rows(row_tile);
+                    // R has been read where W_q and W_k were
+                    if constexpr (kWhole)
+                        if (row_tile == 0) {
+                            this->copy_weights(head());
+                            copy_async_commit();
+                        }
+                }
             }
             advance_state();
             __syncthreads();
             if (!p.state_only) write_gradients();
             this->copy_values_and_grads(head(), kv_head(), next);
+            if constexpr (kWhole) continue;
             __syncthreads();
             this->copy_inputs(head(), kv_head(), next);
         }
@@ -104,7 +113,8 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
             store_state(segment_state(this->segment() - 1), kSlice, true);
             return;
         }
-        if constexpr (kFused) this->write_weight_gradient(p.grad_weight_k, head());
+        if constexpr (kProjects)
+            this->projection.write_weight_gradient(p.grad_weight_k + this->weight_offset(head()), p.slice > 0);
         if (p.grad_initial_kv && this->segment() == 0) store_initial_state();
     }
 
@@ -193,14 +203,22 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
 
     // dv = tril(φ(q) φ(k)ᵀ)ᵀ dn + φ(k) R; added to what other query heads of the group gave.
     __device__ __forceinline__ void write_value_gradient() const {
-        const int row_tile = warp() % 4, first = warp() / 4 * (kSlice / 2);
-        float sums[kSlice / 32][2][4] = {};
+        // at most thirty-two columns a warp and time: the registers hold the state already
+        constexpr int kParts = kSlice == 128 && kWhole ? 2 : 1, kColumns = kSlice / 2 / kParts;
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part) write_value_columns<kColumns>(kColumns * (warp() / 4 * kParts + part));
+    }
+
+    template <int kColumns>
+    __device__ __forceinline__ void write_value_columns(int first) const {
+        const int row_tile = warp() % 4;
+        float sums[kColumns / 16][2][4] = {};
 #pragma unroll 1
         for (int f = 0; f < kFeatures; f += 16) {
             uint32_t a[4];
             phi_k.load_a(a, 16 * row_tile, f, lane());
 #pragma unroll
-            for (int n = 0; n < kSlice / 32; ++n) {
+            for (int n = 0; n < kColumns / 16; ++n) {
                 uint32_t b[4];
                 state_copy.load_b(b, f, first + 16 * n, lane());
                 mma(sums[n][0], a, b[0], b[1]);
@@ -212,7 +230,7 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
             for (int r = 0; r < 2; ++r)
                 if (!this->enters_state(16 * row_tile + lane() / 4 + 8 * r))
 #pragma unroll
-                    for (int n = 0; n < kSlice / 16; ++n)
+                    for (int n = 0; n < kColumns / 8; ++n)
                         sums[n / 2][n % 2][2 * r] = sums[n / 2][n % 2][2 * r + 1] = 0.0f;
         }
 #pragma unroll 1
@@ -220,22 +238,22 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
             uint32_t a[4];
             scores.load_a_transposed(a, 16 * row_tile, 16 * query_tile, lane());
 #pragma unroll
-            for (int n = 0; n < kSlice / 32; ++n) {
+            for (int n = 0; n < kColumns / 16; ++n) {
                 uint32_t b[4];
                 grads.load_b(b, 16 * query_tile, first + 16 * n, lane());
                 mma(sums[n][0], a, b[0], b[1]);
                 mma(sums[n][1], a, b[2], b[3]);
             }
         }
-        uint16_t* to = this->at(p.grad_v, p.grad_v_stride, kv_head(), this->start()) + p.slice * kSlice;
+        uint16_t* to = this->at(p.grad_v, p.grad_v_stride, kv_head(), this->start()) + p.slice * kSlice + first;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = 16 * row_tile + lane() / 4 + 8 * r;
             if (row >= this->num_rows()) continue;
 #pragma unroll
-            for (int n = 0; n < kSlice / 16; ++n)
-                this->add_pair(to + row * p.grad_v_stride.token + first + 8 * n + 2 * member(),
-                               sums[n / 2][n % 2][2 * r], sums[n / 2][n % 2][2 * r + 1], p.member > 0);
+            for (int n = 0; n < kColumns / 8; ++n)
+                add_pair(to + row * p.grad_v_stride.token + 8 * n + 2 * member(), sums[n / 2][n % 2][2 * r],
+                         sums[n / 2][n % 2][2 * r + 1], p.member > 0);
         }
     }
 
@@ -365,17 +383,21 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
 
     // dk and dW_k. Ends with all copies in shared memory used up but those of `next`.
     __device__ __forceinline__ void write_gradients() {
-        if constexpr (kFused) {
+        if constexpr (kWhole) {
+            uint16_t* to = this->at(p.grad_k, p.grad_k_stride, kv_head(), this->start());
+            this->write_projected_gradient(phi_k, to, p.grad_k_stride.token);
+        } else if constexpr (kFused) {
             this->copy_chunk(raw_k_again, p.k, p.k_stride, kv_head(), chunk);
             if constexpr (Layout::kStateOverWeight)
                 this->weight_q.template copy_rows<kHeadDim, kThreads>(
                     p.weight_q + head() * kHeadDim * kProjected, kProjected, [](int) { return true; });
             copy_async_commit();
             uint16_t* to = this->at(p.grad_k, p.grad_k_stride, kv_head(), this->start());
-            this->write_input_gradient(phi_k, this->weight_k, to, p.grad_k_stride.token, p.slice > 0 || p.member > 0);
+            this->projection.write_input_gradient(phi_k, this->weight_k, to, p.grad_k_stride.token, this->num_rows(),
+                                                  p.slice > 0 || p.member > 0);
             copy_async_wait<0>();
             __syncthreads();
-            this->add_weight_gradient(raw_k_again, phi_k);
+            this->projection.add_weight_gradient(raw_k_again, phi_k);
         } else {
             uint16_t* to = this->at(p.grad_k, p.grad_k_stride, head(), this->start());
             this->write_feature_gradient(phi_k, to, p.grad_k_stride.token, p.slice > 0);
@@ -389,10 +411,10 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
     float q_sum;  // this lane's part of r
 };
 
-template <int kHeadDim, int kFeatures, bool kFused>
-__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused>::kThreads, 1)
+template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
+__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused, kWhole>::kThreads, 1)
     linear_attention_key_gradients(const __grid_constant__ BackwardParameters parameters) {
-    KeyGradients<kHeadDim, kFeatures, kFused>(parameters).run();
+    KeyGradients<kHeadDim, kFeatures, kFused, kWhole>(parameters).run();
 }
 
 }  // namespace hedgehog

@@ -7,13 +7,14 @@ namespace hedgehog {
 
 // See forward.cu.
 #define RESOURCES(head_dim, features, map, registers, shared_bytes)                                               \
-    static_assert(QueryLayout<head_dim, features, map == fused>::kBytes <= shared_bytes && registers <= 255,      \
+    static_assert(QueryLayout<head_dim, features, map != given, map == whole>::kBytes <= shared_bytes && registers <= 255,      \
                   "linear_attention_query_gradients<" #head_dim "," #features "," #map "> takes more than declared")
-constexpr bool given = false, fused = true;
+constexpr int given = 0, fused = 1, whole = 2;
 RESOURCES(64, 128, fused, 216, 79360);
 RESOURCES(64, 256, fused, 255, 129024);
 RESOURCES(128, 128, fused, 240, 129024);
 RESOURCES(128, 256, fused, 255, 161792);
+RESOURCES(128, 256, whole, 255, 211456);
 RESOURCES(64, 128, given, 216, 62976);
 RESOURCES(64, 256, given, 240, 96256);
 RESOURCES(128, 128, given, 240, 79872);
@@ -21,11 +22,12 @@ RESOURCES(128, 256, given, 240, 96256);
 #undef RESOURCES
 
 cudaError_t launch_query_gradients(const HedgehogForwardArguments& a, const BackwardParameters& p) {
-    return for_shape(a.head_dim, a.features, a.feature_map, cudaErrorInvalidValue, [&](auto shape) {
+    return for_backward_shape(a.head_dim, a.features, a.feature_map, p.whole, cudaErrorInvalidValue, [&](auto shape) {
         using Shape = decltype(shape);
-        using Layout = QueryLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>;
-        return launch(&linear_attention_query_gradients<Shape::kHeadDim, Shape::kFeatures, Shape::kFused>,
-                      dim3(p.segments, p.heads, p.batch), Layout::kThreads, Layout::kBytes,
+        constexpr int kHeadDim = Shape::kHeadDim, kFeatures = Shape::kFeatures;
+        return launch(&linear_attention_query_gradients<kHeadDim, kFeatures, Shape::kFused, Shape::kWhole>,
+                      dim3(p.segments, p.heads, p.batch), Shape::kThreads,
+                      QueryLayout<kHeadDim, kFeatures, Shape::kFused, Shape::kWhole>::kBytes,
                       static_cast<cudaStream_t>(a.stream), p);
     });
 }

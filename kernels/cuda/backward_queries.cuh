@@ -9,21 +9,22 @@
 
 namespace hedgehog {
 
-template <int kHeadDim, int kFeatures, bool kFused>
-struct QueryLayout : BackwardShape<kHeadDim, kFeatures, kFused> {
-    using Shape = BackwardShape<kHeadDim, kFeatures, kFused>;
+template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
+struct QueryLayout : BackwardShape<kHeadDim, kFeatures, kFused, kWhole> {
+    using Shape = BackwardShape<kHeadDim, kFeatures, kFused, kWhole>;
     static constexpr int kKSum = Shape::kCommonBytes;
     static constexpr int kMean = kKSum + 4 * kFeatures;
     static constexpr int kTotals = kMean + 4 * Shape::kSlice;
     static constexpr int kRowSums = kTotals + 4 * Shape::kSlice;  // two buffers, of 8 warps × 16 rows × 4
     static constexpr int kBytes = kRowSums + 2 * 4 * 4 * 16 * Shape::kWarps;
-    static_assert(kBytes <= 163 * 1024, "an A100 gives a block 163 KiB");
+    static_assert(kBytes <= Shape::kMostBytes, "shared memory of a block");
 };
 
-template <int kHeadDim, int kFeatures, bool kFused>
-class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>> {
-    using Layout = QueryLayout<kHeadDim, kFeatures, kFused>;
-    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>;
+template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
+class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>> {
+    using Layout = QueryLayout<kHeadDim, kFeatures, kFused, kWhole>;
+    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>>;
+    static constexpr bool kProjects = kFused && !kWhole;
     using Block::chunk;
     using Block::grads;
     using Block::kGap;
@@ -53,10 +54,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>
 
     __device__ __forceinline__ void run() {
         load_state();
-#pragma unroll
-        for (auto& fragment : this->grad_weight)
-#pragma unroll
-            for (float& element : fragment) element = 0.0f;
+        if constexpr (kProjects) this->projection.clear();
         chunk = this->first_chunk();
         if constexpr (kFused) this->copy_weights(head());
         this->copy_values_and_grads(head(), kv_head(), chunk);
@@ -69,7 +67,9 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>
             __syncthreads();
             this->find_mean(mean, totals, tokens_in_state() + (chunk - this->first_chunk()) * kChunk + this->num_rows());
             if constexpr (kFused)
-                this->make_features(true);  // a barrier inside
+                this->make_features(true, [&] {  // a barrier inside
+                    if constexpr (kWhole) this->copy_inputs(head(), kv_head(), next);
+                });
             else
                 __syncthreads();
             this->template divide_grads<false>(mean, head());
@@ -80,25 +80,19 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>
             for (int row_tile = 0; row_tile < 4; ++row_tile) differentiate_rows(row_tile);
             advance_state();
             __syncthreads();
-            if constexpr (kFused) {
+            if constexpr (kProjects) {
                 this->copy_chunk(raw_q_again, p.q, p.q_stride, head(), chunk);
                 copy_async_commit();
             }
             this->copy_values_and_grads(head(), kv_head(), next);
-            uint16_t* to = this->at(p.grad_q, p.grad_q_stride, head(), this->start());
-            if constexpr (kFused) {
-                this->write_input_gradient(phi_q, this->weight_q, to, p.grad_q_stride.token, p.slice > 0);
-                copy_async_wait<1>();
-                __syncthreads();
-                this->add_weight_gradient(raw_q_again, phi_q);
-            } else {
-                this->write_feature_gradient(phi_q, to, p.grad_q_stride.token, p.slice > 0);
-            }
+            write_gradients();
+            if constexpr (kWhole) continue;
             __syncthreads();
             this->copy_inputs(head(), kv_head(), next);
         }
         copy_async_wait<0>();
-        if constexpr (kFused) this->write_weight_gradient(p.grad_weight_q, head());
+        if constexpr (kProjects)
+            this->projection.write_weight_gradient(p.grad_weight_q + this->weight_offset(head()), p.slice > 0);
     }
 
    private:
@@ -299,15 +293,31 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused>>
             }
     }
 
+    // dq and dW_q, or what they are made of.
+    __device__ __forceinline__ void write_gradients() {
+        uint16_t* to = this->at(p.grad_q, p.grad_q_stride, head(), this->start());
+        if constexpr (kWhole) {
+            this->write_projected_gradient(phi_q, to, p.grad_q_stride.token);
+        } else if constexpr (kFused) {
+            this->projection.write_input_gradient(phi_q, this->weight_q, to, p.grad_q_stride.token, this->num_rows(),
+                                                  p.slice > 0);
+            copy_async_wait<1>();
+            __syncthreads();
+            this->projection.add_weight_gradient(raw_q_again, phi_q);
+        } else {
+            this->write_feature_gradient(phi_q, to, p.grad_q_stride.token, p.slice > 0);
+        }
+    }
+
     float *k_sum, *mean, *row_sums;
     float* totals;  // of the values so far
     Tile<kHeadDim> raw_q_again;
 };
 
-template <int kHeadDim, int kFeatures, bool kFused>
-__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused>::kThreads, 1)
+template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
+__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused, kWhole>::kThreads, 1)
     linear_attention_query_gradients(const __grid_constant__ BackwardParameters parameters) {
-    QueryGradients<kHeadDim, kFeatures, kFused>(parameters).run();
+    QueryGradients<kHeadDim, kFeatures, kFused, kWhole>(parameters).run();
 }
 
 }  // namespace hedgehog

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-UNITS = ("forward.cu", "decode.cu", "backward.cu", "backward_queries.cu", "backward_keys.cu")
+UNITS = ("forward.cu", "decode.cu", "backward.cu", "backward_queries.cu", "backward_keys.cu", "backward_inputs.cu")
 HOPPER_UNITS = ("forward_hopper.cu",)
 """Only for compute capability 9.0, and the emulation: wgmma needs the target sm_90a."""
 NVCC_FLAGS = ("-std=c++17", "-O3")

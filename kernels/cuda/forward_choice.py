@@ -8,14 +8,12 @@ then; a later change is not looked at.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 from .library import Library
+from .switches import asked_for
 
 SWITCH = "HEDGEHOG_FORWARD"
 KERNEL_NUMBERS = {"mma": 0, "wgmma": 1}
@@ -31,9 +29,7 @@ class ForwardChoice(NamedTuple):
 
 def choose_forward(library: Library, head_dim: int, features: int, feature_map: str) -> ForwardChoice:
     """Raises ValueError for an unknown name in $HEDGEHOG_FORWARD."""
-    wanted = os.environ.get(SWITCH, "")
-    if wanted and wanted not in KERNEL_NUMBERS:
-        raise ValueError(f"{SWITCH}={wanted}: there are {', '.join(KERNEL_NUMBERS)}")
+    wanted = asked_for(SWITCH, KERNEL_NUMBERS)
     if not wanted:
         return ForwardChoice("mma", f"the default; wgmma has not been measured yet ({SWITCH}=wgmma asks for it)")
     if wanted == "wgmma" and not library.has_wgmma(head_dim, features, feature_map):
@@ -47,17 +43,3 @@ def choose_forward(library: Library, head_dim: int, features: int, feature_map: 
 @cache
 def _say_once(reason: str) -> None:
     logger.warning("%s=wgmma, but mma.sync runs: %s", SWITCH, reason)
-
-
-@contextlib.contextmanager
-def forward_kernel(name: str) -> Iterator[None]:
-    """`name` for a while, whatever the environment asks for: for tests and benchmarks."""
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SWITCH]
-        else:
-            os.environ[SWITCH] = before

@@ -20,13 +20,10 @@ from ..attention_state import LinearAttentionState
 from ..chunked_attention import chunked_linear_attention
 from ..feature_maps import Side, make_feature_map
 from .arguments import forward_arguments, loadable, token_strides
+from .backward_choice import KERNEL_NUMBERS, choose_backward
 from .checks import checked_sizes
-from .library import (
-    BackwardArguments,
-    address,
-    cuda_library,
-    library_for,
-)
+from .library import BackwardArguments, ForwardArguments, address, cuda_library, library_for
+from .limits import FEATURE_MAP_NUMBERS
 
 GRADIENT_TOLERANCE = 0.03
 """Relative RMS error at which the backward kernels count as wrong; bf16 costs about 0.005."""
@@ -78,26 +75,67 @@ def backward_obstacle(device: torch.device, num_features: int, head_dim: int, fe
     """Why the backward kernels cannot serve here, or None. Asked where the forward kernel serves; said once."""
     if device.type in UNCHECKED_DEVICES:
         return None
-    obstacle = _shared_memory_obstacle(device, num_features, head_dim, feature_map) if device.type == "cuda" else None
-    obstacle = obstacle or gradient_disagreement(device, num_features, head_dim, feature_map)
+    obstacle = _device_obstacle(device, num_features, head_dim, feature_map, "slices")
     if obstacle:
         logger.warning("PyTorch computes the gradients of linear attention, not the kernels: %s", obstacle)
     return obstacle
 
 
-def _shared_memory_obstacle(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> str | None:
+@cache
+def whole_obstacle(
+    device: torch.device, num_features: int, head_dim: int, feature_map: str, grouped: bool
+) -> str | None:
+    """Why the kernels that take the values whole cannot serve here, or None. `grouped`: query heads share key heads.
+
+    What is the device's fault is said once.
+    """
+    shape = ForwardArguments(
+        batch=1,
+        heads=1 + grouped,
+        kv_heads=1,
+        head_dim=head_dim,
+        features=num_features,
+        feature_map=FEATURE_MAP_NUMBERS[feature_map],
+    )
+    if not library_for(device).has_whole(shape):
+        heads = (
+            "query heads that share a key head" if grouped else f"head dim {head_dim}, F={num_features}, {feature_map}"
+        )
+        return f"the values are not taken whole for {heads}"
+    if device.type in UNCHECKED_DEVICES:
+        return None
+    obstacle = _device_obstacle(device, num_features, head_dim, feature_map, "whole")
+    if obstacle:
+        logger.warning("the backward kernels take the values in slices: %s", obstacle)
+    return obstacle
+
+
+def _device_obstacle(
+    device: torch.device, num_features: int, head_dim: int, feature_map: str, kernel: str
+) -> str | None:
+    obstacle = None
+    if device.type == "cuda":
+        obstacle = _shared_memory_obstacle(device, num_features, head_dim, feature_map, kernel)
+    return obstacle or gradient_disagreement(device, num_features, head_dim, feature_map, kernel)
+
+
+def _shared_memory_obstacle(
+    device: torch.device, num_features: int, head_dim: int, feature_map: str, kernel: str
+) -> str | None:
     library = cuda_library(torch.cuda.get_device_capability(device))
-    needed = library.backward_shared_bytes(head_dim, num_features, feature_map)
+    needed = library.backward_shared_bytes(head_dim, num_features, feature_map, KERNEL_NUMBERS[kernel])
     there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return (
         f"a block of theirs needs {needed} bytes of shared memory, this GPU gives {there}" if needed > there else None
     )
 
 
-def gradient_disagreement(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> str | None:
+def gradient_disagreement(
+    device: torch.device, num_features: int, head_dim: int, feature_map: str, kernel: str = "slices"
+) -> str | None:
     """Why the backward kernels are not to be trusted on this device: they fail, or differ from PyTorch."""
     try:
-        error = _error_on_a_small_problem(device, num_features, head_dim, feature_map)
+        error = _error_on_a_small_problem(device, num_features, head_dim, feature_map, kernel)
     except torch.OutOfMemoryError:  # says nothing of the kernels: asked again next time
         raise
     except RuntimeError as fault:
@@ -105,9 +143,12 @@ def gradient_disagreement(device: torch.device, num_features: int, head_dim: int
     return None if error <= GRADIENT_TOLERANCE else f"they differ from PyTorch here by {error:.1%}; please report it"
 
 
-def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim: int, feature_map: str) -> float:
-    """The largest relative RMS error of a gradient; 130 tokens, two segments, grouped heads."""
-    heads, kv_heads, length, eps = 4, 2, 130, 1e-6
+def _error_on_a_small_problem(
+    device: torch.device, num_features: int, head_dim: int, feature_map: str, kernel: str
+) -> float:
+    """The largest relative RMS error of a gradient; 130 tokens, two segments, grouped heads where they serve."""
+    heads, length, eps = 4, 130, 1e-6
+    kv_heads = heads if kernel == "whole" else 2
     random = torch.Generator().manual_seed(0)  # not the caller's random numbers
 
     def draw(*shape: int) -> Tensor:
@@ -129,7 +170,7 @@ def _error_on_a_small_problem(device: torch.device, num_features: int, head_dim:
     denominator = (phi_q.float() * phi_k.float().cumsum(dim=2)).sum(dim=-1) + eps
     inputs = q, k, v, *weights, None, None, None, None
     expected = gradients_in_pytorch(inputs, (grad_out, None, None), feature_map, eps)
-    found = backward_kernels(inputs, denominator, (grad_out, None, None), feature_map, eps, 2)
+    found = backward_kernels(inputs, denominator, (grad_out, None, None), feature_map, eps, 2, kernel)
     errors = [
         float((ours.float() - theirs.float()).norm() / theirs.float().norm())
         for ours, theirs in zip(found, expected, strict=True)
@@ -172,12 +213,14 @@ def linear_attention_backward(
     The inputs of `linear_attention` as it had them, its denominator (B, H, L), and the gradients of o (B, H, L, V) and
     of the final state, if any. Deterministic.
     """
-    _, _, _, head_dim, features = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
+    _, heads, _, head_dim, features = checked_sizes(q, k, v, weight_q, weight_k, feature_map)
     inputs = q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum
     grads_of_results = grad_out, grad_final_kv, grad_final_k_sum
     if v.numel() and backward_obstacle(q.device, features, head_dim, feature_map) is not None:
         return gradients_in_pytorch(inputs, grads_of_results, feature_map, eps)
-    return backward_kernels(inputs, denominator, grads_of_results, feature_map, eps, segments)
+    shape = q.device, features, head_dim, feature_map, heads != v.shape[1]
+    kernel = choose_backward(lambda: whole_obstacle(*shape)).kernel
+    return backward_kernels(inputs, denominator, grads_of_results, feature_map, eps, segments, kernel)
 
 
 @linear_attention_backward.register_fake
@@ -189,12 +232,18 @@ def _(
 
 
 def backward_kernels(
-    inputs: Tensors, denominator: Tensor, grads_of_results: Tensors, feature_map: str, eps: float, segments: int
+    inputs: Tensors,
+    denominator: Tensor,
+    grads_of_results: Tensors,
+    feature_map: str,
+    eps: float,
+    segments: int,
+    kernel: str,
 ) -> Gradients:
     """The operator's results by the kernels, whatever `backward_obstacle` says.
 
     Beyond results: one state per segment, the weights' gradients of each row and segment, and where query heads share a
-    key head four bytes a token, head and slice of the values (backward.cu).
+    key head four bytes a token, head and slice of the values (backward.cu). `kernel`: a name in backward_choice.py.
     """
     q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum = inputs
     grad_out, grad_final_kv, grad_final_k_sum = grads_of_results
@@ -214,15 +263,15 @@ def backward_kernels(
         for x in (initial_kv, initial_k_sum, grad_final_kv, grad_final_k_sum)
     )
     denominator = denominator.contiguous()
-    library = library_for(q.device)
+    library, number = library_for(q.device), KERNEL_NUMBERS[kernel]
     inputs = q, k, v, weight_q, weight_k, mask, runs, initial_kv, initial_k_sum
     forward = forward_arguments(inputs, sizes, feature_map, eps, segments)
     forward.denominator = address(denominator)
-    scratch = torch.empty(library.backward_scratch_bytes(forward), dtype=torch.uint8, device=q.device)
+    scratch = torch.empty(library.backward_scratch_bytes(forward, number), dtype=torch.uint8, device=q.device)
     forward.scratch = address(scratch) if scratch.numel() else None
     grad_denominator = None
     if heads != v.shape[1]:  # else it waits where dv will be
-        grad_denominator = denominator.new_empty(library.num_slices(head_dim, features), batch, heads, length)
+        grad_denominator = denominator.new_empty(library.num_slices(head_dim, features, number), batch, heads, length)
     partial_shape = 2, batch, library.num_segments(length, segments), heads, head_dim, features // 2
     partial = denominator.new_empty(partial_shape if weight_q is not None else (0,))
     arguments = BackwardArguments(
@@ -242,6 +291,7 @@ def backward_kernels(
         grad_q_stride=token_strides(grad_q),
         grad_k_stride=token_strides(grad_k),
         grad_v_stride=token_strides(grad_v),
+        kernel=number,
     )
     with torch.cuda.device_of(q):
         library.backward(arguments)

@@ -21,6 +21,14 @@ enum HedgehogForwardKernel : int32_t {
     HEDGEHOG_WGMMA = 1,
 };
 
+// Which backward kernels: the ones for every shape, which at F = 256 take the values in slices; or, for the shapes that
+// hedgehog_has_whole names, those that take them whole: half the work, in more shared memory than an A100 has. The latter want
+// grad_q and grad_k aligned to 16 bytes.
+enum HedgehogBackwardKernel : int32_t {
+    HEDGEHOG_SLICES = 0,
+    HEDGEHOG_WHOLE = 1,
+};
+
 struct HedgehogStrides {
     int64_t batch, head, token;
 };
@@ -85,6 +93,8 @@ struct HedgehogBackwardArguments {
     void* grad_initial_k_sum;      // (B, H, F); null together with grad_initial_kv
     void* grad_denominator;        // (hedgehog_num_slices, B, H, T): scratch; null if H = K, when grad_v has room for it
     HedgehogStrides grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
+    int32_t kernel;  // HedgehogBackwardKernel
+    int32_t reserved;
 };
 
 // 0, or an error that hedgehog_error_string explains. Launches only: nothing here waits for the GPU.
@@ -98,15 +108,18 @@ int32_t hedgehog_has_wgmma(int32_t head_dim, int32_t features, int32_t feature_m
 // Segments of the length that really run: at most `requested`, at most one per chunk.
 int32_t hedgehog_num_segments(int64_t length, int32_t requested);
 int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* arguments);
-int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* arguments);
+int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* arguments, int32_t kernel);
+
+// Whether HEDGEHOG_WHOLE serves.
+int32_t hedgehog_has_whole(const HedgehogForwardArguments* arguments);
 
 // Slices of the values that the backward kernels take one after the other.
-int32_t hedgehog_num_slices(int32_t head_dim, int32_t features);
+int32_t hedgehog_num_slices(int32_t head_dim, int32_t features, int32_t kernel);
 
 // Shared memory that a block of the forward kernel takes, and of the backward's larger one; 0 for a shape that there is
 // no kernel for.
 int32_t hedgehog_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map);
-int32_t hedgehog_backward_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map);
+int32_t hedgehog_backward_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map, int32_t kernel);
 
 const char* hedgehog_error_string(int32_t error);
 int32_t hedgehog_struct_bytes(int32_t which);  // 0: forward, 1: decode, 2: backward

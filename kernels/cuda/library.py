@@ -54,6 +54,8 @@ class BackwardArguments(ctypes.Structure):
         *_pointers("grad_out", "grad_final_kv", "grad_final_k_sum", "grad_q", "grad_k", "grad_v"),
         *_pointers("grad_weight_q", "grad_weight_k", "grad_initial_kv", "grad_initial_k_sum", "grad_denominator"),
         *((f"{name}_stride", Strides) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        ("kernel", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -88,17 +90,22 @@ class Library:
         """What `forward` wants at `scratch`."""
         return self._c.hedgehog_scratch_bytes(ctypes.byref(arguments))
 
-    def backward_scratch_bytes(self, arguments: ForwardArguments) -> int:
-        """What `backward` wants at its forward arguments' `scratch`."""
-        return self._c.hedgehog_backward_scratch_bytes(ctypes.byref(arguments))
+    def has_whole(self, arguments: ForwardArguments) -> bool:
+        """Whether there are backward kernels that take the values whole."""
+        return bool(self._c.hedgehog_has_whole(ctypes.byref(arguments)))
 
-    def num_slices(self, head_dim: int, features: int) -> int:
+    def backward_scratch_bytes(self, arguments: ForwardArguments, kernel: int) -> int:
+        """What `backward` wants at its forward arguments' `scratch`. `kernel`: as in BackwardArguments."""
+        return self._c.hedgehog_backward_scratch_bytes(ctypes.byref(arguments), kernel)
+
+    def num_slices(self, head_dim: int, features: int, kernel: int) -> int:
         """Slices of the values that `backward` takes one after the other."""
-        return self._c.hedgehog_num_slices(head_dim, features)
+        return self._c.hedgehog_num_slices(head_dim, features, kernel)
 
-    def backward_shared_bytes(self, head_dim: int, features: int, feature_map: str) -> int:
+    def backward_shared_bytes(self, head_dim: int, features: int, feature_map: str, kernel: int) -> int:
         """Shared memory that a block of the larger backward kernel takes."""
-        return self._c.hedgehog_backward_shared_bytes(head_dim, features, FEATURE_MAP_NUMBERS[feature_map])
+        number = FEATURE_MAP_NUMBERS[feature_map]
+        return self._c.hedgehog_backward_shared_bytes(head_dim, features, number, kernel)
 
     def num_segments(self, length: int, requested: int) -> int:
         """The segments that really run."""

@@ -41,7 +41,8 @@ int check(int32_t error, const char* what, int64_t length) {
 }
 
 int sequence(int head_dim, int features, int feature_map, int64_t length, int segments, bool backwards,
-             int64_t kv_heads = 1, HedgehogForwardKernel kernel = HEDGEHOG_MMA) {
+             int64_t kv_heads = 1, HedgehogForwardKernel kernel = HEDGEHOG_MMA,
+             HedgehogBackwardKernel backward_kernel = HEDGEHOG_SLICES) {
     const int64_t batch = 1, heads = 2;
     const bool given = feature_map == HEDGEHOG_GIVEN;
     const int64_t k_heads = given ? heads : kv_heads, width = given ? features : head_dim;
@@ -76,12 +77,13 @@ int sequence(int head_dim, int features, int feature_map, int64_t length, int se
     const int64_t weights = hedgehog_num_segments(length, segments) * batch * heads * head_dim * features / 2;
     Array<float> grad_weight_q(weights), grad_weight_k(weights);
     Array<float> grad_kv(batch * heads * features * head_dim), grad_k_sum(batch * heads * features);
-    Array<float> grad_denominator(hedgehog_num_slices(head_dim, features) * batch * heads * length);
+    Array<float> grad_denominator(hedgehog_num_slices(head_dim, features, backward_kernel) * batch * heads * length);
     const bool in_grad_v = heads == kv_heads;
-    Array<unsigned char> more_scratch(hedgehog_backward_scratch_bytes(&a));
+    Array<unsigned char> more_scratch(hedgehog_backward_scratch_bytes(&a, backward_kernel));
     HedgehogBackwardArguments b{};
+    b.kernel = backward_kernel;
     b.forward = a;
-    b.forward.scratch = hedgehog_backward_scratch_bytes(&a) ? more_scratch.data.get() : nullptr;
+    b.forward.scratch = hedgehog_backward_scratch_bytes(&a, backward_kernel) ? more_scratch.data.get() : nullptr;
     b.grad_out = grad_out, b.grad_final_kv = final_kv, b.grad_final_k_sum = final_k_sum;
     b.grad_q = grad_q, b.grad_k = grad_k, b.grad_v = grad_v;
     if (!in_grad_v) b.grad_denominator = grad_denominator;
@@ -134,6 +136,7 @@ int main() {
     failures += sequence(64, 256, HEDGEHOG_SOFTMAX, 65, 1, true);
     failures += sequence(128, 256, HEDGEHOG_GIVEN, 3, 1, true);
     failures += sequence(128, 256, HEDGEHOG_SOFTMAX, 66, 2, true, 2);
+    failures += sequence(128, 256, HEDGEHOG_SOFTMAX, 66, 2, true, 2, HEDGEHOG_MMA, HEDGEHOG_WHOLE);
     failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 3, 1, true);
     failures += sequence(128, 128, HEDGEHOG_SOFTMAX, 130, 2, false, 1, HEDGEHOG_WGMMA);
     failures += sequence(128, 256, HEDGEHOG_EXP, 65, 1, false, 2, HEDGEHOG_WGMMA);

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hedgehog.kernels.cuda import attention, forward_choice, library
-from hedgehog.kernels.cuda.forward_choice import SWITCH, choose_forward, forward_kernel
+from hedgehog.kernels.cuda.forward_choice import SWITCH, choose_forward
+from hedgehog.kernels.cuda.switches import switched
 from hedgehog.kernels.linear_attention import LinearAttentionState
 
 from .problems import Problem, random_problem, rms
@@ -83,7 +84,7 @@ def test_packing_with_an_initial_state_is_what_mma_gives(features, wgmma):
     problem = replace(wide_problem(330, features=features), segment_ids=ids, initial=start)
     found = problem.run(segments=3)
     assert wgmma == [1]
-    with forward_kernel("mma"):
+    with switched(SWITCH, "mma"):
         expected = problem.run(segments=3)
     assert wgmma == [1, 0]
     wgmma.clear()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hedgehog.kernels.cuda import gradients
+from hedgehog.kernels.cuda.backward_choice import KERNEL_NUMBERS, SWITCH
 from hedgehog.kernels.cuda.library import ForwardArguments, emulated_library
 from hedgehog.kernels.cuda.operators import linear_attention
 from hedgehog.kernels.linear_attention import LinearAttentionState, quadratic_linear_attention, run_index_BL
@@ -22,6 +23,12 @@ SHAPES = [(64, 128), (64, 256), (128, 128), (128, 256)]
 MAPS = ["hedgehog_softmax", "hedgehog_exp", "hedgehog_joint", "given"]
 NAMES = ("q", "k", "v", "weight_q", "weight_k")
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def slices(monkeypatch):
+    """Asks for the kernels that serve every shape; test_backward_whole.py has the others."""
+    monkeypatch.setenv(SWITCH, "slices")
 
 
 def grad_of_out(problem: Problem) -> Tensor:
@@ -247,7 +254,7 @@ def test_the_state_of_a_segment_is_all_that_segments_cost():
 
     def scratch(length: int, segments: int) -> int:
         sizes = ForwardArguments(batch=2, heads=4, head_dim=128, features=256, length=length, segments=segments)
-        return library.backward_scratch_bytes(sizes)
+        return library.backward_scratch_bytes(sizes, KERNEL_NUMBERS["slices"])
 
     assert scratch(1 << 20, 1) == 0
     assert scratch(1 << 12, 4) == scratch(1 << 34, 4) == 3 * 2 * 4 * 256 * (128 + 2) * 4

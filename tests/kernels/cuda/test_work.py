@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hedgehog.kernels.cuda.backward_choice import SWITCH
+
 from .problems import random_problem
 
 # 128-byte accesses of ldmatrix, mma, slow results; of a chunk of 64 tokens at D = 128
@@ -15,8 +17,9 @@ BACKWARD = {128: (14672, 5856, 33792), 256: (38240, 16480, 198656)}  # both swee
 
 
 @pytest.mark.parametrize("features", [128, 256])
-def test_work_of_a_chunk(emulation, features):
+def test_work_of_a_chunk(emulation, monkeypatch, features):
     """By the difference of two lengths: weights, states and what a row costs apart are small beside it."""
+    monkeypatch.setenv(SWITCH, "slices")  # test_backward_whole.py counts the others
 
     def work(chunks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         problem = random_problem(64 * chunks, head_dim=128, features=features, heads=1)
