@@ -2,7 +2,7 @@
 
 kernel               the CUDA kernels, in as many segments of the length as fill the GPU
 kernel, one segment  the same without cutting the length
-kernel, wgmma        the same with the forward kernel for Hopper, in as many segments as fill the GPU
+kernel, wgmma        the same with the kernels for Hopper, forward and at 256 features backward
 kernel, slices       the same with the values in slices in the backward pass, where they would be taken whole
 fla                  flash-linear-attention: its hedgehog map and its chunked kernel with normaliser
 pytorch              φ and the chunked form in PyTorch
@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,13 +55,17 @@ import checkout
 import torch
 from gpu_circumstances import repeated
 from gpu_problems import KINDS, Case, check
-device, maps = torch.device("cuda"), ("hedgehog_softmax", "hedgehog_exp", "hedgehog_joint")
+from hedgehog.kernels.cuda.gradients import whole_obstacle
+device, maps = torch.device("cuda", torch.cuda.current_device()), ("hedgehog_softmax", "hedgehog_exp", "hedgehog_joint")
+for name in maps:
+    if why := whole_obstacle(device, 256, 128, name, False, "wgmma"):
+        sys.exit(why)
 for case in [Case(128, f, name, n, kind) for f in (128, 256) for name in maps for n in (65, 290) for kind in KINDS]:
     wrong = [row["faults"] for row in check(case, device) if row["faults"]]
     if wrong or (case.length == 290 and any(repeated(case, device).values())):
         sys.exit(f"{{case}}: {{wrong or 'not the same bits when run again'}}")
 """
-"""The correctness matrix once more, with wgmma as the forward kernel."""
+"""The correctness matrix once more, with wgmma forward and, where there is one, backward."""
 TWO_SETS_UP_TO = 2**22
 """Tokens times heads; larger inputs are far larger than any cache, and two sets might not fit."""
 
@@ -126,7 +130,7 @@ def wgmma_obstacle() -> str | None:
     It shows that it is right in a process of its own: one that never returned would take the whole run with it.
     """
     command = [sys.executable, "-c", WGMMA_CHECK]
-    environment = {**os.environ, FORWARD_SWITCH: "wgmma"}
+    environment = {**os.environ, FORWARD_SWITCH: "wgmma", BACKWARD_SWITCH: "wgmma"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WGMMA_CHECK_LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -242,7 +246,10 @@ SOFTMAX: dict[str, Callable[[Inputs], Ready]] = {
     "softmax, cudnn": lambda inputs: softmax(inputs, SDPBackend.CUDNN_ATTENTION),
 }
 METHODS = {**LINEAR, **SOFTMAX}
-SWITCHES = {"kernel, wgmma": (FORWARD_SWITCH, "wgmma"), "kernel, slices": (BACKWARD_SWITCH, "slices")}
+SWITCHES = {
+    "kernel, wgmma": {FORWARD_SWITCH: "wgmma", BACKWARD_SWITCH: "wgmma"},
+    "kernel, slices": {BACKWARD_SWITCH: "slices"},
+}
 
 
 def call_of(ready: Ready, inputs: Inputs, passes: str) -> Call:
@@ -284,7 +291,9 @@ def measure(method: str, sets: list[Inputs], passes: str, meter: CudaMeter, ceil
     if (method, passes) == ("kernel, slices", "forward"):
         raise NotAvailable("the forward pass is kernel's")
     make = METHODS[method]
-    with switched(*SWITCHES[method]) if method in SWITCHES else nullcontext():
+    with ExitStack() as stack:
+        for switch, name in SWITCHES.get(method, {}).items():
+            stack.enter_context(switched(switch, name))
         calls = [call_of(make(inputs), inputs, passes) for inputs in sets]
         row = meter.seconds(calls)
         row |= rates(work_of(sets[0].cell, passes), row["seconds"], ceilings)

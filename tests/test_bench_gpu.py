@@ -129,7 +129,7 @@ def test_each_method_runs_the_kernels_of_its_name(monkeypatch):
     monkeypatch.setattr(gpu_methods, "wgmma_obstacle", lambda: None)
     meter, ceilings = gpu_timing.HostMeter(), gpu_work.Ceilings(1.0, 1.0)
     sets = gpu_methods.make_sets(gpu_methods.Cell(1, 65, 256), torch.device("cpu"))
-    for method, kernels in (("kernel", (0, 1)), ("kernel, wgmma", (1, 1)), ("kernel, slices", (0, 0))):
+    for method, kernels in (("kernel", (0, 1)), ("kernel, wgmma", (1, 2)), ("kernel, slices", (0, 0))):
         ran.clear()
         assert gpu_methods.measure(method, sets, "forward+backward", meter, ceilings)["seconds"] > 0
         assert set(ran) == {("forward", kernels[0]), ("backward", kernels[1])}

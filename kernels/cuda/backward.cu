@@ -17,11 +17,10 @@ namespace {
 bool valid(const HedgehogBackwardArguments& b) {
     const HedgehogForwardArguments& a = b.forward;
     const bool fused = a.feature_map != HEDGEHOG_GIVEN;
-    const bool whole = b.kernel == HEDGEHOG_WHOLE;
-    if (whole && !(hedgehog_has_whole(&a) && aligned(b.grad_q, 16) && aligned(b.grad_k, 16) &&
-                   aligned(b.grad_q_stride, kUnit) && aligned(b.grad_k_stride, kUnit)))
+    if (b.kernel != HEDGEHOG_SLICES && !(aligned(b.grad_q, 16) && aligned(b.grad_k, 16) &&
+                                         aligned(b.grad_q_stride, kUnit) && aligned(b.grad_k_stride, kUnit)))
         return false;
-    return (whole || b.kernel == HEDGEHOG_SLICES) && valid_inputs(a) && b.grad_out && b.grad_q && b.grad_k && b.grad_v &&
+    return hedgehog_has_backward(&a, b.kernel) && valid_inputs(a) && b.grad_out && b.grad_q && b.grad_k && b.grad_v &&
            (b.grad_denominator || a.heads == a.kv_heads) &&
            (!fused || (b.grad_weight_q && b.grad_weight_k)) && !b.grad_final_kv == !b.grad_final_k_sum &&
            !b.grad_initial_kv == !b.grad_initial_k_sum && aligned(b.grad_out, 16) &&
@@ -81,24 +80,27 @@ BackwardParameters parameters_of(const HedgehogBackwardArguments& b) {
     p.feature_map = a.feature_map;
     p.segments = segments.count;
     p.eps = a.eps;
-    p.whole = b.kernel == HEDGEHOG_WHOLE;
+    p.kernel = b.kernel;
     return p;
 }
 
 }  // namespace
 }  // namespace hedgehog
 
-extern "C" int32_t hedgehog_has_whole(const HedgehogForwardArguments* a) {
-    // dk of query heads that share a key head is a sum, which can't wait in the place of one addend
-    return hedgehog::has_whole(a->head_dim, a->features, a->feature_map != HEDGEHOG_GIVEN) && a->heads == a->kv_heads &&
-           2 * a->batch <= 65535;  // blocks of the last kernel's grid
+extern "C" int32_t hedgehog_has_backward(const HedgehogForwardArguments* a, int32_t kernel) {
+    using namespace hedgehog;
+    const auto there = [](auto) { return true; };
+    if (!for_backward_shape(a->head_dim, a->features, a->feature_map, kernel, false, there)) return false;
+    // Whole, dk waits in pieces where it will be: of query heads that share a key head it is a sum, and has no place for each
+    // addend. The last kernel has two blocks for each row of the batch.
+    return kernel == HEDGEHOG_SLICES || (a->heads == a->kv_heads && 2 * a->batch <= 65535);
 }
 
 extern "C" int32_t hedgehog_num_slices(int32_t head_dim, int32_t features, int32_t kernel) {
     using namespace hedgehog;
-    if (kernel == HEDGEHOG_WHOLE) return 1;
+    if (kernel != HEDGEHOG_SLICES) return 1;
     const auto slices = [](auto shape) -> int { return decltype(shape)::kSlices; };
-    return for_backward_shape(head_dim, features, HEDGEHOG_GIVEN, false, 0, slices);
+    return for_backward_shape(head_dim, features, HEDGEHOG_GIVEN, HEDGEHOG_SLICES, 0, slices);
 }
 
 extern "C" int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* a, int32_t kernel) {
@@ -109,7 +111,7 @@ extern "C" int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArgument
 
 extern "C" int32_t hedgehog_backward_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map,
                                                   int32_t kernel) {
-    return hedgehog::key_gradients_shared_bytes(head_dim, features, feature_map, kernel == HEDGEHOG_WHOLE);
+    return hedgehog::key_gradients_shared_bytes(head_dim, features, feature_map, kernel);
 }
 
 extern "C" int32_t hedgehog_backward(const HedgehogBackwardArguments* arguments) {
@@ -121,6 +123,6 @@ extern "C" int32_t hedgehog_backward(const HedgehogBackwardArguments* arguments)
     cudaError_t error = fill_segment_states(a);
     for (p.slice = 0; error == cudaSuccess && p.slice < slices; ++p.slice) error = launch_query_gradients(a, p);
     for (p.slice = 0; error == cudaSuccess && p.slice < slices; ++p.slice) error = launch_key_gradients(a, p);
-    if (error == cudaSuccess && p.whole) error = launch_input_gradients(a, p);
+    if (error == cudaSuccess && p.kernel != HEDGEHOG_SLICES) error = launch_input_gradients(a, p);
     return error;
 }

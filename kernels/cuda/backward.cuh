@@ -23,6 +23,10 @@
 // shared memory, which an A100 does not give, and a key head for each query head: a sum over heads cannot wait in the place of
 // one addend. It leaves room for raw q and k a chunk ahead.
 //
+// "wgmma" (sm_90a): the same, but x W, the state's advance and dv are products of a warpgroup, on operands in shared memory. The
+// tiles lie in panels then, φ's two signs of eight columns side by side: a warpgroup's product φᵀ x gives each of its warps
+// one pair, in the same lanes as mma.sync does, so that everything from the state to dz stays as it is, on mma.sync.
+//
 // On paper, in FLOP a token and head at D = V = 128 (of a chunk's scores 5/8 are computed, the tiles up to the diagonal):
 //
 //                         F = 128    F = 256, two slices    whole
@@ -42,6 +46,7 @@
 
 #include "backward_inputs.cuh"
 #include "feature_map.cuh"
+#include "primitives_hopper.cuh"
 
 namespace hedgehog {
 
@@ -62,20 +67,33 @@ struct BackwardParameters {
     int32_t slice;       // of the values
     int32_t member;      // of the query heads that share a key head; launches of members follow each other
     float eps;
-    bool whole;          // all values at once, F = 256 too: dz goes to grad_q and grad_k
+    int32_t kernel;      // HedgehogBackwardKernel
     bool state_only;     // the pass that only fills segment_states, each segment from zero
 };
 
-template <int kHeadDim_, int kFeatures_, bool kFused_, bool kWhole_>
+template <int kHeadDim_, int kFeatures_, bool kFused_, int kKernel>
 struct BackwardShape {
     static constexpr int kHeadDim = kHeadDim_, kFeatures = kFeatures_, kProjected = kFeatures / 2;
-    static constexpr bool kFused = kFused_, kWhole = kWhole_;
+    static constexpr int kKernelNumber = kKernel;
+    static constexpr bool kFused = kFused_, kWgmma = kKernel == HEDGEHOG_WHOLE_WGMMA;
+    static constexpr bool kWhole = kWgmma || kKernel == HEDGEHOG_WHOLE;
     static_assert(!kWhole || (kFused && kProjected <= kHeadDim), "dz waits where dq and dk will be");
     static constexpr int kWarps = 8, kThreads = 32 * kWarps;
     static constexpr int kSlice = kFeatures == 256 && !kWhole ? 64 : kHeadDim, kSlices = kHeadDim / kSlice;
     static constexpr int kPairs = kFeatures / 128;  // of eight features: a warp's share
-    static constexpr int kGap = kFused ? kProjected / kUnit : 1;  // units between the two of a pair
+    // Where φ's two signs of eight projected columns lie, a pair of units: halves apart, or with wgmma side by side, so that
+    // the features of a warpgroup are a panel. Given features come in pairs of neighbours too.
+    static constexpr bool kSideBySide = !kFused || kWgmma;
+    static constexpr int kGap = kSideBySide ? 1 : kProjected / kUnit;  // units between the two of a pair
     static constexpr int kStateSize = kFeatures * (kSlice + 1);   // of one segment's R and r
+
+    template <int kColumns, int kRows>
+    using Matrix = Tile<kColumns, kWgmma ? kRows : 0>;
+    using Weight = Matrix<kFused ? kProjected : 64, kHeadDim>;
+    using Input = Matrix<kHeadDim, kChunk>;
+    using Phi = Matrix<kFeatures, kChunk>;
+    using Slice = Matrix<kSlice, kChunk>;
+    using Scores = Matrix<kChunk, kChunk>;
 
     static constexpr int kWeightBytes = kFused ? Tile<kProjected>::bytes(kHeadDim) : 0;
     static constexpr int kInputBytes = Tile<kHeadDim>::bytes(kChunk);
@@ -106,7 +124,12 @@ class BackwardBlock {
     static constexpr int kHeadDim = Shape::kHeadDim, kFeatures = Shape::kFeatures, kProjected = Shape::kProjected;
     static constexpr int kSlice = Shape::kSlice, kPairs = Shape::kPairs, kGap = Shape::kGap;
     static constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps;
-    static constexpr bool kFused = Shape::kFused, kWhole = Shape::kWhole;
+    static constexpr bool kFused = Shape::kFused, kWhole = Shape::kWhole, kWgmma = Shape::kWgmma;
+    using Weight = typename Shape::Weight;
+    using Input = typename Shape::Input;
+    using Phi = typename Shape::Phi;
+    using Slice = typename Shape::Slice;
+    using Scores = typename Shape::Scores;
 
     __device__ __forceinline__ explicit BackwardBlock(const BackwardParameters& parameters) : p(parameters) {
         unsigned char* shared = dynamic_shared_memory();
@@ -164,8 +187,28 @@ class BackwardBlock {
     __device__ __forceinline__ float* grad_denominators(int64_t head) const {
         return at(p.grad_denominator, p.grad_denominator_stride, head, start()) + p.slice * p.grad_denominator_slice;
     }
-    // The first of the two units of eight features that make a pair. The other lies kGap units after it.
-    __device__ __forceinline__ static int unit_of(int pair) { return (kFused ? 1 : 2) * (warp() * kPairs + pair); }
+    // A warp's pairs of units. With wgmma a product gives each warp of a warpgroup one pair, so that a panel has four.
+    __device__ __forceinline__ static int pair_of(int j) {
+        return kWgmma ? 4 * (warp() / 4 * kPairs + j) + warp() % 4 : warp() * kPairs + j;
+    }
+    // The first of a pair's units in φ's tile; the other lies kGap units after it.
+    __device__ __forceinline__ static int unit_of(int j) { return (Shape::kSideBySide ? 2 : 1) * pair_of(j); }
+    // The first column of a pair's unit in φ's tile.
+    __device__ __forceinline__ static int place_of(int j, int half) { return kUnit * (unit_of(j) + half * kGap); }
+    // The first of the eight features that it holds.
+    __device__ __forceinline__ static int feature_of(int j, int half) {
+        return kUnit * (kFused ? pair_of(j) + half * (kProjected / kUnit) : 2 * pair_of(j) + half);
+    }
+
+    // What was written to shared memory may be read by wgmma after the next barrier.
+    __device__ __forceinline__ static void hand_to_products() {
+        if constexpr (kWgmma) fence_async_proxy();
+    }
+
+    template <int kColumns, int kRows>
+    __device__ __forceinline__ static Panels<kRows, kColumns> operand(Tile<kColumns, kRows> tile) {
+        return {static_cast<int>(reinterpret_cast<unsigned char*>(tile.data) - dynamic_shared_memory())};
+    }
 
     __device__ __forceinline__ void copy_weights(int64_t head) const {
         const int64_t offset = head * kHeadDim * kProjected;
@@ -175,8 +218,8 @@ class BackwardBlock {
     }
 
     // Rows of `from_chunk` into a tile; those beyond the end become zeros.
-    template <int kColumns>
-    __device__ __forceinline__ void copy_chunk(Tile<kColumns> tile, const uint16_t* source,
+    template <int kColumns, int kRows>
+    __device__ __forceinline__ void copy_chunk(Tile<kColumns, kRows> tile, const uint16_t* source,
                                                const HedgehogStrides& stride, int64_t head, int from_chunk,
                                                int offset = 0) const {
         const int64_t from = int64_t(from_chunk) * kChunk, left = p.length - from;
@@ -256,20 +299,20 @@ class BackwardBlock {
         for (int i = 0; i < kShare; ++i) {
             // Eight lanes take 16 bytes each at a time, of two rows: in the second they begin elsewhere, so that all banks serve.
             const int unit = 4 * (i ^ (token_row & 1)) + member_of_quad();
-            uint4& place = grads.eight(token_row, unit);
+            decltype(auto) place = grads.eight(token_row, unit);
             const uint4 raw = place;
             const uint32_t dn[4] = {divided(raw.x), divided(raw.y), divided(raw.z), divided(raw.w)};
-            place = {dn[0], dn[1], dn[2], dn[3]};
+            place = uint4{dn[0], dn[1], dn[2], dn[3]};
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 shift += low_bf16(dn[c]) * mean[unit * kUnit + 2 * c] + high_bf16(dn[c]) * mean[unit * kUnit + 2 * c + 1];
             if constexpr (kCentred) {
-                uint4& values_place = values.eight(token_row, unit);
+                decltype(auto) values_place = values.eight(token_row, unit);
                 const uint4 v = values_place;
                 const auto centred = [&](uint32_t pair, int c) {
                     return pack_bf16(low_bf16(pair) - mean[unit * kUnit + c], high_bf16(pair) - mean[unit * kUnit + c + 1]);
                 };
-                values_place = {centred(v.x, 0), centred(v.y, 2), centred(v.z, 4), centred(v.w, 6)};
+                values_place = uint4{centred(v.x, 0), centred(v.y, 2), centred(v.z, 4), centred(v.w, 6)};
             }
         }
         shift = quad_sum(shift);
@@ -282,21 +325,48 @@ class BackwardBlock {
         const int first_row = 16 * (warp() % 4);
         const bool is_key = warp() >= 4, wanted = keys_too || !is_key;
         float z[kProjected / 8][4];
-        if (wanted) project<kHeadDim, kProjected>(z, is_key ? raw_k : raw_q, first_row, is_key ? weight_k : weight_q);
+        if constexpr (kWgmma) {
+            if (wanted) project_chunk(z, is_key ? raw_k : raw_q, is_key ? weight_k : weight_q);
+        } else {
+            if (wanted)
+                project<kHeadDim, kProjected>(z, is_key ? raw_k : raw_q, first_row, is_key ? weight_k : weight_q);
+        }
         __syncthreads();  // all have read q and k
         fetch();
         if (!wanted) return;
         const bool keep[2] = {!is_key || is_real(first_row + lane() / 4), !is_key || is_real(first_row + lane() / 4 + 8)};
         // not a choice between two tiles: the compiler is to see that this is shared memory
-        const int phi = is_key ? Shape::kPhiK : Shape::kPhiQ;
-        activate<kProjected>(z, p.feature_map, is_key, keep,
-                             Tile<kFeatures>{reinterpret_cast<uint16_t*>(dynamic_shared_memory() + phi)}, first_row);
+        const Phi phi{reinterpret_cast<uint16_t*>(dynamic_shared_memory() + (is_key ? Shape::kPhiK : Shape::kPhiQ))};
+        if constexpr (kWgmma)
+            activate<kProjected>(z, p.feature_map, is_key, keep, SideBySide{phi}, first_row);
+        else
+            activate<kProjected>(z, p.feature_map, is_key, keep, phi, first_row);
+    }
+
+    // φ's tile by feature.
+    struct SideBySide {
+        Phi phi;
+        __device__ __forceinline__ decltype(auto) pair(int row, int feature) const {
+            const int half = feature / kProjected, column = feature % kProjected;
+            return phi.pair(row, (2 * (column / kUnit) + half) * kUnit + column % kUnit);
+        }
+    };
+
+    // z = x W of the chunk, by a warpgroup.
+    __device__ __forceinline__ static void project_chunk(float (&z)[kProjected / 8][4], Input x, Weight weight) {
+        fence_registers();
+#pragma unroll
+        for (int d = 0; d < kHeadDim; d += 16)
+            multiply<false, true>(z, k_major(operand(x), d), mn_major(operand(weight), d, 0), d > 0);
+        commit_products();
+        wait_products<0>();
+        settle(z);
     }
 
     // tril(x yᵀ + shift) of the rows' own shift, in bf16; x and y are tiles of kColumns.
-    template <int kColumns>
-    __device__ __forceinline__ void multiply_visible(Tile<kColumns> x, Tile<kColumns> y, const float* shift, float sign,
-                                                     Tile<kChunk> product) const {
+    template <class Rows, int kColumns = 8 * Rows::kUnits>
+    __device__ __forceinline__ void multiply_visible(Rows x, Rows y, const float* shift, float sign,
+                                                     Scores product) const {
         const int row_tile = warp() % 4, group = warp() / 4;
         float sums[2][2][4] = {};
 #pragma unroll 1
@@ -332,8 +402,8 @@ class BackwardBlock {
     }
 
     // state += φᵀ x over the chunk, and sums += Σ weight φ: a lane of each quad has its part of the sum.
-    __device__ __forceinline__ void advance(Tile<kFeatures> phi, Tile<kSlice> x, const float* weight,
-                                            float (&sums)[kPairs][2]) {
+    __device__ __forceinline__ void advance(Phi phi, Slice x, const float* weight, float (&sums)[kPairs][2]) {
+        if constexpr (kWgmma) start_advance(phi, x);
 #pragma unroll 1
         for (int token = 0; token < kChunk; token += 16) {
             float w[4] = {1.0f, 1.0f, 1.0f, 1.0f};
@@ -349,19 +419,43 @@ class BackwardBlock {
                 for (int half = 0; half < 2; ++half)
                     sums[j][half] += low_bf16(a[half]) * w[0] + high_bf16(a[half]) * w[1] +
                                      low_bf16(a[half + 2]) * w[2] + high_bf16(a[half + 2]) * w[3];
+                if constexpr (!kWgmma) {
 #pragma unroll
-                for (int v = 0; v < kSlice; v += 16) {
-                    uint32_t b[4];
-                    x.load_b(b, token, v, lane());
-                    mma(state[j][v / 8], a, b[0], b[1]);
-                    mma(state[j][v / 8 + 1], a, b[2], b[3]);
+                    for (int v = 0; v < kSlice; v += 16) {
+                        uint32_t b[4];
+                        x.load_b(b, token, v, lane());
+                        mma(state[j][v / 8], a, b[0], b[1]);
+                        mma(state[j][v / 8 + 1], a, b[2], b[3]);
+                    }
                 }
             }
         }
+        if constexpr (kWgmma) finish_advance();
 #pragma unroll
         for (int j = 0; j < kPairs; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half) sums[j][half] = quad_sum(sums[j][half]);
+    }
+
+    // The products of `advance`, each of a warpgroup's panels of features by itself.
+    __device__ __forceinline__ void start_advance(Phi phi, Slice x) {
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) settle(state[j]);
+        fence_registers();
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+            for (int token = 0; token < kChunk; token += 16)
+                multiply<true, true>(state[j],
+                                     mn_major(operand(phi), token, kPanelColumns * (warp() / 4 * kPairs + j)),
+                                     mn_major(operand(x), token, 0), true);
+        commit_products();
+    }
+
+    __device__ __forceinline__ void finish_advance() {
+        wait_products<0>();
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) settle(state[j]);
     }
 
     __device__ __forceinline__ void clear_state() {
@@ -374,11 +468,12 @@ class BackwardBlock {
     }
 
     // Rows of φ whose run is not `run` become zeros.
-    __device__ __forceinline__ void hide_other_runs(Tile<kFeatures> phi, int32_t run) const {
+    __device__ __forceinline__ void hide_other_runs(Phi phi, int32_t run) const {
         for (int index = thread_index(); index < kChunk * kFeatures / 2; index += kThreads) {
             const int row = index / (kFeatures / 2), column = index % (kFeatures / 2) * 2;
             if (marks[row] >> 1 != run) phi.pair(row, column) = 0u;
         }
+        hand_to_products();
     }
 
     // The lane's share of a state in global memory: (F, columns), of which the slice begins at `source`.
@@ -388,7 +483,7 @@ class BackwardBlock {
         for (int j = 0; j < kPairs; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int feature = kUnit * (unit_of(j) + half * kGap) + lane() / 4;
+                const int feature = feature_of(j, half) + lane() / 4;
 #pragma unroll
                 for (int n = 0; n < kSlice / 8; ++n)
                     visit(feature, 8 * n + 2 * member_of_quad(), state[j][n][2 * half], state[j][n][2 * half + 1]);
@@ -407,19 +502,20 @@ class BackwardBlock {
         return p.feature_map == HEDGEHOG_JOINT ? 2.0f * z : z;
     }
 
-    // dz, which lies in the first half of φ's columns, to where dx will be.
-    __device__ __forceinline__ void write_projected_gradient(Tile<kFeatures> dz, uint16_t* to, int64_t row_stride) const {
+    // dz, which lies in the first unit of each pair, to where dx will be.
+    __device__ __forceinline__ void write_projected_gradient(Phi dz, uint16_t* to, int64_t row_stride) const {
         constexpr int kUnits = kProjected / kUnit;
 #pragma unroll 1
         for (int index = thread_index(); index < kChunk * kUnits; index += kThreads) {
             const int row = index / kUnits, column_unit = index % kUnits;
             if (row < num_rows())
-                *reinterpret_cast<uint4*>(to + row * row_stride + column_unit * kUnit) = dz.eight(row, column_unit);
+                *reinterpret_cast<uint4*>(to + row * row_stride + column_unit * kUnit) =
+                    dz.eight(row, (Shape::kSideBySide ? 2 : 1) * column_unit);
         }
     }
 
     // Where φ was given: dφ itself, which lies in φ's place.
-    __device__ __forceinline__ void write_feature_gradient(Tile<kFeatures> grad, uint16_t* to, int64_t row_stride,
+    __device__ __forceinline__ void write_feature_gradient(Phi grad, uint16_t* to, int64_t row_stride,
                                                            bool add) const {
         for (int index = thread_index(); index < kChunk * kFeatures / 2; index += kThreads) {
             const int row = index / (kFeatures / 2), column = index % (kFeatures / 2) * 2;
@@ -435,11 +531,11 @@ class BackwardBlock {
 
     const BackwardParameters& p;
     int chunk = 0;
-    Tile<kFused ? kProjected : 64> weight_q, weight_k;
-    Tile<kHeadDim> raw_q, raw_k;
-    Tile<kFeatures> phi_q, phi_k;
-    Tile<kSlice> values, grads;
-    Tile<kChunk> grad_scores;  // tril(dn vᵀ + dd), or without dd
+    Weight weight_q, weight_k;
+    Input raw_q, raw_k;
+    Phi phi_q, phi_k;
+    Slice values, grads;
+    Scores grad_scores;  // tril(dn vᵀ + dd), or without dd
     int32_t* marks;            // run << 1 | is it a real token
     float* shifts;             // dn·μ of each row
     float state[kPairs][kSlice / 8][4];

@@ -14,7 +14,7 @@ RESOURCES(128, 256, fused, 128, 98304);
 #undef RESOURCES
 
 cudaError_t launch_input_gradients(const HedgehogForwardArguments& a, const BackwardParameters& p) {
-    static_assert(has_whole(128, 256, fused), "the one shape");
+    static_assert(takes_whole(128, 256, fused), "the one shape");
     InputParameters inputs{};
     inputs.q = p.q;
     inputs.k = p.k;

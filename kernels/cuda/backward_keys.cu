@@ -7,12 +7,12 @@ namespace hedgehog {
 
 // See forward.cu.
 #define RESOURCES(head_dim, features, map, registers, shared_bytes)                                             \
-    static_assert(KeyLayout<head_dim, features, map != given, map == whole>::kBytes <= shared_bytes && registers <= 255,      \
+    static_assert(KeyLayout<head_dim, features, map != given, map == whole ? whole : fused>::kBytes <= shared_bytes && registers <= 255,      \
                   "linear_attention_key_gradients<" #head_dim "," #features "," #map "> takes more than declared")
-constexpr int given = 0, fused = 1, whole = 2;
+constexpr int fused = HEDGEHOG_SLICES, whole = HEDGEHOG_WHOLE, given = -1;
 RESOURCES(64, 128, fused, 200, 100608);
 RESOURCES(64, 256, fused, 255, 166656);
-RESOURCES(128, 128, fused, 240, 166144);
+RESOURCES(128, 128, fused, 248, 166144);
 RESOURCES(128, 256, fused, 255, 166656);
 RESOURCES(128, 256, whole, 255, 215808);
 RESOURCES(64, 128, given, 96, 84224);
@@ -58,10 +58,10 @@ __global__ void __launch_bounds__(kSuffixThreads) segment_suffix(const __grid_co
     }
 }
 
-int32_t key_gradients_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map, bool whole) {
-    return for_backward_shape(head_dim, features, feature_map, whole, 0, [](auto shape) -> int {
+int32_t key_gradients_shared_bytes(int32_t head_dim, int32_t features, int32_t feature_map, int32_t kernel) {
+    return for_backward_shape(head_dim, features, feature_map, kernel, 0, [](auto shape) -> int {
         using Shape = decltype(shape);
-        return KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kWhole>::kBytes;
+        return KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kKernelNumber>::kBytes;
     });
 }
 
@@ -69,15 +69,21 @@ cudaError_t launch_key_gradients(const HedgehogForwardArguments& a, BackwardPara
     const auto stream = static_cast<cudaStream_t>(a.stream);
     const auto launch_all = [&](auto shape) -> cudaError_t {
         using Shape = decltype(shape);
-        using Layout = KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kWhole>;
-        const auto kernel =
-            &linear_attention_key_gradients<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kWhole>;
+        using Layout = KeyLayout<Shape::kHeadDim, Shape::kFeatures, Shape::kFused, Shape::kKernelNumber>;
+        const auto launch_pass = [&](dim3 grid) {
+            if constexpr (Shape::kWgmma)
+                return launch_key_gradients_hopper(grid, stream, p);
+            else
+                return launch(&linear_attention_key_gradients<Shape::kHeadDim, Shape::kFeatures, Shape::kFused,
+                                                              Shape::kKernelNumber>,
+                              grid, Layout::kThreads, Layout::kBytes, stream, p);
+        };
         const auto pass = [&](bool state_only) {
             const dim3 grid(p.segments, p.heads / p.group, p.batch);
             cudaError_t error = cudaSuccess;
             p.state_only = state_only;
             for (p.member = 0; error == cudaSuccess && p.member < p.group; ++p.member)
-                error = launch(kernel, grid, Layout::kThreads, Layout::kBytes, stream, p);
+                error = launch_pass(grid);
             return error;
         };
         if (p.segments > 1) {
@@ -104,7 +110,7 @@ cudaError_t launch_key_gradients(const HedgehogForwardArguments& a, BackwardPara
         }
         return pass(false);
     };
-    return for_backward_shape(a.head_dim, a.features, a.feature_map, p.whole, cudaErrorInvalidValue, launch_all);
+    return for_backward_shape(a.head_dim, a.features, a.feature_map, p.kernel, cudaErrorInvalidValue, launch_all);
 }
 
 }  // namespace hedgehog

@@ -9,14 +9,15 @@
 
 namespace hedgehog {
 
-template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
-struct KeyLayout : BackwardShape<kHeadDim, kFeatures, kFused, kWhole> {
-    using Shape = BackwardShape<kHeadDim, kFeatures, kFused, kWhole>;
+template <int kHeadDim, int kFeatures, bool kFused, int kKernel>
+struct KeyLayout : BackwardShape<kHeadDim, kFeatures, kFused, kKernel> {
+    using Shape = BackwardShape<kHeadDim, kFeatures, kFused, kKernel>;
     static constexpr int kStateBytes = Tile<Shape::kSlice>::bytes(kFeatures);
     static constexpr bool kStateOverWeight = kFused && kHeadDim == 128 && kFeatures == 256;
     static constexpr int kState = kStateOverWeight ? Shape::kWeightQ : Shape::kCommonBytes;
-    static_assert(!kStateOverWeight || kStateBytes <= (kWhole ? 2 : 1) * Shape::kWeightBytes, "R fits where W is");
-    static constexpr int kScores = Shape::kCommonBytes + (kStateOverWeight ? 0 : kStateBytes);
+    static_assert(!kStateOverWeight || kStateBytes <= (Shape::kWhole ? 2 : 1) * Shape::kWeightBytes, "R fits where W is");
+    static constexpr int kAfterState = Shape::kCommonBytes + (kStateOverWeight ? 0 : kStateBytes);
+    static constexpr int kScores = Shape::kWgmma ? (kAfterState + 1023) / 1024 * 1024 : kAfterState;
     static constexpr int kGradDenominator = kScores + Shape::kScoresBytes;
     static constexpr int kShiftedSum = kGradDenominator + 4 * kChunk;  // r + R μ
     static constexpr int kRowSums = kShiftedSum + 4 * kFeatures;       // 8 warps × 16 rows × 2; before that μ
@@ -25,11 +26,11 @@ struct KeyLayout : BackwardShape<kHeadDim, kFeatures, kFused, kWhole> {
     static_assert(Shape::kSlice <= 2 * 16 * Shape::kWarps, "μ fits");
 };
 
-template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
-class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>> {
-    using Layout = KeyLayout<kHeadDim, kFeatures, kFused, kWhole>;
-    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>>;
-    static constexpr bool kProjects = kFused && !kWhole;
+template <int kHeadDim, int kFeatures, bool kFused, int kKernel>
+class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kKernel>> {
+    using Layout = KeyLayout<kHeadDim, kFeatures, kFused, kKernel>;
+    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kKernel>>;
+    static constexpr bool kProjects = kFused && !Layout::kWhole;
     using Block::chunk;
     using Block::grads;
     using Block::kGap;
@@ -37,6 +38,8 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
     using Block::kProjected;
     using Block::kSlice;
     using Block::kThreads;
+    using Block::kWgmma;
+    using Block::kWhole;
     using Block::lane;
     using Block::p;
     using Block::phi_k;
@@ -58,9 +61,11 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
     }
 
     __device__ __forceinline__ void run() {
+        if constexpr (kWgmma) use_async_proxy();
         if (p.state_only && this->segment() == 0) return;  // nothing comes before the first
         load_state();
         if constexpr (kProjects) this->projection.clear();
+        if constexpr (kWgmma) clear_scores();
         chunk = this->stop_chunk() - 1;
         if constexpr (kFused) this->copy_weights(head());
         this->copy_values_and_grads(head(), kv_head(), chunk);
@@ -71,6 +76,7 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
             this->read_marks();
             read_grad_denominator();
             copy_async_wait<0>();
+            this->hand_to_products();
             __syncthreads();
             this->find_mean(mean, nullptr, this->num_rows());
             if constexpr (kFused)
@@ -81,11 +87,13 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
                 __syncthreads();
             this->template divide_grads<true>(mean, head());
             if (!p.state_only) copy_state();
+            this->hand_to_products();
             __syncthreads();
             if (thread_index() < kChunk) this->shifts[thread_index()] += grad_denominator[thread_index()];
             __syncthreads();
             if (!p.state_only) {
                 this->multiply_visible(phi_q, phi_k, nullptr, 0.0f, scores);
+                this->hand_to_products();
                 this->multiply_visible(grads, values, this->shifts, 1.0f, this->grad_scores);
                 __syncthreads();
                 write_value_gradient();
@@ -151,7 +159,7 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
     // Of the sums that a quad of lanes shares, each lane keeps one: that of pair j and half h is with member 2j + h.
     __device__ __forceinline__ static bool has_sum() { return member() < 2 * kPairs; }
     __device__ __forceinline__ static int sum_feature() {
-        return kUnit * (Block::unit_of(member() / 2) + member() % 2 * kGap) + lane() / 4;
+        return Block::feature_of(member() / 2, member() % 2) + lane() / 4;
     }
 
     __device__ __forceinline__ void store_state(float* kv, int width, bool sum_follows) {
@@ -187,13 +195,13 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
         for (int j = 0; j < kPairs; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int feature = kUnit * (this->unit_of(j) + half * kGap) + lane() / 4;
+                const int feature = this->feature_of(j, half) + lane() / 4;
                 float sum = 0.0f;
 #pragma unroll
                 for (int n = 0; n < kSlice / 8; ++n) {
                     const int column = 8 * n + 2 * member();
                     const float left = state[j][n][2 * half], right = state[j][n][2 * half + 1];
-                    state_copy.pair(feature, column) = pack_bf16(left, right);
+                    state_copy.pair(this->place_of(j, half) + lane() / 4, column) = pack_bf16(left, right);
                     sum += left * mean[column] + right * mean[column + 1];
                 }
                 sum = quad_sum(sum);
@@ -201,59 +209,104 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
             }
     }
 
+    // wgmma reads the tiles above the diagonal too, which nobody writes.
+    __device__ __forceinline__ void clear_scores() const {
+        for (int index = thread_index(); index < kChunk * kChunk / 2; index += kThreads)
+            scores.pair(index / (kChunk / 2), index % (kChunk / 2) * 2) = 0u;
+    }
+
     // dv = tril(φ(q) φ(k)ᵀ)ᵀ dn + φ(k) R; added to what other query heads of the group gave.
     __device__ __forceinline__ void write_value_gradient() const {
         // at most thirty-two columns a warp and time: the registers hold the state already
-        constexpr int kParts = kSlice == 128 && kWhole ? 2 : 1, kColumns = kSlice / 2 / kParts;
+        constexpr int kParts = kSlice == 128 && kWhole && !kWgmma ? 2 : 1, kColumns = kSlice / 2 / kParts;
 #pragma unroll 1
-        for (int part = 0; part < kParts; ++part) write_value_columns<kColumns>(kColumns * (warp() / 4 * kParts + part));
+        for (int part = 0; part < kParts; ++part) {
+            const int first = kColumns * (warp() / 4 * kParts + part);
+            float sums[kColumns / 8][4];
+            if constexpr (kWgmma)
+                multiply_values(sums, first);
+            else
+                add_up_values<kColumns>(sums, first);
+            store_values<kColumns>(sums, first);
+        }
+    }
+
+    // Keys' rows that end in another run than the chunk do not see R.
+    template <int kTiles>
+    __device__ __forceinline__ void hide_state_from_other_runs(float (&sums)[kTiles][4]) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            if (!this->enters_state(16 * (warp() % 4) + lane() / 4 + 8 * r))
+#pragma unroll
+                for (int n = 0; n < kTiles; ++n) sums[n][2 * r] = sums[n][2 * r + 1] = 0.0f;
+    }
+
+    __device__ __forceinline__ void multiply_values(float (&sums)[8][4], int first) const {
+        fence_registers();
+#pragma unroll
+        for (int f = 0; f < kFeatures; f += 16)
+            multiply<false, true>(sums, k_major(this->operand(phi_k), f), mn_major(this->operand(state_copy), f, first),
+                                  f > 0);
+        commit_products();
+        wait_products<0>();
+        settle(sums);
+        if (p.runs) hide_state_from_other_runs(sums);
+        settle(sums);
+        fence_registers();
+#pragma unroll
+        for (int token = 0; token < kChunk; token += 16)
+            multiply<true, true>(sums, mn_major(this->operand(scores), token, 0),
+                                 mn_major(this->operand(grads), token, first), true);
+        commit_products();
+        wait_products<0>();
+        settle(sums);
     }
 
     template <int kColumns>
-    __device__ __forceinline__ void write_value_columns(int first) const {
+    __device__ __forceinline__ void add_up_values(float (&sums)[kColumns / 8][4], int first) const {
         const int row_tile = warp() % 4;
-        float sums[kColumns / 16][2][4] = {};
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
 #pragma unroll 1
         for (int f = 0; f < kFeatures; f += 16) {
             uint32_t a[4];
             phi_k.load_a(a, 16 * row_tile, f, lane());
 #pragma unroll
-            for (int n = 0; n < kColumns / 16; ++n) {
+            for (int n = 0; n < kColumns / 8; n += 2) {
                 uint32_t b[4];
-                state_copy.load_b(b, f, first + 16 * n, lane());
-                mma(sums[n][0], a, b[0], b[1]);
-                mma(sums[n][1], a, b[2], b[3]);
+                state_copy.load_b(b, f, first + 8 * n, lane());
+                mma(sums[n], a, b[0], b[1]);
+                mma(sums[n + 1], a, b[2], b[3]);
             }
         }
-        if (p.runs) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                if (!this->enters_state(16 * row_tile + lane() / 4 + 8 * r))
-#pragma unroll
-                    for (int n = 0; n < kColumns / 8; ++n)
-                        sums[n / 2][n % 2][2 * r] = sums[n / 2][n % 2][2 * r + 1] = 0.0f;
-        }
+        if (p.runs) hide_state_from_other_runs(sums);
 #pragma unroll 1
         for (int query_tile = row_tile; query_tile < 4; ++query_tile) {
             uint32_t a[4];
             scores.load_a_transposed(a, 16 * row_tile, 16 * query_tile, lane());
 #pragma unroll
-            for (int n = 0; n < kColumns / 16; ++n) {
+            for (int n = 0; n < kColumns / 8; n += 2) {
                 uint32_t b[4];
-                grads.load_b(b, 16 * query_tile, first + 16 * n, lane());
-                mma(sums[n][0], a, b[0], b[1]);
-                mma(sums[n][1], a, b[2], b[3]);
+                grads.load_b(b, 16 * query_tile, first + 8 * n, lane());
+                mma(sums[n], a, b[0], b[1]);
+                mma(sums[n + 1], a, b[2], b[3]);
             }
         }
+    }
+
+    template <int kColumns>
+    __device__ __forceinline__ void store_values(const float (&sums)[kColumns / 8][4], int first) const {
         uint16_t* to = this->at(p.grad_v, p.grad_v_stride, kv_head(), this->start()) + p.slice * kSlice + first;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = 16 * row_tile + lane() / 4 + 8 * r;
+            const int row = 16 * (warp() % 4) + lane() / 4 + 8 * r;
             if (row >= this->num_rows()) continue;
 #pragma unroll
             for (int n = 0; n < kColumns / 8; ++n)
-                add_pair(to + row * p.grad_v_stride.token + 8 * n + 2 * member(), sums[n / 2][n % 2][2 * r],
-                         sums[n / 2][n % 2][2 * r + 1], p.member > 0);
+                add_pair(to + row * p.grad_v_stride.token + 8 * n + 2 * member(), sums[n][2 * r], sums[n][2 * r + 1],
+                         p.member > 0);
         }
     }
 
@@ -290,7 +343,7 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
                 for (int half = 0; half < 2; ++half)
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const int feature = kUnit * (this->unit_of(j) + half * kGap) + 2 * member() + i;
+                        const int feature = this->feature_of(j, half) + 2 * member() + i;
                         float& element = g[j][half][2 * r + i];
                         element = enters ? element + shifted_sum[feature] : 0.0f;
                     }
@@ -305,15 +358,15 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 uint32_t b[4];
-                phi_q.load_b(b, 16 * query_tile, kUnit * this->unit_of(j), lane(), kGap);
+                phi_q.load_b(b, 16 * query_tile, this->place_of(j, 0), lane(), kGap);
                 mma(g[j][0], a, b[0], b[1]);
                 mma(g[j][1], a, b[2], b[3]);
             }
         }
     }
 
-    __device__ __forceinline__ uint32_t& feature_pair(int row, int j, int half) const {
-        return phi_k.pair(row, kUnit * (this->unit_of(j) + half * kGap) + 2 * member());
+    __device__ __forceinline__ decltype(auto) feature_pair(int row, int j, int half) const {
+        return phi_k.pair(row, this->place_of(j, half) + 2 * member());
     }
 
     __device__ __forceinline__ void sum_rows(int row_tile, const Sums& g) const {
@@ -346,7 +399,8 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
             const bool keep = this->is_real(row);
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
-                uint32_t &plus = feature_pair(row, j, 0), &minus = feature_pair(row, j, 1);
+                decltype(auto) plus = feature_pair(row, j, 0);
+                decltype(auto) minus = feature_pair(row, j, 1);
                 const float* grad_plus = g[j][0] + 2 * r;
                 const float* grad_minus = g[j][1] + 2 * r;
                 if constexpr (kFused) {
@@ -404,17 +458,17 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kW
         }
     }
 
-    Tile<kSlice> state_copy;
-    Tile<kChunk> scores;
-    Tile<kHeadDim> raw_k_again;
+    typename Layout::template Matrix<kSlice, kFeatures> state_copy;
+    typename Layout::Scores scores;
+    typename Layout::Input raw_k_again;
     float *grad_denominator, *shifted_sum, *mean, *row_sums;
     float q_sum;  // this lane's part of r
 };
 
-template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
-__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused, kWhole>::kThreads, 1)
+template <int kHeadDim, int kFeatures, bool kFused, int kKernel>
+__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused, kKernel>::kThreads, 1)
     linear_attention_key_gradients(const __grid_constant__ BackwardParameters parameters) {
-    KeyGradients<kHeadDim, kFeatures, kFused, kWhole>(parameters).run();
+    KeyGradients<kHeadDim, kFeatures, kFused, kKernel>(parameters).run();
 }
 
 }  // namespace hedgehog

@@ -9,9 +9,9 @@
 
 namespace hedgehog {
 
-template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
-struct QueryLayout : BackwardShape<kHeadDim, kFeatures, kFused, kWhole> {
-    using Shape = BackwardShape<kHeadDim, kFeatures, kFused, kWhole>;
+template <int kHeadDim, int kFeatures, bool kFused, int kKernel>
+struct QueryLayout : BackwardShape<kHeadDim, kFeatures, kFused, kKernel> {
+    using Shape = BackwardShape<kHeadDim, kFeatures, kFused, kKernel>;
     static constexpr int kKSum = Shape::kCommonBytes;
     static constexpr int kMean = kKSum + 4 * kFeatures;
     static constexpr int kTotals = kMean + 4 * Shape::kSlice;
@@ -20,11 +20,11 @@ struct QueryLayout : BackwardShape<kHeadDim, kFeatures, kFused, kWhole> {
     static_assert(kBytes <= Shape::kMostBytes, "shared memory of a block");
 };
 
-template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
-class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>> {
-    using Layout = QueryLayout<kHeadDim, kFeatures, kFused, kWhole>;
-    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kWhole>>;
-    static constexpr bool kProjects = kFused && !kWhole;
+template <int kHeadDim, int kFeatures, bool kFused, int kKernel>
+class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kKernel>> {
+    using Layout = QueryLayout<kHeadDim, kFeatures, kFused, kKernel>;
+    using Block = BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kKernel>>;
+    static constexpr bool kProjects = kFused && !Layout::kWhole;
     using Block::chunk;
     using Block::grads;
     using Block::kGap;
@@ -32,6 +32,8 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
     using Block::kProjected;
     using Block::kSlice;
     using Block::kThreads;
+    using Block::kWgmma;
+    using Block::kWhole;
     using Block::lane;
     using Block::p;
     using Block::phi_k;
@@ -53,6 +55,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
     }
 
     __device__ __forceinline__ void run() {
+        if constexpr (kWgmma) use_async_proxy();
         load_state();
         if constexpr (kProjects) this->projection.clear();
         chunk = this->first_chunk();
@@ -64,6 +67,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
             const int next = chunk + 1 < this->stop_chunk() ? chunk + 1 : chunk;  // at the end once more, for nothing
             this->read_marks();
             copy_async_wait<0>();
+            this->hand_to_products();
             __syncthreads();
             this->find_mean(mean, totals, tokens_in_state() + (chunk - this->first_chunk()) * kChunk + this->num_rows());
             if constexpr (kFused)
@@ -73,6 +77,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
             else
                 __syncthreads();
             this->template divide_grads<false>(mean, head());
+            this->hand_to_products();
             __syncthreads();
             this->multiply_visible(grads, values, this->shifts, -1.0f, this->grad_scores);
             __syncthreads();
@@ -152,7 +157,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
         for (int j = 0; j < kPairs; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                sums[j][half] = k_sum[kUnit * (this->unit_of(j) + half * kGap) + lane() / 4];
+                sums[j][half] = k_sum[this->feature_of(j, half) + lane() / 4];
 #pragma unroll
         for (int v = 0; v < kSlice; v += 16) {
             uint32_t a[4];
@@ -177,7 +182,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
                 for (int half = 0; half < 2; ++half)
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const int feature = kUnit * (this->unit_of(j) + half * kGap) + 2 * member() + i;
+                        const int feature = this->feature_of(j, half) + 2 * member() + i;
                         if (!sees) g[j][half][2 * r + i] = 0.0f;
                         z[j][half][2 * r + i] = sees ? k_sum[feature] : 0.0f;
                     }
@@ -198,7 +203,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 uint32_t b[4];
-                phi_k.load_b(b, 16 * key_tile, kUnit * this->unit_of(j), lane(), kGap);
+                phi_k.load_b(b, 16 * key_tile, this->place_of(j, 0), lane(), kGap);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     mma(g[j][half], scores, b[2 * half], b[2 * half + 1]);
@@ -208,8 +213,8 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
         }
     }
 
-    __device__ __forceinline__ uint32_t& feature_pair(int row, int j, int half) const {
-        return phi_q.pair(row, kUnit * (this->unit_of(j) + half * kGap) + 2 * member());
+    __device__ __forceinline__ decltype(auto) feature_pair(int row, int j, int half) const {
+        return phi_q.pair(row, this->place_of(j, half) + 2 * member());
     }
 
     // Σ φ(q) G and Σ φ(q) Z over this warp's features, of either sign.
@@ -253,7 +258,8 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
             if (p.feature_map != HEDGEHOG_SOFTMAX) s_plus = s_minus = s_plus + s_minus;
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
-                uint32_t &plus = feature_pair(row, j, 0), &minus = feature_pair(row, j, 1);
+                decltype(auto) plus = feature_pair(row, j, 0);
+                decltype(auto) minus = feature_pair(row, j, 1);
                 float grad[2][2];
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
@@ -288,7 +294,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
         for (int j = 0; j < kPairs; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float& total = k_sum[kUnit * (this->unit_of(j) + half * kGap) + lane() / 4];
+                float& total = k_sum[this->feature_of(j, half) + lane() / 4];
                 if (member() == 0) total = (survives ? total : 0.0f) + sums[j][half];
             }
     }
@@ -311,13 +317,13 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
 
     float *k_sum, *mean, *row_sums;
     float* totals;  // of the values so far
-    Tile<kHeadDim> raw_q_again;
+    typename Layout::Input raw_q_again;
 };
 
-template <int kHeadDim, int kFeatures, bool kFused, bool kWhole>
-__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused, kWhole>::kThreads, 1)
+template <int kHeadDim, int kFeatures, bool kFused, int kKernel>
+__global__ void __launch_bounds__(BackwardShape<kHeadDim, kFeatures, kFused, kKernel>::kThreads, 1)
     linear_attention_query_gradients(const __grid_constant__ BackwardParameters parameters) {
-    QueryGradients<kHeadDim, kFeatures, kFused, kWhole>(parameters).run();
+    QueryGradients<kHeadDim, kFeatures, kFused, kKernel>(parameters).run();
 }
 
 }  // namespace hedgehog

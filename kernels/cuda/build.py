@@ -22,7 +22,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 UNITS = ("forward.cu", "decode.cu", "backward.cu", "backward_queries.cu", "backward_keys.cu", "backward_inputs.cu")
-HOPPER_UNITS = ("forward_hopper.cu",)
+HOPPER_UNITS = ("forward_hopper.cu", "backward_queries_hopper.cu", "backward_keys_hopper.cu")
 """Only for compute capability 9.0, and the emulation: wgmma needs the target sm_90a."""
 NVCC_FLAGS = ("-std=c++17", "-O3")
 GXX_FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off")

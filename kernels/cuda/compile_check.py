@@ -25,13 +25,15 @@ from pathlib import Path
 from .build import FOLDER, HOPPER_UNITS, NVCC_FLAGS, find_nvcc
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_90a")
-_DECLARED = re.compile(r"^RESOURCES\((\d+), (\d+), (fused|given|whole), (\d+), (\d+)\);$", re.MULTILINE)
+_DECLARED = re.compile(r"^RESOURCES\((\d+), (\d+), (fused|given|whole|wgmma), (\d+), (\d+)\);$", re.MULTILINE)
 KERNELS = {
     "forward.cu": "linear_attention_forward",
     "forward_hopper.cu": "linear_attention_forward_hopper",
     "decode.cu": "linear_attention_decode",
     "backward_queries.cu": "linear_attention_query_gradients",
     "backward_keys.cu": "linear_attention_key_gradients",
+    "backward_queries_hopper.cu": "linear_attention_query_gradients",
+    "backward_keys_hopper.cu": "linear_attention_key_gradients",
     "backward_inputs.cu": "linear_attention_input_gradients",
 }
 # small helpers beside them, without a template: {name: registers}
@@ -41,7 +43,7 @@ _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) 
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 # wgmma that has to wait for itself, setmaxnreg that has no effect: right results, at half the speed
 _LOSSES = ("Potential Performance Loss", "is injected in around line")
-_NAME = re.compile(r"_ZN8hedgehog\d+([a-z_]+?)(?:ILi(\d+)ELi(\d+)ELb([01])E(?:Li\d+E)?(?:Lb([01])E)?)?E")
+_NAME = re.compile(r"_ZN8hedgehog\d+([a-z_]+?)(?:ILi(\d+)ELi(\d+)ELb([01])E(?:Li(\d+)E)?)?E")
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,12 @@ def readable_name(mangled: str) -> str:
     """linear_attention_forward<128,256,fused> for the C++ compiler's name of it."""
     match = _NAME.match(mangled)
     assert match, mangled
-    name, head_dim, features, fused, whole = match.groups()
+    name, head_dim, features, fused, number = match.groups()
     if head_dim is None:
         return name
-    kind = "whole" if whole == "1" else "fused" if fused == "1" else "given"
+    kind = "fused" if fused == "1" else "given"
+    if name.endswith("_gradients"):  # the number is interface.h's HedgehogBackwardKernel; elsewhere, splits
+        kind = {"1": "whole", "2": "wgmma"}.get(number, kind)
     return f"{name}<{head_dim},{features},{kind}>"
 
 

@@ -55,10 +55,10 @@ __device__ __forceinline__ void project(float (&z)[kProjected / 8][4], Tile<kHea
 constexpr float kWidestRow = 48.0f;
 
 // φ of a lane's eight-column units, pair by pair: features(z₀, z₁, row half, their φ₊, their φ₋) into shared memory; zeros in
-// a row whose `keep` is false.
-template <int kProjected, class Features>
-__device__ __forceinline__ void store_features(const float (&z)[kProjected / 8][4], const bool (&keep)[2],
-                                               Tile<2 * kProjected> phi, int first_row, Features features) {
+// a row whose `keep` is false. `phi` has pair(row, feature), as Tile does.
+template <int kProjected, class Phi, class Features>
+__device__ __forceinline__ void store_features(const float (&z)[kProjected / 8][4], const bool (&keep)[2], Phi phi,
+                                               int first_row, Features features) {
     const int lane = thread_index() % 32;
 #pragma unroll
     for (int n = 0; n < kProjected / 8; ++n)
@@ -74,9 +74,9 @@ __device__ __forceinline__ void store_features(const float (&z)[kProjected / 8][
 }
 
 // Writes φ of the sixteen rows into `phi`; a row whose `keep` is false becomes zero.
-template <int kProjected>
+template <int kProjected, class Phi>
 __device__ __forceinline__ void activate(float (&z)[kProjected / 8][4], int feature_map, bool is_key,
-                                         const bool (&keep)[2], Tile<2 * kProjected> phi, int first_row) {
+                                         const bool (&keep)[2], Phi phi, int first_row) {
     if (feature_map == HEDGEHOG_EXP && is_key) {
         store_features<kProjected>(z, keep, phi, first_row,
                                    [](float z0, float z1, int, float (&plus)[2], float (&minus)[2]) {

@@ -83,11 +83,11 @@ def backward_obstacle(device: torch.device, num_features: int, head_dim: int, fe
 
 @cache
 def whole_obstacle(
-    device: torch.device, num_features: int, head_dim: int, feature_map: str, grouped: bool
+    device: torch.device, num_features: int, head_dim: int, feature_map: str, grouped: bool, kernel: str = "whole"
 ) -> str | None:
-    """Why the kernels that take the values whole cannot serve here, or None. `grouped`: query heads share key heads.
+    """Why the kernels that take the values whole (`kernel`: "whole", "wgmma") cannot serve here, or None.
 
-    What is the device's fault is said once.
+    `grouped`: query heads share key heads. What is the device's fault is said once.
     """
     shape = ForwardArguments(
         batch=1,
@@ -97,16 +97,16 @@ def whole_obstacle(
         features=num_features,
         feature_map=FEATURE_MAP_NUMBERS[feature_map],
     )
-    if not library_for(device).has_whole(shape):
-        heads = (
-            "query heads that share a key head" if grouped else f"head dim {head_dim}, F={num_features}, {feature_map}"
+    if not library_for(device).has_backward(shape, KERNEL_NUMBERS[kernel]):
+        heads = ", heads that share a key head" if grouped else ""
+        return (
+            f"no backward kernels named {kernel} for head dim {head_dim}, F={num_features}, {feature_map}{heads} here"
         )
-        return f"the values are not taken whole for {heads}"
     if device.type in UNCHECKED_DEVICES:
         return None
-    obstacle = _device_obstacle(device, num_features, head_dim, feature_map, "whole")
+    obstacle = _device_obstacle(device, num_features, head_dim, feature_map, kernel)
     if obstacle:
-        logger.warning("the backward kernels take the values in slices: %s", obstacle)
+        logger.warning("the backward kernels named %s do not serve: %s", kernel, obstacle)
     return obstacle
 
 
@@ -148,7 +148,7 @@ def _error_on_a_small_problem(
 ) -> float:
     """The largest relative RMS error of a gradient; 130 tokens, two segments, grouped heads where they serve."""
     heads, length, eps = 4, 130, 1e-6
-    kv_heads = heads if kernel == "whole" else 2
+    kv_heads = 2 if kernel == "slices" else heads
     random = torch.Generator().manual_seed(0)  # not the caller's random numbers
 
     def draw(*shape: int) -> Tensor:
@@ -219,7 +219,7 @@ def linear_attention_backward(
     if v.numel() and backward_obstacle(q.device, features, head_dim, feature_map) is not None:
         return gradients_in_pytorch(inputs, grads_of_results, feature_map, eps)
     shape = q.device, features, head_dim, feature_map, heads != v.shape[1]
-    kernel = choose_backward(lambda: whole_obstacle(*shape)).kernel
+    kernel = choose_backward(lambda name: whole_obstacle(*shape, name)).kernel
     return backward_kernels(inputs, denominator, grads_of_results, feature_map, eps, segments, kernel)
 
 

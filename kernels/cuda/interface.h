@@ -21,12 +21,13 @@ enum HedgehogForwardKernel : int32_t {
     HEDGEHOG_WGMMA = 1,
 };
 
-// Which backward kernels: the ones for every shape, which at F = 256 take the values in slices; or, for the shapes that
-// hedgehog_has_whole names, those that take them whole: half the work, in more shared memory than an A100 has. The latter want
-// grad_q and grad_k aligned to 16 bytes.
+// Which backward kernels: those for every shape, which at F = 256 take the values in slices; or, for the shapes that
+// hedgehog_has_backward names, those that take them whole: less work, in more shared memory than an A100 has. They want grad_q and
+// grad_k aligned to 16 bytes. The last do much of it with wgmma.
 enum HedgehogBackwardKernel : int32_t {
     HEDGEHOG_SLICES = 0,
     HEDGEHOG_WHOLE = 1,
+    HEDGEHOG_WHOLE_WGMMA = 2,
 };
 
 struct HedgehogStrides {
@@ -110,8 +111,8 @@ int32_t hedgehog_num_segments(int64_t length, int32_t requested);
 int64_t hedgehog_scratch_bytes(const HedgehogForwardArguments* arguments);
 int64_t hedgehog_backward_scratch_bytes(const HedgehogForwardArguments* arguments, int32_t kernel);
 
-// Whether HEDGEHOG_WHOLE serves.
-int32_t hedgehog_has_whole(const HedgehogForwardArguments* arguments);
+// Whether this build has the kernels (wgmma: for sm_90a; emulated), and they serve the shape.
+int32_t hedgehog_has_backward(const HedgehogForwardArguments* arguments, int32_t kernel);
 
 // Slices of the values that the backward kernels take one after the other.
 int32_t hedgehog_num_slices(int32_t head_dim, int32_t features, int32_t kernel);

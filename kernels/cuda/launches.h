@@ -30,7 +30,7 @@ Result for_shape(int32_t head_dim, int32_t features, int32_t feature_map, Result
 }
 
 // Whether the backward has kernels for the shape that take the values whole (backward.cuh).
-constexpr bool has_whole(int32_t head_dim, int32_t features, bool fused) {
+constexpr bool takes_whole(int32_t head_dim, int32_t features, bool fused) {
     return head_dim == 128 && features == 256 && fused;
 }
 

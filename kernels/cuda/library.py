@@ -90,9 +90,9 @@ class Library:
         """What `forward` wants at `scratch`."""
         return self._c.hedgehog_scratch_bytes(ctypes.byref(arguments))
 
-    def has_whole(self, arguments: ForwardArguments) -> bool:
-        """Whether there are backward kernels that take the values whole."""
-        return bool(self._c.hedgehog_has_whole(ctypes.byref(arguments)))
+    def has_backward(self, arguments: ForwardArguments, kernel: int) -> bool:
+        """Whether this build has these backward kernels, and they serve the shape."""
+        return bool(self._c.hedgehog_has_backward(ctypes.byref(arguments), kernel))
 
     def backward_scratch_bytes(self, arguments: ForwardArguments, kernel: int) -> int:
         """What `backward` wants at its forward arguments' `scratch`. `kernel`: as in BackwardArguments."""

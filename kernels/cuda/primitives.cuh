@@ -78,6 +78,9 @@ __device__ __forceinline__ void copy_async(void* destination, const void* source
                  : "memory");
 }
 
+// Memory that wgmma may read has been written.
+__device__ __forceinline__ void note_operand(const void*, int) {}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
@@ -132,6 +135,9 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 }
 inline void copy_async(void* destination, const void* source, bool valid) {
     emulation::copy_async_16(destination, source, valid ? 16 : 0);
+}
+inline void note_operand(const void* where, int num_bytes) {
+    emulation::Scheduler::get().note_write(where, num_bytes);
 }
 inline void copy_async_commit() { emulation::copy_async_commit(); }
 template <int kPending>

@@ -106,9 +106,6 @@ __device__ __forceinline__ void store_matrix_x4(void* row, const uint32_t (&r)[4
                      : "memory");
 }
 
-// A store that wgmma will read.
-__device__ __forceinline__ void store_operand(uint32_t* address, uint32_t value) { *address = value; }
-
 __device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
 // The upper half of `high` over that of `low`. In assembly, since the compiler would rather keep both in registers than
@@ -229,10 +226,6 @@ template <bool kTransposed>
 void store_matrix_x4(void* row, const uint32_t (&r)[4]) {
     emulation::store_matrix_x4(row, r, kTransposed);
 }
-inline void store_operand(uint32_t* address, uint32_t value) {
-    *address = value;
-    emulation::Scheduler::get().note_write(address, 4);
-}
 inline uint32_t bits_of_float(float x) { return emulation::float_to_bits(x); }
 inline float exp2_here(float x) { return std::exp2(x); }
 inline uint32_t read_here(uint32_t x) { return x; }
@@ -256,6 +249,12 @@ inline void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b_descri
 }
 
 #endif
+
+// A store that wgmma will read.
+__device__ __forceinline__ void store_operand(uint32_t* address, uint32_t value) {
+    *address = value;
+    note_operand(address, sizeof value);
+}
 
 // Descriptors of panels. `k_major`: rows are M or N, from row 0 on, and the sixteen columns from `column` on are k.
 // `mn_major`: columns are M or N, from `column` (a multiple of 64) on, and the sixteen rows from `row` on are k.

@@ -2,6 +2,9 @@
 //
 // Rows are cut into units of 16 bytes; unit u of row r lies at u ^ (r % 8). Eight neighbouring rows of one column of
 // units then fall into eight different groups of banks, so ldmatrix and the fragment stores meet no bank conflict.
+//
+// With kPanelRows, the number of its rows, the matrix lies as wgmma wants it too: panels of 64 columns, one after the other
+// (primitives_hopper.cuh: Panels). The same swizzle, so ldmatrix still meets no conflict.
 #pragma once
 
 #include "primitives.cuh"
@@ -11,7 +14,19 @@ namespace hedgehog {
 constexpr int kUnit = 8;    // bf16 in 16 bytes
 constexpr int kChunk = 64;  // tokens that are worked on together
 
-template <int kColumns>
+// A place in shared memory that wgmma may read: in the emulation, what is written there waits for fence.proxy.async.
+template <class Value>
+struct OperandPlace {
+    Value* place;
+    __device__ __forceinline__ operator Value() const { return *place; }
+    __device__ __forceinline__ const OperandPlace& operator=(Value value) const {
+        *place = value;
+        note_operand(place, sizeof(Value));
+        return *this;
+    }
+};
+
+template <int kColumns, int kPanelRows = 0>
 struct Tile {
     static_assert(kColumns % (8 * kUnit) == 0, "the swizzle needs eight units in a row");
     static constexpr int kUnits = kColumns / kUnit;
@@ -20,17 +35,20 @@ struct Tile {
     static constexpr int bytes(int rows) { return rows * kColumns * 2; }
 
     __device__ __forceinline__ uint16_t* unit(int row, int unit) const {
-        return data + (row * kUnits + (unit ^ (row & 7))) * kUnit;
+        if constexpr (kPanelRows > 0)
+            return data + ((unit / 8 * kPanelRows + row) * 8 + ((unit ^ row) & 7)) * kUnit;
+        else
+            return data + (row * kUnits + (unit ^ (row & 7))) * kUnit;
     }
 
     // Two bf16 at (row, column), column even.
-    __device__ __forceinline__ uint32_t& pair(int row, int column) const {
-        return *reinterpret_cast<uint32_t*>(unit(row, column / kUnit) + column % kUnit);
+    __device__ __forceinline__ decltype(auto) pair(int row, int column) const {
+        return place<uint32_t>(unit(row, column / kUnit) + column % kUnit);
     }
 
     // Eight bf16, a unit.
-    __device__ __forceinline__ uint4& eight(int row, int column_unit) const {
-        return *reinterpret_cast<uint4*>(unit(row, column_unit));
+    __device__ __forceinline__ decltype(auto) eight(int row, int column_unit) const {
+        return place<uint4>(unit(row, column_unit));
     }
 
     // A operand, rows row…row+15 and k = k…k+15, from a tile whose rows are the operand's rows.
@@ -69,6 +87,15 @@ struct Tile {
             copy_async(unit(row, column_unit), wanted ? source + row * row_stride + column_unit * kUnit : source,
                        wanted);
         }
+    }
+
+   private:
+    template <class Value>
+    __device__ __forceinline__ static decltype(auto) place(uint16_t* where) {
+        if constexpr (kPanelRows > 0)
+            return OperandPlace<Value>{reinterpret_cast<Value*>(where)};
+        else
+            return (*reinterpret_cast<Value*>(where));  // a reference
     }
 };
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton brings its assembler for Linux only")
 
 SCRIPT = Path(__file__).with_name("compile_distill_tiles.py")
@@ -22,11 +22,13 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most of one bl
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async"}
 # Of at most 255 registers of 4 bytes a thread, once a program: before and after a loop. None inside, where tiles pass.
 MAX_SPILL_BYTES_ONCE = 384
-# In the loop without masks, which is the shortest of a kernel; for 8 warps and a tile of `pinned_tiles`.
+# In the loop without masks, which is the shortest of a kernel; for 8 warps and a tile of `pinned_tiles`, by Triton 3.7.
 MAX_INSTRUCTIONS = {
     90: {"sweep": 640, "log_sums": 470, "keys_gradient": 190, "weight_gradient": 1100},
     80: {"sweep": 800, "log_sums": 280, "keys_gradient": 270, "weight_gradient": 760},
 }
+
+OTHER_TRITON = 1.1  # times that, by another version
 
 
 def compiled(*arguments: object) -> list[dict]:
@@ -44,6 +46,7 @@ def assert_fits(kernel: dict, capability: int) -> None:
     assert all(loop["local"] == 0 for loop in kernel["loops"]), kernel
     most = MAX_INSTRUCTIONS.get(capability, {}).get(kernel["kernel"])
     if most is not None:
+        most *= 1 if triton.__version__.startswith("3.7.") else OTHER_TRITON
         assert 0 < min(loop["instructions"] for loop in kernel["loops"]) <= most, kernel
 
 

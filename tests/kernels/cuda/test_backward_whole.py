@@ -1,4 +1,4 @@
-"""The backward kernels that take the values whole, held to what those that take them in slices are; and the choice."""
+"""Backward kernels that take the values whole, on mma.sync and on wgmma, held to what the others are; the choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hedgehog.kernels.cuda import gradients, library
+from hedgehog.kernels.cuda import backward_choice, gradients, library
 from hedgehog.kernels.cuda.backward_choice import KERNEL_NUMBERS, SWITCH, choose_backward
 from hedgehog.kernels.cuda.library import ForwardArguments, KernelError, emulated_library
 from hedgehog.kernels.cuda.operators import linear_attention
@@ -20,14 +20,18 @@ from hedgehog.pipeline.allocation_peak import allocation_peak
 from .problems import EPS, Problem, random_problem, rms
 from .test_gradient import CPU, LIMIT, NAMES, by_kernels, check, grad_of_out, packed
 
-WHOLE = KERNEL_NUMBERS["whole"]
+SLICES, WHOLE, WGMMA = (KERNEL_NUMBERS[name] for name in ("slices", "whole", "wgmma"))
 MAPS = ["hedgehog_softmax", "hedgehog_exp", "hedgehog_joint"]
+both = pytest.mark.parametrize("ran", ["whole", "wgmma"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def ran(monkeypatch):
-    """The kernels that ran; fails a test in which others than these did."""
+def ran(monkeypatch, request):
+    """The kernels that ran; fails a test in which others than the wanted did. By default those that nobody asks for."""
+    wanted = getattr(request, "param", "whole")
     monkeypatch.delenv(SWITCH, raising=False)
+    if wanted == "wgmma":
+        monkeypatch.setenv(SWITCH, wanted)
     numbers: list[int] = []
     backward = library.Library.backward
 
@@ -37,7 +41,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(library.Library, "backward", watched)
     yield numbers
-    assert set(numbers) <= {WHOLE}
+    assert set(numbers) <= {KERNEL_NUMBERS[wanted]}
 
 
 def whole_problem(length: int, *, feature_map: str = "hedgehog_softmax", batch: int = 1, heads: int = 2) -> Problem:
@@ -46,22 +50,26 @@ def whole_problem(length: int, *, feature_map: str = "hedgehog_softmax", batch: 
     )
 
 
+@both
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_every_map(feature_map, ran):
     check(whole_problem(70, feature_map=feature_map))
-    assert ran == [WHOLE]
+    assert len(ran) == 1
 
 
+@both
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 129])
 def test_tails(length):
     check(whole_problem(length), limit=LIMIT if length > 2 else 2 * LIMIT)
 
 
+@both
 @pytest.mark.parametrize("segments", [2, 4])
 def test_segments(segments):
     check(whole_problem(290, batch=2), segments=segments)
 
 
+@both
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_padding(feature_map):
     problem = packed(whole_problem(133, batch=2, feature_map=feature_map), [], left=70, right=5)
@@ -70,21 +78,25 @@ def test_padding(feature_map):
     assert not found["k"][0, :, :70].any() and not found["v"][0, :, :70].any()
 
 
+@both
 @pytest.mark.parametrize("borders", [[10], [63, 65], [1, 2, 3, 128]])
 def test_packed_sequences(borders):
     problem = packed(whole_problem(140, batch=2), borders, left=12, right=7)
     check(problem, segments=1 if borders == [10] else 3)
 
 
+@both
 def test_values_that_share_a_mean():
     problem = whole_problem(200, heads=1)
     check(replace(problem, v=problem.v + 8), segments=2)
 
 
+@both
 def test_a_long_sequence():
     check(whole_problem(1500, heads=1))
 
 
+@both
 @pytest.mark.parametrize("segments", [1, 2])
 def test_states(segments):
     problem = whole_problem(130, batch=2)
@@ -102,6 +114,7 @@ def test_states(segments):
         assert rms(ours - theirs) <= LIMIT * rms(theirs)
 
 
+@both
 def test_one_token():
     """o is v then, so dv is do; what is left of the others is rounding."""
     problem = whole_problem(1, feature_map="hedgehog_exp")
@@ -111,6 +124,7 @@ def test_one_token():
     assert all(rms(grad) <= LIMIT for grad in found.values())
 
 
+@both
 def test_nan_comes_out_as_nan():
     problem = whole_problem(130, heads=1)
     k = problem.k.clone()
@@ -121,6 +135,7 @@ def test_nan_comes_out_as_nan():
     assert torch.isnan(found["weight_q"]).any() and torch.isnan(found["weight_k"]).any()
 
 
+@both
 def test_the_order_of_threads_does_not_matter(emulation):
     problem = packed(whole_problem(130, batch=2), [70], left=3)
     first = by_kernels(problem, grad_of_out(problem), segments=2)
@@ -131,6 +146,7 @@ def test_the_order_of_threads_does_not_matter(emulation):
             assert torch.equal(grad, again[name]), f"{name}, seed {seed}"
 
 
+@both
 def test_no_memory_beyond_the_results_grows_with_the_length():
     def beyond(length: int) -> int:
         problem = whole_problem(length)
@@ -147,8 +163,11 @@ def test_no_memory_beyond_the_results_grows_with_the_length():
     assert emulated_library().backward_scratch_bytes(sizes, WHOLE) == 3 * 2 * 4 * 256 * (128 + 1) * 4
 
 
-def test_half_of_the_work(emulation):
-    """Of a chunk; LOG.md has the table."""
+@pytest.mark.parametrize(
+    ("ran", "most"), [("whole", (24672, 11104, 99328)), ("wgmma", (12416, 5824, 99328))], indirect=["ran"]
+)
+def test_work_of_a_chunk(emulation, most):
+    """wgmma's products are not counted; LOG.md has the table."""
 
     def work(chunks: int) -> tuple[int, ...]:
         problem = whole_problem(64 * chunks, heads=1)
@@ -158,13 +177,13 @@ def test_half_of_the_work(emulation):
         return emulation.emulated_work()
 
     found = tuple(two - one for one, two in zip(work(1), work(2), strict=True))
-    assert all(count <= limit for count, limit in zip(found, (24672, 11104, 99328), strict=True)), found
+    assert all(count <= limit for count, limit in zip(found, most, strict=True)), found
 
 
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((256, 128, "hedgehog_softmax", True), "share a key head"),
+        ((256, 128, "hedgehog_softmax", True), "share a key head here"),
         ((128, 128, "hedgehog_softmax", False), "head dim 128, F=128"),
         ((256, 64, "hedgehog_softmax", False), "head dim 64"),
         ((256, 128, "given", False), "given"),
@@ -172,19 +191,25 @@ def test_half_of_the_work(emulation):
     ],
 )
 def test_what_they_serve(shape, words):
-    choice = choose_backward(lambda: gradients.whole_obstacle(CPU, *shape))
+    choice = choose_backward(lambda name: gradients.whole_obstacle(CPU, *shape, name))
     assert choice.kernel == ("slices" if words else "whole")
     assert words is None or words in choice.reason
 
 
-def test_the_switch(monkeypatch):
-    def not_asked() -> str:
+def test_the_switch(monkeypatch, caplog):
+    def not_asked(name: str) -> str:
         raise AssertionError
 
     monkeypatch.setenv(SWITCH, "slices")
     assert choose_backward(not_asked) == ("slices", f"{SWITCH}=slices")
+    monkeypatch.setenv(SWITCH, "wgmma")
+    assert choose_backward(lambda name: None).kernel == "wgmma"
+    backward_choice._say_once.cache_clear()
+    assert choose_backward(lambda name: f"no {name}" if name == "wgmma" else None).kernel == "whole"
+    assert f"{SWITCH}=wgmma, but others run: no wgmma" in caplog.text
+    assert choose_backward(lambda name: f"no {name}") == ("slices", "no whole")
     monkeypatch.setenv(SWITCH, "halves")
-    with pytest.raises(ValueError, match="HEDGEHOG_BACKWARD=halves: there are slices, whole"):
+    with pytest.raises(ValueError, match="HEDGEHOG_BACKWARD=halves: there are slices, whole, wgmma"):
         choose_backward(not_asked)
 
 
@@ -220,7 +245,7 @@ def test_where_the_device_is_not_up_to_them_slices_serve(monkeypatch, emulation,
         obstacle = gradients.whole_obstacle(device, 256, 128, "hedgehog_softmax", False)
         assert gradients.backward_obstacle(device, 256, 128, "hedgehog_softmax") is None
     expected = "differ" if fault == "numbers" else "needs 215808 bytes of shared memory, this GPU gives 166912"
-    assert obstacle and expected in obstacle and f"in slices: {obstacle}" in caplog.text
+    assert obstacle and expected in obstacle and f"named whole do not serve: {obstacle}" in caplog.text
     assert asked == (["whole", "slices"] if fault == "numbers" else ["slices"])
     gradients.whole_obstacle.cache_clear()
     gradients.backward_obstacle.cache_clear()
@@ -240,13 +265,16 @@ def test_the_check_at_first_use_runs_the_kernels_it_is_asked_about(monkeypatch, 
     assert "differ" in (gradients.gradient_disagreement(CPU, 256, 128, "hedgehog_softmax", "whole") or "")
 
 
-def test_slices_give_the_same_but_for_rounding(ran):
+def test_all_give_the_same_but_for_rounding(ran):
     problem = packed(whole_problem(200, batch=2), [90], left=5)
     grad_out = grad_of_out(problem)
     ours = by_kernels(problem, grad_out)
     with switched(SWITCH, "slices"):
         theirs = by_kernels(problem, grad_out)
-    assert ran == [WHOLE, KERNEL_NUMBERS["slices"]]
+    with switched(SWITCH, "wgmma"):
+        by_warpgroups = by_kernels(problem, grad_out)
+    assert ran == [WHOLE, SLICES, WGMMA]
     ran.clear()
     for name, grad in ours.items():
+        assert rms(grad.float() - by_warpgroups[name].float()) <= LIMIT / 4 * rms(grad), name
         assert rms(grad.float() - theirs[name].float()) <= LIMIT * rms(grad), name

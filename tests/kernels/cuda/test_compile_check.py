@@ -12,6 +12,7 @@ from hedgehog.kernels.cuda.build import HOPPER_UNITS, UNITS, find_nvcc
 from hedgehog.kernels.cuda.compile_check import KERNELS, Usage, compile_for, declared_resources, faults, read_usage
 
 INSTANCES = {"forward_hopper.cu": 2, "backward_queries.cu": 9, "backward_keys.cu": 9, "backward_inputs.cu": 1}
+INSTANCES |= {"backward_queries_hopper.cu": 1, "backward_keys_hopper.cu": 1}
 NAME = "_ZN8hedgehog24linear_attention_forwardILi128ELi256ELb1EEEvNS_17ForwardParametersE"
 OUTPUT = f"""ptxas info    : 11 bytes gmem
 ptxas info    : Compiling entry function '{NAME}' for 'sm_90'
