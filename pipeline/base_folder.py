@@ -76,9 +76,17 @@ def check_convertible(name: str, fields: Mapping[str, Any], config: RunConfig) -
     """
     from .config_loading import variant_configs
 
+    if any(one.model.attention == "linear" for one in (config, *variant_configs(config).values())):
+        check_no_dropout(name, fields)
+
+
+def check_no_dropout(name: str, fields: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ModelError: it drops attention weights, of which linear attention has none.
+    """
     dropout = fields.get("attention_dropout")
-    linear = any(one.model.attention == "linear" for one in (config, *variant_configs(config).values()))
-    if dropout and linear:
+    if dropout:
         raise ModelError(
             f"{name}: config.json has attention_dropout {dropout}, but linear attention has no attention weights to "
             "drop: set it to 0 there"
@@ -92,9 +100,7 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
         ModelError: no safetensors, a missing or truncated file, a tensor that is missing, of another shape, or of a
             layer that the config does not have.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        found |= _read_shapes(file)
+    found = read_shapes(folder)
     if not any(name.startswith("model.") for name in found):  # saved from the model without its output layer
         found = {name if name.startswith("lm_head.") else f"model.{name}": sizes for name, sizes in found.items()}
     expected = expected_shapes(shape)
@@ -161,6 +167,18 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise ModelError(f"{folder}: the index names {', '.join(missing)}, which is missing; fetch it again")
     return [folder / shard for shard in shards]
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor in the folder's safetensors files.
+
+    Raises:
+        ModelError: no safetensors, or a missing or truncated file.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        found |= _read_shapes(file)
+    return found
 
 
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -81,7 +81,7 @@ def run(
              hedgehog run configs/llama2-7b-samsum.yaml --from finetune finetune.epochs=3
     """
     with _errors_shown(), _signals_noted():
-        loaded = _load(config, overrides)
+        loaded = _load(config, overrides, first=first.value if first else None, force=force)
         from .runner import run_pipeline
 
         run_pipeline(loaded, first=first.value if first else None, last=last.value if last else None, force=force)
@@ -322,31 +322,32 @@ def _run_stage(
 ) -> None:
     with _errors_shown(), _signals_noted():
         given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
-        loaded = _load(config, [*(overrides or []), *given], stage)
+        loaded = _load(config, [*(overrides or []), *given], stage, force=force)
         from .runner import run_stage
 
         run_stage(loaded, stage, variant=variant, shard=shard, force=force)
 
 
-def _load(path: Path, overrides: list[str] | None, stage: str | None = None) -> RunConfig:
-    """The config, after all that can be refused before a stage (None: any of them) starts."""
-    from .config_checks import check_world
-    from .config_loading import load_config
+def _load(
+    path: Path, overrides: list[str] | None, stage: str | None = None, *, first: str | None = None, force: bool = False
+) -> RunConfig:
+    """The config, after all that can be refused before a stage (None: all from `first` on) starts."""
+    from .config_loading import read_config
 
     submitted = os.environ.get("HEDGEHOG_SUBMITTED_CONFIG")  # a job of `hedgehog submit`
     if submitted:
         from .slurm.frozen_config import check_visible
 
         check_visible(Path(submitted))
-    config = load_config(path, overrides or [])
-    check_world(config, int(os.environ.get("WORLD_SIZE", 1)), stage)
+    reading = read_config(path, overrides or [])
+    from .preflight import refuse_mistakes
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    config = refuse_mistakes(reading, stage, world_size=world_size, first=first, force=force)
     if submitted:
         from .slurm.frozen_config import check_unchanged
 
         check_unchanged(config, Path(submitted))
-    from .feature_map_checks import check_feature_maps
-
-    check_feature_maps(config)
     return config
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .config_section import Section
+from .config_section import Section, combination_error
 from .slurm_config import SlurmConfig
 
 LAYERS_PATTERN = r"\d+(-\d+)?(,\d+(-\d+)?)*"
@@ -79,11 +79,12 @@ class DataConfig(Section):
     drop_train_duplicates: bool = True
     """Drop training rows whose dialogue and summary repeat an earlier row word for word."""
 
-    @model_validator(mode="after")
-    def _template_has_one_dialogue(self) -> DataConfig:
-        if self.prompt_template.count("{dialogue}") != 1:
-            raise ValueError("prompt_template must contain {dialogue} exactly once")
-        return self
+    @field_validator("prompt_template")
+    @classmethod
+    def _template_has_one_dialogue(cls, value: str) -> str:
+        if value.count("{dialogue}") != 1:
+            raise ValueError("must contain {dialogue} exactly once")
+        return value
 
 
 class TinyConfig(Section):
@@ -117,7 +118,10 @@ class TinyConfig(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
-            raise ValueError("hidden_size must be a multiple of num_heads, and num_heads of num_key_value_heads")
+            raise combination_error(
+                "must be a multiple of num_heads, and num_heads of num_key_value_heads",
+                *("hidden_size", "num_heads", "num_key_value_heads"),
+            )
         return self
 
 
@@ -199,7 +203,9 @@ class DistillConfig(ScheduleConfig):
     @model_validator(mode="after")
     def _some_objective(self) -> DistillConfig:
         if self.cross_entropy_weight + self.output_mse_weight <= 0:
-            raise ValueError("cross_entropy_weight and output_mse_weight cannot both be 0")
+            raise combination_error(
+                "this and output_mse_weight cannot both be 0", "cross_entropy_weight", "output_mse_weight"
+            )
         return self
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .config import RunConfig, ScheduleConfig
@@ -27,6 +27,19 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.keys[0]}: {self.message}"
+
+    def under(self, prefix: str) -> Problem:
+        """The same of a variant, whose keys stand under `variants.<name>.overrides.`."""
+        return Problem(tuple(prefix + key for key in self.keys), self.message)
+
+
+def untouched(problems: Iterable[Problem], unknown: Sequence[str]) -> list[Problem]:
+    """The problems that hang on none of the keys whose values are not known."""
+    return [problem for problem in problems if not any(_overlap(key, path) for key in problem.keys for path in unknown)]
+
+
+def _overlap(key: str, path: str) -> bool:
+    return key == path or key.startswith(path + ".") or path.startswith(key + ".") or not path
 
 
 def cross_field_errors(config: RunConfig) -> list[Problem]:

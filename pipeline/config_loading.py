@@ -8,21 +8,24 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from .config import RunConfig, Section
+from .config import RunConfig
 from .config_checks import (
     RESERVED_VARIANT_NAMES,
     VARIANT_FIXED_KEYS,
     VARIANT_SECTIONS,
     Problem,
     cross_field_errors,
+    untouched,
 )
-from .config_schema import describe_allowed, find_field, show_value, subsections, suggestion, takes_text
+from .config_schema import close_keys, describe_allowed, find_field, show_value, subsections, suggestion, takes_text
+from .config_section import COMBINATION, Section
 from .errors import ConfigError
 from .yaml_reading import YamlDocument, read_yaml
 
@@ -41,6 +44,38 @@ _ABSENT = "(not set)"
 _NULLS = ("", "null", "~")
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """The main conversion or a variant, with defaults where a value could not be used."""
+
+    config: RunConfig
+    prefix: str = ""
+    """Stands before a variant's keys: `variants.t2r.overrides.`."""
+    unknown: tuple[str, ...] = ()
+    """Keys whose values could not be used: what follows from their defaults says nothing."""
+
+
+@dataclass
+class Reading:
+    """What a file and its overrides hold. `problems` may grow by what later checks find."""
+
+    source: str
+    problems: list[Problem]
+    origins: dict[str, str]
+    """Dotted key to `line 3` or `command line`."""
+    conversions: list[Conversion] = field(default_factory=list)
+    """The main conversion first; empty where nothing can be made of the file."""
+
+    def valid_config(self) -> RunConfig:
+        """
+        Raises:
+            ConfigError: lists every problem, with its place.
+        """
+        if self.problems or not self.conversions:
+            raise ConfigError(_report(self.source, self.problems, self.origins))
+        return self.conversions[0].config
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config file, put the overrides over it, check everything.
 
@@ -51,6 +86,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: lists every unknown key (with a suggestion), wrong value and impossible combination.
+    """
+    return read_config(path, overrides).valid_config()
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Reading:
+    """Like `load_config`, but mistakes are handed back, so that others can be told with them.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML or holds no sections.
     """
     path = Path(path)
     document = _read_file(path)
@@ -68,11 +112,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         if problem is not None:
             problems.append(problem)
     _expand_home(raw)
-    config, found = _validate(raw)
-    problems += found
-    if problems or config is None:
-        raise ConfigError(_report(str(path), problems, origins))
-    return config
+    conversions, found = _validate(raw)
+    return Reading(str(path), [*problems, *found], origins, conversions)
+
+
+def described(problem: Problem, origins: Mapping[str, str]) -> str:
+    """`finetune.epochs (line 3): …`: a problem with the place of its key."""
+    key = problem.keys[0]
+    # given itself, by what stands under it (`modle.base=x`), or with what it stands under
+    path = next((name for name in (key, *origins) if name in origins and f"{name}.".startswith(f"{key}.")), key)
+    while path and path not in origins:
+        path = path.rpartition(".")[0]
+    origin = f" ({origins[path]})" if path else ""
+    return f"{key}{origin}: {problem.message}"
 
 
 def apply_variant(config: RunConfig, name: str) -> RunConfig:
@@ -86,10 +138,10 @@ def apply_variant(config: RunConfig, name: str) -> RunConfig:
         near = difflib.get_close_matches(name, config.variants, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown variant '{name}'{meant} The config has: {known}.")
-    variant, problems = _build_variant(config, name)
+    variant, problems = _build_variant(Conversion(config), name)
     if problems or variant is None:
         raise ConfigError(_report(f"variant {name}", problems, {}))
-    return variant
+    return variant.config
 
 
 def variant_configs(config: RunConfig) -> dict[str, RunConfig]:
@@ -190,43 +242,50 @@ def _expand_home(raw: dict[str, Any]) -> None:
             place[last] = str(Path(place[last]).expanduser())
 
 
-def _validate(raw: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
+def _validate(raw: dict[str, Any]) -> tuple[list[Conversion], list[Problem]]:
     """Check fields, then combinations and variants. Where fields are wrong, the rest is checked without them."""
     raw = copy.deepcopy(raw)
     _drop_empty_sections(raw, RunConfig)
-    config, problems, dropped = _build(raw)
+    config, problems, unknown = _build(raw)
     if config is None:
-        return None, problems
-    for problem in cross_field_errors(config):
-        if not any(_overlap(key, path) for key in problem.keys for path in dropped):
-            problems.append(problem)
+        return [], problems
+    problems += untouched(cross_field_errors(config), unknown)
+    conversions = [Conversion(config, unknown=tuple(unknown))]
     for name in config.variants:
         if name in RESERVED_VARIANT_NAMES or not name.replace("-", "").replace("_", "").isalnum():
             problems.append(
                 Problem((f"variants.{name}",), "a variant's name is letters, digits, - and _, and no stage.")
             )
-        problems += _build_variant(config, name)[1]
-    return config, problems
+        variant, found = _build_variant(conversions[0], name)
+        problems += found
+        if variant is not None:
+            conversions.append(variant)
+    return conversions, problems
 
 
 def _build(raw: dict[str, Any]) -> tuple[RunConfig | None, list[Problem], list[str]]:
-    """Validate; where that fails, tell why, remove what is wrong and try again. Returns what was removed, too."""
+    """Validate; where that fails, tell why, remove what is wrong and try again. Returns the keys that are not known
+    then, too."""
     raw = copy.deepcopy(raw)
     problems: list[Problem] = []
-    dropped: list[str] = []
+    unknown: list[str] = []
     for _ in range(_MAX_REPAIRS):
         try:
-            return RunConfig.model_validate(raw), problems, dropped
+            return RunConfig.model_validate(raw), problems, unknown
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 loc = [str(key) for key in detail["loc"]]
-                problems.append(Problem((".".join(loc) or "the config",), _explain(detail, loc)))
-                dropped.append(".".join(loc))
+                given = detail["input"] if isinstance(detail["input"], dict) else {}
+                combined = [[*loc, key] for key in detail.get("ctx", {}).get("keys", ()) if key in given]
+                for at in combined or [loc]:
+                    _remove(raw, at)
+                    unknown.append(".".join(at))
                 if detail["type"] == "missing":
                     _set_nested(raw, loc, "unnamed")
-                else:
-                    _remove(raw, loc)
-    return None, problems, dropped
+                if detail["type"] == "extra_forbidden":
+                    unknown += close_keys(".".join(loc))  # it was meant for one of them
+                problems.append(Problem((".".join((combined or [loc])[0]) or "the config",), _explain(detail, loc)))
+    return None, problems, unknown
 
 
 def _explain(detail: Any, loc: list[str]) -> str:
@@ -235,6 +294,8 @@ def _explain(detail: Any, loc: list[str]) -> str:
         return f"unknown key; {suggestion('.'.join(loc))}"
     if detail["type"] == "missing":
         return f"missing; expected {describe_allowed(field) if field else 'a value'}."
+    if detail["type"] == COMBINATION:
+        return f"{detail['msg']}."
     if detail["type"] == "value_error":
         got = "" if isinstance(detail["input"], (dict, Section)) else f", got {show_value(detail['input'])}"
         return f"{detail['ctx']['error']}{got}."
@@ -257,8 +318,8 @@ def _quote_hint(field: Any, value: Any) -> str:
     return ""
 
 
-def _build_variant(config: RunConfig, name: str) -> tuple[RunConfig | None, list[Problem]]:
-    variant = config.variants[name]
+def _build_variant(main: Conversion, name: str) -> tuple[Conversion | None, list[Problem]]:
+    config, variant = main.config, main.config.variants[name]
     prefix = f"variants.{name}.overrides."
     raw = config.model_dump()
     raw["variants"], raw["label"] = {}, variant.label or name
@@ -278,12 +339,14 @@ def _build_variant(config: RunConfig, name: str) -> tuple[RunConfig | None, list
             problem = _set_nested(raw, key.split("."), copy.deepcopy(value))
             if problem is not None:
                 problems.append(Problem((prefix + key,), problem.message))
-    built, found, dropped = _build(raw)
-    if built is not None and not dropped:
+    built, found, own = _build(raw)
+    if built is not None:
         already = {str(problem) for problem in cross_field_errors(config)}
-        found = [problem for problem in cross_field_errors(built) if str(problem) not in already]
-    problems += [Problem(tuple(prefix + key for key in problem.keys), problem.message) for problem in found]
-    return built, problems
+        new = [problem for problem in cross_field_errors(built) if str(problem) not in already]
+        found += untouched(new, [*main.unknown, *own])
+    problems += [problem.under(prefix) for problem in found]
+    conversion = None if built is None else Conversion(built, prefix, (*main.unknown, *own))
+    return conversion, problems
 
 
 def _dotted(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -331,23 +394,16 @@ def _remove(raw: Any, loc: Iterable[str]) -> None:
         parent.pop(name, None)
 
 
-def _overlap(key: str, path: str) -> bool:
-    return key == path or key.startswith(path + ".") or path.startswith(key + ".") or not path
-
-
 def _report(source: str, problems: Sequence[Problem], origins: Mapping[str, str]) -> str:
-    lines = []
-    for problem in problems:
-        key = problem.keys[0]
-        path = key
-        while path and path not in origins:
-            path = path.rpartition(".")[0]
-        origin = f" ({origins[path]})" if path else ""
-        lines.append(f"{key}{origin}: {problem.message}")
-    lines = list(dict.fromkeys(lines))
+    return listed(source, list(dict.fromkeys(described(problem, origins) for problem in problems)))
+
+
+def listed(source: str, lines: Sequence[str]) -> str:
+    """One message of all mistakes: a single one in a line with the file's name, several indented below it."""
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
-    return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
+    indented = [line.replace("\n", "\n    ") for line in lines]
+    return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in indented)
 
 
 def _flatten_into(flat: dict[str, Any], prefix: str, section: Section) -> None:

@@ -111,7 +111,7 @@ def suggestion(path: str) -> str:
     keys = path.split(".")
     if keys[0] == "variants" and len(keys) > 2:
         return f"a variant has the keys {', '.join(VariantConfig.model_fields)}."
-    matches = _close_keys(path)
+    matches = close_keys(path)
     if matches:
         return f"did you mean {' or '.join(matches)}?"
     section = _deepest_section(path)
@@ -120,7 +120,8 @@ def suggestion(path: str) -> str:
     return f"{place} has the keys {', '.join(key.rpartition('.')[2] for key in siblings)}."
 
 
-def _close_keys(path: str) -> list[str]:
+def close_keys(path: str) -> list[str]:
+    """The keys that an unknown one may have been meant for."""
     section, _, last = path.rpartition(".")
     # finetune.lora_rank and finetune.lora.rank are the same words
     same_words = [key for key in dotted_keys() if _words(key) == _words(path) and key != path]

@@ -7,6 +7,14 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+COMBINATION = "combination"
+"""Type of the error about keys that are each right but do not go together."""
+
+
+def combination_error(message: str, *keys: str) -> PydanticCustomError:
+    """For a section's validator: the keys at fault, the first of which leads the message."""
+    return PydanticCustomError(COMBINATION, message, {"keys": keys})  # pyright: ignore[reportArgumentType]
+
 
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""

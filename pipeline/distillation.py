@@ -20,7 +20,6 @@ from ..kernels.distill_loss import output_mse_loss
 from ..kernels.map_training import sampled_row_weights
 from ..kernels.precomputed_gradient import attach_gradient
 from ..kernels.visible_ranges import Visibility
-from .errors import ConfigError
 from .llama.convert import feature_map_modules
 from .llama.modeling_hedgehog_llama import FEATURE_MAP_NAMES
 from .llama.teacher import TeacherForward, TeacherLayer
@@ -264,24 +263,3 @@ class FeatureMapDistillation(nn.Module):
 def _visibility(batch: Batch, packed: bool, row_weights_BL: torch.Tensor | None) -> Visibility:
     """For all layers of a batch."""
     return Visibility(batch["mask"], batch["segment_ids"] if packed else None, row_weights_BL)
-
-
-def parse_layers(layers: str | None, num_layers: int) -> tuple[int, ...]:
-    """`8-15` or `0,2,5-7` as ascending layer numbers; None means all.
-
-    Raises:
-        ConfigError: a layer that the model does not have, or one named twice.
-    """
-    if layers is None:
-        return tuple(range(num_layers))
-    numbers: list[int] = []
-    for span in layers.replace(" ", "").split(","):
-        first, _, last = span.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    if len(set(numbers)) != len(numbers):
-        raise ConfigError(f"distill.layers: {layers} names a layer twice.")
-    if max(numbers) >= num_layers:
-        raise ConfigError(
-            f"distill.layers: {layers} asks for layer {max(numbers)}; the model has layers 0 to {num_layers - 1}."
-        )
-    return tuple(sorted(numbers))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import ConfigError
-
 if TYPE_CHECKING:
-    from .config import ModelConfig, RunConfig
+    from .config import ModelConfig
     from .config_checks import Problem
 
 _ANY_HEAD_DIM = 64
@@ -65,30 +63,31 @@ def _try_to_make(model: ModelConfig, head_dim: int) -> None:
     )
 
 
-def feature_map_errors(config: RunConfig, head_dim: int | None = None) -> list[Problem]:
-    """What the registry refuses about the main conversion's and the variants' feature maps. Imports torch."""
-    from .config_checks import Problem
-    from .config_loading import variant_configs
+def feature_map_errors(model: ModelConfig, head_dim: int | None = None) -> list[Problem]:
+    """What the registry refuses about a feature map. Imports torch.
 
-    problems: list[Problem] = []
-    for name, variant in {"": config, **variant_configs(config)}.items():
-        if variant.model.attention == "softmax":
-            continue
-        try:
-            _try_to_make(variant.model, head_dim or variant.model.feature_dim or _ANY_HEAD_DIM)
-        except ValueError as error:
-            key = "model.feature_map" if not name else f"variants.{name}.overrides.model.feature_map"
-            if all(str(error) != problem.message for problem in problems):
-                problems.append(Problem((key,), str(error)))
-    return problems
-
-
-def check_feature_maps(config: RunConfig) -> None:
-    """Refuse feature maps that the registry does not know.
-
-    Raises:
-        ConfigError: names every one of them.
+    Args:
+        head_dim: the base model's, where known.
     """
-    problems = feature_map_errors(config)
-    if problems:
-        raise ConfigError("\n".join(str(problem) for problem in problems))
+    from .config_checks import Problem
+
+    found = name_errors(model)
+    if not found and model.attention == "linear":
+        try:
+            _try_to_make(model, head_dim or model.feature_dim or _ANY_HEAD_DIM)
+        except ValueError as error:
+            own = [f"model.{name}" for name in ("feature_map", "feature_dim", "feature_map_options", "attention")]
+            found.append(Problem((*own, "model.base", "tiny.hidden_size", "tiny.num_heads"), str(error)))
+    return found
+
+
+def name_errors(model: ModelConfig) -> list[Problem]:
+    """A feature map's name that there is not. Imports no torch."""
+    from .config_checks import Problem
+
+    if model.attention == "linear":
+        try:
+            feature_map_size(model, _ANY_HEAD_DIM)
+        except ValueError as error:
+            return [Problem(("model.feature_map", "model.attention"), str(error))]
+    return []

@@ -1,30 +1,26 @@
 """`hedgehog validate`: everything that can be wrong before a GPU or the network is touched, and what a run will need.
 
-Reads the config, a local base model's config.json and the headers of its weight files, local data files and a DeepSpeed
-JSON. Never loads weights.
+The finding is preflight.py's and the config loader's; here it becomes a report, with the arithmetic of what is right.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .base_folder import check_convertible, check_not_quantized, check_weights, read_llama_config
 from .config import RunConfig
-from .config_checks import notes, schedules, world_errors
-from .config_loading import load_config, variant_configs
-from .errors import ConfigError, DataError, HedgehogError, ModelError
-from .feature_map_checks import feature_map_errors, feature_map_size
+from .config_checks import Problem, notes, schedules
+from .config_loading import described, read_config, variant_configs
+from .errors import ConfigError
+from .feature_map_checks import feature_map_size
 from .hidden_state_size import describe_cache
 from .memory_estimate import StageEstimate, estimate_memory, state_bytes
-from .model_shape import ModelShape, known_shape
-
-HUB_TRAIN_ROWS = {"knkarthick/samsum": 14731}
-"""Training rows of datasets that are known without asking the hub."""
+from .model_shape import ModelShape
+from .preflight import add_problems, look_at_everything
+from .slurm.layout_checks import layout_errors
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,11 @@ class ValidationReport:
 
     file: str
     world_size: int
-    errors: list[str] = field(default_factory=list)
+    unreadable: str | None = None
+    """Why the file could not be read as a config; then nothing else is known."""
+    problems: list[Problem] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where the keys come from: `line 3`, `command line`."""
     notes: list[str] = field(default_factory=list)
     config: RunConfig | None = None
     shape: ModelShape | None = None
@@ -56,37 +56,42 @@ class ValidationReport:
     batches: list[BatchArithmetic] = field(default_factory=list)
     memory: list[StageEstimate] = field(default_factory=list)
 
+    @property
+    def errors(self) -> list[str]:
+        """Everything that is wrong, without the places of the keys."""
+        found = [str(problem) for problem in self.problems]
+        return found if self.unreadable is None else [self.unreadable]
+
+    @property
+    def placed_errors(self) -> list[str]:
+        """The same, each key with its line."""
+        found = dict.fromkeys(described(problem, self.origins) for problem in self.problems)
+        return list(found) if self.unreadable is None else [self.unreadable]
+
 
 def validate_config(file: Path | str, overrides: Sequence[str] = (), *, world_size: int = 1) -> ValidationReport:
     """Check one config. Faults are collected in the report, not raised."""
     report = ValidationReport(str(file), world_size)
     try:
-        config = load_config(file, overrides)
+        reading = read_config(file, overrides)
     except ConfigError as error:
-        report.errors.append(str(error))
+        report.unreadable = str(error)
         return report
-    report.config, report.device = config, reckoned_device(config)
-    report.errors += [str(problem) for problem in world_errors(config, world_size)]
-    try:
-        report.shape = known_shape(config)
-        if report.shape is None:
-            report.notes.append(f"model.base: {config.model.base} is on the hub; its sizes are known after `prepare`.")
-        else:
-            _check_local_base(config, report.shape)
-    except ModelError as error:
-        report.errors.append(f"model.base: {error}")
-    map_errors = feature_map_errors(config, report.shape.head_dim if report.shape else None)
-    report.errors += [str(problem) for problem in map_errors]
-    report.errors += [*_tokenizer_errors(config), *_adapter_errors(config), *_deepspeed_errors(config)]
+    report.origins, report.problems = reading.origins, reading.problems
+    if not reading.conversions:
+        return report
+    config = reading.conversions[0].config
+    found = look_at_everything(reading, world_size=world_size)
+    add_problems(reading, [*found.problems, *layout_errors(reading)])
+    if report.problems:
+        return report
+    report.config, report.device, report.shape = config, reckoned_device(config), found.shape
+    if report.shape is None:
+        report.notes.append(f"model.base: {config.model.base} is on the hub; its sizes are known after `prepare`.")
+    report.notes += config_notes(config, report.shape, found.num_rows)
+    report.batches = batch_arithmetic(config, found.num_rows, world_size)
     if report.shape is not None:
-        report.errors += _layer_errors(config, report.shape)
-    num_rows, data_errors = count_train_rows(config)
-    report.notes += config_notes(config, report.shape, num_rows)
-    report.errors += data_errors
-    if not report.errors:
-        report.batches = batch_arithmetic(config, num_rows, world_size)
-        if report.shape is not None:
-            report.memory = estimate_memory(config, report.shape, world_size=world_size, device=report.device)
+        report.memory = estimate_memory(config, report.shape, world_size=world_size, device=report.device)
     return report
 
 
@@ -141,112 +146,6 @@ def batch_arithmetic(config: RunConfig, num_rows: int | None, world_size: int) -
     return found
 
 
-def count_train_rows(config: RunConfig) -> tuple[int | None, list[str]]:
-    """Training rows (without duplicates and held-out rows, over-long ones included) where they are on this machine."""
-    data = config.data
-    if config.tiny is not None:
-        limit = data.max_train_examples or config.tiny.num_train_dialogues
-        return min(limit, config.tiny.num_train_dialogues), []
-    on_hub = data.dataset is not None and not Path(data.dataset).exists() and data.dataset.count("/") == 1
-    if on_hub and not data.dataset.startswith((".", "/")):  # type: ignore[union-attr]
-        missing = [
-            f"data.{split}_file: there is no file {file}"
-            for split in ("train", "validation", "test")
-            if (file := getattr(data, f"{split}_file")) is not None and not Path(file).is_file()
-        ]
-        rows = HUB_TRAIN_ROWS.get(str(data.dataset)) if data.train_file is None else None
-        return rows if rows is None else min(rows, data.max_train_examples or rows), missing
-    import torch
-
-    from .data.sources import resolve_splits
-
-    try:
-        splits = resolve_splits(data, lambda name: torch.Generator().manual_seed(0))
-    except DataError as error:
-        message = str(error)
-        return None, [message if message.startswith("data.") else f"data: {message}"]
-    return splits["train"].counts.used, []
-
-
-def _check_local_base(config: RunConfig, shape: ModelShape) -> None:
-    """
-    Raises:
-        ModelError: the base is a folder here that a run could not start from.
-    """
-    folder = Path(config.model.base or "")
-    if config.model.base is None or not folder.is_dir():
-        return
-    fields = read_llama_config(folder)
-    check_not_quantized(str(folder), fields)
-    check_convertible(str(folder), fields, config)
-    check_weights(folder, shape)
-
-
-def _tokenizer_errors(config: RunConfig) -> list[str]:
-    given = config.model.tokenizer
-    named = given or config.model.base
-    if named is None:
-        return []
-    key, folder = f"model.{'tokenizer' if given else 'base'}", Path(named)
-    if folder.is_dir():
-        there = any(file for pattern in ("tokenizer.*", "vocab.*") for file in folder.glob(pattern))
-        return [] if there else [f"{key}: {named} has no tokenizer.json or tokenizer.model; model.tokenizer names one."]
-    if given and (given.startswith((".", "/")) or given.count("/") > 1 or folder.exists()):
-        return [f"{key}: {given} is no folder."]
-    return []
-
-
-def _adapter_errors(config: RunConfig) -> list[str]:
-    def errors_of(conversion: RunConfig) -> list[str]:
-        modules = conversion.finetune.lora.target_modules
-        found = [] if modules else [f"empty; a Llama's modules are {', '.join(_LLAMA_LINEARS)}."]
-        for module in modules:
-            if module not in _LLAMA_LINEARS:
-                near = difflib.get_close_matches(module, _LLAMA_LINEARS, n=1)
-                meant = f"did you mean {near[0]}?" if near else f"a Llama's are {', '.join(_LLAMA_LINEARS)}."
-                found.append(f"unknown module {module}; {meant}")
-        return [f"finetune.lora.target_modules: {error}" for error in found]
-
-    return _of_all_conversions(config, errors_of)
-
-
-_LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _deepspeed_errors(config: RunConfig) -> list[str]:
-    if config.engine.deepspeed_config is None:
-        return []
-    from .deepspeed_settings import deepspeed_settings
-
-    try:
-        deepspeed_settings(
-            config.engine,
-            micro_batch_size=1,
-            num_accumulation=1,
-            gradient_clip=1.0,
-            num_trainable=1,
-            largest_parameter=1,
-        )
-    except HedgehogError as error:
-        return [str(error)]
-    return []
-
-
-def _layer_errors(config: RunConfig, shape: ModelShape) -> list[str]:
-    def errors_of(conversion: RunConfig) -> list[str]:
-        if conversion.distill.layers is None:
-            return []
-        from .distillation import parse_layers
-
-        try:
-            parse_layers(conversion.distill.layers, shape.num_layers)
-        except ConfigError as error:
-            return [str(error)]
-        return []
-
-    return _of_all_conversions(config, errors_of)
-
-
 def _length_notes(config: RunConfig, shape: ModelShape) -> list[str]:
     limit, longest = shape.max_length_tokens, config.data.max_length_tokens
     new = config.evaluate.max_new_tokens
@@ -269,12 +168,12 @@ def _cache_notes(config: RunConfig, shape: ModelShape, num_rows: int | None) -> 
     return _of_all_conversions(config, notes_of)
 
 
-def _of_all_conversions(config: RunConfig, errors_of: Callable[[RunConfig], list[str]]) -> list[str]:
-    """The main conversion's errors, and those that a variant's overrides bring in."""
-    errors = errors_of(config)
+def _of_all_conversions(config: RunConfig, notes_of: Callable[[RunConfig], list[str]]) -> list[str]:
+    """The main conversion's notes, and those that a variant's overrides bring in."""
+    found = notes_of(config)
     for name, variant in variant_configs(config).items():
-        errors += [f"variants.{name}.overrides.{error}" for error in errors_of(variant) if error not in errors]
-    return errors
+        found += [f"variants.{name}.overrides.{note}" for note in notes_of(variant) if note not in found]
+    return found
 
 
 def describe_model(report: ValidationReport) -> str:
@@ -302,7 +201,7 @@ def report_as_json(report: ValidationReport) -> dict[str, Any]:
     return {
         "file": report.file,
         "valid": not report.errors,
-        "errors": report.errors,
+        "errors": report.placed_errors,
         "notes": report.notes,
         "world_size": report.world_size,
         "device": report.device,

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .config_loading import listed
 from .memory_estimate import GIB, StageEstimate, TermKind
 from .validation import ValidationReport, describe_model, report_as_json
 
@@ -30,11 +31,10 @@ def print_reports(reports: Sequence[ValidationReport], *, as_json: bool) -> None
 
 
 def _print_errors(report: ValidationReport) -> None:
-    if report.config is None:  # the loader's message names the file
-        print(f"error: {report.errors[0]}", file=sys.stderr)
-        return
-    for error in report.errors:
-        print(f"error: {report.file}: {error}", file=sys.stderr)
+    if report.unreadable is not None:  # names the file
+        print(f"error: {report.unreadable}", file=sys.stderr)
+    else:
+        print(f"error: {listed(report.file, report.placed_errors)}", file=sys.stderr)
 
 
 def _print_valid(report: ValidationReport, console: object) -> None:

@@ -311,7 +311,8 @@ _ALONE = _Alone()
 
 def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCausalLM]:
     # Importing transformers' Llama takes seconds, which `merge` need not wait.
-    from ..pipeline.distillation import FeatureMapDistillation, Teacher, parse_layers
+    from ..pipeline.distillation import FeatureMapDistillation, Teacher
+    from ..pipeline.layer_subset import parse_layers
     from ..pipeline.llama.convert import convert_llama, load_base
 
     config, prepare = ctx.config, ctx.inputs["prepare"]

@@ -7,15 +7,19 @@ test        ──▶ its own file; a row says whether its dialogue also stands 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..config import DataConfig
+from ..config_checks import Problem
 from ..errors import DataError
 from .json_rows import Row, read_rows
+
+if TYPE_CHECKING:
+    import torch
 
 SPLITS = ("train", "validation", "test")
 _FILE_STEMS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
@@ -72,18 +76,67 @@ def resolve_splits(data: DataConfig, generator: Callable[[str], torch.Generator]
 
     Raises:
         DataError: no such folder, file or hub dataset; a split without a source or without rows; bad JSON; a row
-            that is not an object, lacks a field or has one of the wrong type. The message names file and line.
+            that is not an object, lacks a field or has one of the wrong type. The message names file and line, and of
+            every split the first fault.
     """
-    sources = _find_sources(data)
+    splits, problems = read_splits(data)
+    if problems:
+        raise DataError("\n".join(str(problem) for problem in problems))
+    return select_examples(splits, data, generator)
+
+
+def read_splits(data: DataConfig) -> tuple[dict[str, Split], list[Problem]]:
+    """The cleaned rows of every split that has a source, and what is wrong with the others.
+
+    A dataset on the hub is fetched.
+    """
+    sources, problems = find_sources(data)
+    if on_hub(data):
+        try:
+            sources = _hub_sources(str(data.dataset)) | sources
+        except DataError as error:
+            problems.append(Problem(("data.dataset",), str(error)))
+    problems += missing_splits(data, sources, problems)
+    splits, unreadable = read_sources(sources, data)
+    return splits, problems + unreadable
+
+
+def read_sources(sources: Mapping[str, Source], data: DataConfig) -> tuple[dict[str, Split], list[Problem]]:
+    """The cleaned rows of these splits, and the first fault of each that has one."""
+    splits, problems = {}, []
+    for name in SPLITS:
+        if name in sources:
+            try:
+                splits[name] = _clean(sources[name], data, name)
+            except DataError as error:
+                keys = (sources[name].key, "data.id_field", "data.dialogue_field", "data.summary_field")
+                problems.append(Problem(keys, str(error)))
+    return splits, problems
+
+
+def missing_splits(data: DataConfig, sources: Mapping[str, Source], problems: Iterable[Problem]) -> list[Problem]:
+    """Splits that a run needs and nothing gives, apart from those that `problems` are about."""
+    told = {problem.keys[0] for problem in problems}
+    found = []
     for split in ("train", "test"):
-        if split not in sources:
+        if split not in sources and not told & {f"data.{split}_file", "data.dataset"}:
             where = f"{data.dataset} has no {split} split" if data.dataset else f"there is no {split} split"
-            raise DataError(
+            message = (
                 f"{where}; set data.{split}_file to a .json or .jsonl file, or data.dataset to a folder that holds "
                 f"{_FILE_STEMS[split][0]}.json or .jsonl"
             )
-    splits = {name: _clean(sources[name], data, name) for name in SPLITS if name in sources}
+            found.append(Problem((f"data.{split}_file", "data.dataset"), message))
+    return found
 
+
+def select_examples(
+    splits: dict[str, Split], data: DataConfig, generator: Callable[[str], torch.Generator]
+) -> dict[str, Split]:
+    """What is used of the rows that were read; the splits are changed in place.
+
+    Raises:
+        DataError: too few rows to hold some out, or nothing is left of a split.
+    """
     train = splits["train"]
     if data.drop_train_duplicates:
         _drop_duplicates(train)
@@ -112,58 +165,71 @@ def resolve_splits(data: DataConfig, generator: Callable[[str], torch.Generator]
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """Where a split's rows can be read."""
+
     name: str
     read: Callable[[], Iterable[Row]]
+    key: str = "data.dataset"
+    """The config's key that names it."""
 
 
-def _find_sources(data: DataConfig) -> dict[str, _Source]:
-    """The source of every split that has one. A `*_file` replaces that split of `dataset`."""
-    sources = {}
-    if data.dataset is not None:
+def on_hub(data: DataConfig) -> bool:
+    """Whether `data.dataset` is taken for a hub id: no folder or file here, and nothing that looks like one's path."""
+    name = data.dataset
+    if name is None or Path(name).expanduser().exists():
+        return False
+    return not (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1)
+
+
+def find_sources(data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
+    """The local source of every split that has one, and what cannot be one. A `*_file` replaces that of `dataset`."""
+    sources: dict[str, Source] = {}
+    problems: list[Problem] = []
+    if data.dataset is not None and not on_hub(data):
         folder = Path(data.dataset).expanduser()
         if folder.is_dir():
-            sources = _folder_sources(folder)
+            sources, problems = _folder_sources(folder, data)
         elif folder.exists():
-            raise DataError(
-                f"data.dataset: {data.dataset} is a file; give it as data.train_file, or name the folder that holds it"
-            )
-        elif folder.is_absolute() or data.dataset.startswith((".", "~")) or data.dataset.count("/") > 1:
-            raise DataError(f"data.dataset: there is no folder {data.dataset}")
+            message = f"{data.dataset} is a file; give it as data.train_file, or name the folder that holds it"
+            problems.append(Problem(("data.dataset",), message))
         else:
-            sources = _hub_sources(data.dataset)
+            problems.append(Problem(("data.dataset",), f"there is no folder {data.dataset}"))
     for split in SPLITS:
         file = getattr(data, f"{split}_file")
         if file is not None:
-            path = Path(file).expanduser()
-            if not path.is_file():
-                raise DataError(f"data.{split}_file: there is no file {file}")
-            sources[split] = _file_source(path)
-    return sources
+            path, key = Path(file).expanduser(), f"data.{split}_file"
+            if path.is_file():
+                sources[split] = Source(str(path), partial(read_rows, path), key)
+            else:
+                sources.pop(split, None)
+                problems.append(Problem((key,), f"{file} is a folder" if path.is_dir() else f"there is no file {file}"))
+    return sources, problems
 
 
-def _file_source(path: Path) -> _Source:
-    return _Source(str(path), lambda: read_rows(path))
-
-
-def _folder_sources(folder: Path) -> dict[str, _Source]:
-    sources = {}
+def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
+    sources: dict[str, Source] = {}
+    problems = []
     for split, stems in _FILE_STEMS.items():
+        if getattr(data, f"{split}_file") is not None:
+            continue
         names = [stem + suffix for stem in stems for suffix in _FILE_SUFFIXES]
         found = [folder / name for name in names if (folder / name).is_file()]
         if len(found) > 1:
-            raise DataError(
+            message = (
                 f"{folder}: {' and '.join(path.name for path in found)} could both be the {split} split; "
                 f"name one as data.{split}_file and move the other away"
             )
-        if found:
-            sources[split] = _file_source(found[0])
-    if not sources:
-        raise DataError(f"{folder}: holds no train, validation (val) or test file ending in .json or .jsonl")
-    return sources
+            problems.append(Problem((f"data.{split}_file", "data.dataset"), message))
+        elif found:
+            sources[split] = Source(str(found[0]), partial(read_rows, found[0]))
+    if not sources and not problems and any(getattr(data, f"{split}_file") is None for split in ("train", "test")):
+        message = f"{folder}: holds no train, validation (val) or test file ending in .json or .jsonl"
+        problems.append(Problem(("data.dataset",), message))
+    return sources, problems
 
 
-def _hub_sources(name: str) -> dict[str, _Source]:
+def _hub_sources(name: str) -> dict[str, Source]:
     import datasets
 
     try:
@@ -171,19 +237,19 @@ def _hub_sources(name: str) -> dict[str, _Source]:
     except Exception as error:  # the hub's client has a family of errors of its own, and network ones besides
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"data.dataset: {name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
+            f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
             f"{reason}). Without a network, give local files: data.dataset=FOLDER holding train, validation and test "
             ".json or .jsonl, or data.train_file, data.validation_file, data.test_file"
         ) from None
 
-    def source(split: str) -> _Source:
+    def source(split: str) -> Source:
         place = f"{name} ({split})"
-        return _Source(place, lambda: (Row(dict(row), f"{place} row {i + 1}") for i, row in enumerate(loaded[split])))
+        return Source(place, lambda: (Row(dict(row), f"{place} row {i + 1}") for i, row in enumerate(loaded[split])))
 
     return {split: source(split) for split in SPLITS if split in loaded}
 
 
-def _clean(source: _Source, data: DataConfig, name: str) -> Split:
+def _clean(source: Source, data: DataConfig, name: str) -> Split:
     """Rows with a dialogue and a summary, as examples. Empty ones are counted."""
     split = Split([], source.name)
     fields_found: set[str] = set()
@@ -233,6 +299,8 @@ def _drop_duplicates(train: Split) -> None:
 
 def _sample(count: int, size: int, generator: torch.Generator) -> Iterator[int]:
     """`size` of the numbers below `count`, without repetition, ascending."""
+    import torch
+
     return iter(sorted(torch.randperm(count, generator=generator)[:size].tolist()))
 
 

@@ -18,8 +18,8 @@ from ..errors import ConfigError
 from ..feature_map_checks import UNTRAINED_MAPS
 from ..manifest import read_manifest
 from ..model_shape import ModelShape, known_shape
+from ..preflight import HUB_TRAIN_ROWS
 from ..run_folder import STAGES, RunFolder
-from ..validation import HUB_TRAIN_ROWS
 from .gpu_hours import finetune_gpu_hours, num_training_tokens
 from .layer_groups import (
     DistillCost,

@@ -15,19 +15,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..config import RunConfig
-from ..config_checks import world_errors
-from ..config_loading import apply_variant, dump_resolved, load_config
+from ..config_loading import dump_resolved, load_config, read_config
 from ..errors import ConfigError
-from ..feature_map_checks import feature_map_size
 from ..lease import Lease
+from ..preflight import add_problems, is_prepared, look_at_conversions, look_at_everything
 from ..run_folder import STAGES, RunFolder, atomic_write, fenced, storage_errors
 from .dry_run import describe_graph, describe_scripts
 from .expected_memory import memory_lines
 from .frozen_config import differences, freeze
 from .job_graph import Job, JobGraph, Queued, build_graph
 from .job_records import JobRecord, JobRecords, read_records, write_records
+from .layout_checks import layout_errors
 from .queue_lease import changing_the_queue
-from .resources import stage_settings, world_size
+from .resources import stage_settings
 from .scheduler import (
     ENDING_STATE,
     FAILED_STATES,
@@ -37,7 +37,6 @@ from .scheduler import (
     JobState,
     SchedulerError,
     SubmittedJob,
-    line_options,
     queue_states,
     require_slurm,
     sbatch,
@@ -46,12 +45,6 @@ from .scheduler import (
 from .scripts import Launch, array_spec, render_script, script_file, submitted_config
 from .sweep import SweepRun, read_sweep
 
-_JOB_KINDS = ("prepare", "distill", "merge", "finetune", "evaluate", "export")
-"""Keys under `slurm` for single kinds of jobs."""
-_EARLY_SIGNAL_S = 60
-"""sbatch's manual: the signal may be sent up to so many seconds earlier than asked for."""
-_START_S = 60
-"""From a job's start to its first step, where the model is not very large."""
 _ENDING_S = 60.0
 """So long a job may be COMPLETING before it is taken for one that ends: Slurm gives its processes 30 s (KillWait)."""
 _POLL_S = 1.0
@@ -142,17 +135,19 @@ def submit(
 
 
 def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
-    """A run's config, checked as far as that is possible without its folder.
+    """A run's config, after everything that can be refused before its folder is made. Imports no torch.
 
     Raises:
-        ConfigError.
+        ConfigError: lists everything that is wrong.
     """
-    config = load_config(path, overrides)
+    reading = read_config(path, overrides)
+    if reading.conversions:
+        config = reading.conversions[0].config
+        look = look_at_conversions if is_prepared(config) else look_at_everything
+        found = look(reading, imports_torch=False)
+        add_problems(reading, [*found.problems, *layout_errors(reading)])
+    config = reading.valid_config()
     _check_place(config)
-    _check_feature_maps(config)
-    _check_worlds(config)
-    _check_times(config)
-    _check_clusters(config)
     return config
 
 
@@ -405,71 +400,6 @@ def _check_place(config: RunConfig) -> None:
     for parent in folder.absolute().parents:
         if RunFolder(parent).config_file.is_file():
             raise ConfigError(f"output_dir: {folder} lies in the run folder {parent}; choose another output_dir.")
-
-
-def _check_feature_maps(config: RunConfig) -> None:
-    """Refuse names that no job would know; the jobs check the options too, which takes torch."""
-    for conversion in (config, *(apply_variant(config, name) for name in config.variants)):
-        try:
-            feature_map_size(conversion.model, head_dim=1)
-        except ValueError as error:
-            raise ConfigError(f"model.feature_map: {error}") from None
-
-
-def _check_worlds(config: RunConfig) -> None:
-    """Refuse numbers of processes that the batches cannot be split over."""
-    problems = []
-    for conversion in (config, *(apply_variant(config, name) for name in config.variants)):
-        for stage in ("distill", "finetune"):
-            size = world_size(config, stage)
-            found = [problem for problem in world_errors(conversion, size) if problem.keys[0].startswith(stage)]
-            problems += [
-                f"{problem} (slurm: {stage_settings(config, stage)['nodes']} nodes x "
-                f"{stage_settings(config, stage)['tasks_per_node']} tasks)"
-                for problem in found
-            ]
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
-def _check_clusters(config: RunConfig) -> None:
-    """Refuse jobs on another cluster: squeue and scancel would look for them on this one."""
-    for stage in _JOB_KINDS:
-        for line in stage_settings(config, stage)["sbatch_lines"] or ():
-            if any(name == "-M" or (len(name) > 4 and "--clusters".startswith(name)) for name in line_options(line)):
-                raise ConfigError(
-                    f"slurm.sbatch_lines: {line}: jobs on another cluster are not followed by `status` and `cancel`. "
-                    "Remove it, and submit from a login node of that cluster (or export SLURM_CLUSTERS for every "
-                    "`hedgehog` command)."
-                )
-
-
-def _check_times(config: RunConfig) -> None:
-    """Refuse time limits whose warning may come before the first step, at every start anew."""
-    grace = config.slurm.grace_period_s
-    problems = []
-    for stage in _JOB_KINDS:
-        time = stage_settings(config, stage)["time"]
-        limit_s = None if time is None else time_limit_s(time)
-        if limit_s is not None and limit_s < grace + _EARLY_SIGNAL_S + _START_S:
-            key = "slurm.time" if getattr(config.slurm, stage).time is None else f"slurm.{stage}.time"
-            problems.append(
-                f"{key}: {time} is {limit_s} s, too short for slurm.grace_period_s={grace}: Slurm warns a job so many "
-                f"seconds before its limit and up to {_EARLY_SIGNAL_S} s earlier, and a start may take {_START_S} s. "
-                "The job would be warned before it has done a step, requeue itself, and so for ever. Allow at least "
-                f"{-(-(grace + _EARLY_SIGNAL_S + _START_S) // 60)} minutes, or lower slurm.grace_period_s."
-            )
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
-def time_limit_s(text: str) -> int | None:
-    """A time as sbatch's --time reads it (`90` minutes, `1:30:00`, `2-12`), in seconds; None: no limit."""
-    days, dash, clock = text.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    # with days the clock begins with hours; without, a lone number or the first of two is minutes
-    hours, minutes, seconds = (*parts, 0, 0)[:3] if dash or len(parts) == 3 else (0, *parts, 0)[:3]
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds or None
 
 
 def _check_frozen(config: RunConfig, folder: RunFolder, live: Sequence[Live]) -> None:

@@ -167,7 +167,7 @@ def test_a_config_that_is_wrong_starts_nothing(config_file, calls):
 def test_an_unknown_feature_map_is_refused_before_anything_runs(config_file, calls):
     result = invoke("run", config_file, "model.feature_map=hedgehog")
     assert result.exit_code == 2
-    assert "model.feature_map: unknown feature map 'hedgehog'; known: hedgehog_softmax" in result.stderr
+    assert "model.feature_map (command line): unknown feature map 'hedgehog'; known: hedgehog_softmax" in result.stderr
     assert not calls
 
 
@@ -309,7 +309,7 @@ def test_a_step_of_slurm_checks_its_own_stages_batches_and_tells_once(config_fil
     """finetune may run on other numbers of processes than distill."""
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1"}
     batches = ["distill.global_batch_size=4", "finetune.global_batch_size=2"]
-    for rank, told in (("0", "finetune.global_batch_size: 2 is not a multiple"), ("3", "")):
+    for rank, told in (("0", "finetune.global_batch_size (command line): 2 is not a multiple"), ("3", "")):
         with monkeypatch.context() as patch:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                 patch.delenv(name, raising=False)  # and take back what the command sets

@@ -100,6 +100,101 @@ def test_every_fault_is_told_at_once(folder):
     assert len(found) == 8, "a variant that inherits a fault does not repeat it"
 
 
+KINDS: dict[str, tuple[list[str], str]] = {
+    "no override": (["epochs"], "epochs: not an override"),
+    "unknown key": (["finetune.lora.rnk=4"], "finetune.lora.rnk (command line): unknown key; did you mean"),
+    "wrong type": (["distill.epochs=x"], 'distill.epochs (command line): expected a number > 0, got "x"'),
+    "out of range": (
+        ["evaluate.batch_size=0"],
+        "evaluate.batch_size (command line): expected a whole number ≥ 1, got 0",
+    ),
+    "two keys of a section": (["distill.cross_entropy_weight=0"], "this and output_mse_weight cannot both be 0"),
+    "two sections": (
+        ["engine.zero_stage=0", "engine.offload_optimizer=true"],
+        "engine.offload_optimizer (command line): needs ZeRO",
+    ),
+    "template": (["data.prompt_template=x"], "data.prompt_template (command line): must contain {dialogue}"),
+    "variant": (
+        ["variants.soft.overrides.finetune.micro_batch_size=3"],
+        "variants.soft.overrides.finetune.global_batch_size (line 6): 8 is not a multiple of micro_batch_size 3",
+    ),
+    "batches": (
+        ["distill.global_batch_size=9", "distill.micro_batch_size=2"],
+        "distill.global_batch_size (command line): 9 is not a multiple of micro_batch_size 2",
+    ),
+    "feature map": (["model.feature_map=hedgehog"], "model.feature_map (command line): unknown feature map"),
+    "module": (["finetune.lora.target_modules=[fc1]"], "target_modules (command line): unknown module fc1"),
+    "layers": (["distill.layers=0-2"], "distill.layers (command line): 0-2 asks for layer 2"),
+    "base": (["model.base={folder}/other"], "has neither model.safetensors"),
+    "tokenizer": (["model.tokenizer=/nowhere/t"], "model.tokenizer (command line): /nowhere/t is no folder"),
+    "missing file": (["data.test_file=/nowhere/test.json"], "data.test_file (command line): there is no file"),
+    "rows": (
+        ["data.validation_file={folder}/bad.jsonl"],
+        "data.validation_file (command line): {folder}/bad.jsonl:1: ",
+    ),
+    "DeepSpeed": (["engine.deepspeed_config=/nowhere/ds.json"], "deepspeed_config (command line): cannot read"),
+    "Slurm's key": (["slurm.partitoin=gpu"], "slurm.partitoin (command line): unknown key; did you mean slurm.part"),
+    "Slurm's time": (["slurm.time=3"], "slurm.time (command line): 3 is 180 s, too short"),
+    "Slurm's tasks": (["slurm.finetune.gpus=3"], "(slurm: 1 nodes x 3 tasks)"),
+    "Slurm's cluster": (["slurm.sbatch_lines=-M far"], "-M far: jobs on another cluster"),
+}
+"""Kinds of mistakes: overrides, and what is told."""
+
+
+@pytest.fixture
+def placed(folder):
+    """`placed(*kinds)`: what is told of these mistakes together, and what should be."""
+    (folder / "bad.jsonl").write_text("{\n")
+    (folder / "other").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / "other" / name).write_bytes((folder / "llama" / name).read_bytes())
+
+    def ask(*kinds: str) -> tuple[list[str], list[str]]:
+        overrides = [text.replace("{folder}", str(folder)) for kind in kinds for text in KINDS[kind][0]]
+        found = validate_config(folder / "config.yaml", overrides).placed_errors
+        return found, [KINDS[kind][1].replace("{folder}", str(folder)) for kind in kinds]
+
+    return ask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_mistake_hides_another(placed, kind):
+    (alone,), (expected,) = placed(kind)
+    assert expected in alone
+    for other in KINDS:
+        if other != kind:
+            found, told = placed(kind, other)
+            assert all(any(part in line for line in found) for part in told), (other, found)
+            assert len(found) == 2, (other, found)
+
+
+def test_all_kinds_of_mistakes_are_told_at_once(placed):
+    found, told = placed(*KINDS)
+    assert not [part for part in told if not any(part in line for line in found)], found
+
+
+def test_what_only_follows_from_a_mistake_is_not_told(folder):
+    """A default stands where a value could not be used, and says nothing of the user's config."""
+    text = (folder / "config.yaml").read_text()
+    for right, wrong, told in (
+        ("data: {", "data: {dialogue_field: 3, ", "data.dialogue_field: expected text"),
+        ("num_validation_examples: 10", "num_validation_examples: many", "data.num_validation_examples: expected a wh"),
+        (f"base: {folder}/llama", "base: [llama]", "model.base: expected text or null"),
+        (
+            "engine: {",
+            "engine: {offload_optimizer: true, zero_stage: 7, ",
+            "engine.zero_stage: expected one of 0, 1, 2",
+        ),
+        ("model:", "modle:", "modle: unknown key; did you mean model?"),
+        ("{base:", "{bse:", "model.bse: unknown key; did you mean model.base?"),
+        ("data:", "dta:", "dta: unknown key; did you mean data?"),
+    ):
+        assert right in text
+        (folder / "config.yaml").write_text(text.replace(right, wrong, 1))
+        (error,) = errors(folder, "distill.layers=1")
+        assert error.startswith(told)
+
+
 def test_a_variants_own_faults_are_told(folder):
     found = errors(folder, "variants.soft.overrides={model.feature_map: elu, model.feature_dim: 5}")
     assert len(found) == 1

@@ -233,7 +233,7 @@ def test_a_users_own_job_name_is_known(slurm, write_config):
 @pytest.mark.parametrize("line", ["--clusters=far", "-M far", "--mail-type=FAIL -Mfar", "--cluster far"])
 def test_another_cluster_is_refused(slurm, write_config, line):
     write_config(slurm={"sbatch_lines": [line]})
-    with pytest.raises(ConfigError, match=r"slurm\.sbatch_lines: .*another cluster"):
+    with pytest.raises(ConfigError, match=r"slurm\.sbatch_lines \(line 11\): .*another cluster"):
         submit("trial.yaml")
 
 

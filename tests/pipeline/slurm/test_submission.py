@@ -15,8 +15,9 @@ from hedgehog.pipeline.errors import ConfigError, LeaseError
 from hedgehog.pipeline.lease import acquire
 from hedgehog.pipeline.slurm import submission
 from hedgehog.pipeline.slurm.cancelling import cancel
+from hedgehog.pipeline.slurm.layout_checks import time_limit_s
 from hedgehog.pipeline.slurm.scheduler import SchedulerError, refusal, submission_environment
-from hedgehog.pipeline.slurm.submission import submit, time_limit_s
+from hedgehog.pipeline.slurm.submission import submit
 
 NAMES = [
     *("prepare", "distill", "merge", "finetune", "soft.distill", "soft.finetune"),
@@ -421,7 +422,7 @@ def test_70b_fits_as_shipped_and_a_hopeless_submission_is_told_so(capsys):
 def test_batches_that_do_not_fit_the_tasks(slurm, write_config):
     write_config(slurm={"nodes": 3})
     with pytest.raises(
-        ConfigError, match=r"distill\.global_batch_size: 4 is not a multiple .* 6 processes .*3 nodes x 2"
+        ConfigError, match=r"distill\.global_batch_size \(line 2\): 4 is not a multiple .* 6 processes .*3 nodes x 2"
     ):
         submit("trial.yaml")
 
@@ -429,14 +430,16 @@ def test_batches_that_do_not_fit_the_tasks(slurm, write_config):
 @pytest.mark.parametrize(
     ("slurm_section", "key"),
     [
-        ({"time": "3"}, r"slurm\.time: 3 is 180 s"),
-        ({"finetune": {"time": "0:03:59"}}, r"slurm\.finetune\.time: 0:03:59 is 239 s"),
-        ({"grace_period_s": 3600}, r"slurm\.time: 01:00:00 is 3600 s"),
+        ({"time": "3"}, r"slurm\.time \(line 11\): 3 is 180 s"),
+        ({"finetune": {"time": "0:03:59"}}, r"slurm\.finetune\.time \(line 10\): 0:03:59 is 239 s"),
+        ({"grace_period_s": 3600}, r"slurm\.time \(line 12\): 01:00:00 is 3600 s"),
     ],
 )
 def test_a_limit_whose_warning_would_come_before_the_first_step(slurm, write_config, slurm_section, key):
     write_config(slurm=slurm_section)
-    with pytest.raises(ConfigError, match=rf"^{key}.* slurm\.grace_period_s=\d+: .*at least \d+ minutes") as refused:
+    with pytest.raises(
+        ConfigError, match=rf"^trial\.yaml: {key}.* slurm\.grace_period_s=\d+: .*at least \d+ minutes"
+    ) as refused:
         submit("trial.yaml")
     assert str(refused.value).count("Allow at least") == 1, "said once, not for every stage"
     assert slurm.calls("sbatch") == []
