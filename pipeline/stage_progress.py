@@ -47,7 +47,9 @@ def read_progress(
 ) -> Progress:
     """The progress of the stage in `place`: optimizer steps, or summaries where it is evaluate or a shard of it."""
     records = read_metrics(place / "metrics.jsonl")
-    name, loss = _last_loss(records)
+    name, loss = _result(manifest) or _last_loss(records)
+    if name == "loss_nats" and manifest.stage == "evaluate":
+        name, loss = None, None  # of some rows of some variant
     recorded_s = sum(_step_times(records))
     if manifest.stage == "evaluate" and config is not None:
         step, total, remaining_s = _summaries(folder, config, manifest, place, shard, records)
@@ -102,8 +104,20 @@ def _step_times(records: Sequence[dict[str, Any]]) -> list[float]:
     return [float(record["step_s"]) for record in records if isinstance(record.get("step_s"), (int, float))]
 
 
+def _result(manifest: Manifest) -> tuple[str, float] | None:
+    """Name and value of what a finished stage is judged by, as the tables show it."""
+    summary = manifest.summary if manifest.status == "done" else {}
+    found = {
+        "distill": ("validation_kl_nats", summary.get("kl_mean")),
+        "finetune": ("validation_loss_nats", summary.get("validation_loss")),
+        "evaluate": ("reference_loss_nats", summary.get("variants", {}).get("main", {}).get("loss_nats_per_token")),
+    }
+    name, value = found.get(manifest.stage, ("", None))
+    return (name, float(value)) if isinstance(value, (int, float)) else None
+
+
 def _last_loss(records: Sequence[dict[str, Any]]) -> tuple[str | None, float | None]:
-    """Name and value of the newest training loss (`loss_nats`)."""
+    """Name and value of the newest step's loss (`loss_nats`), which is that of its batch alone."""
     for record in reversed(records):
         for name, value in record.items():
             if name.startswith("loss") and isinstance(value, (int, float)):

@@ -33,6 +33,8 @@ _BY_URGENCY: tuple[State, ...] = (
     "done",
     "skipped",
 )
+_RESULTS = {"validation_kl_nats": "KL", "validation_loss_nats": "valid.", "reference_loss_nats": "test"}
+"""Words before the figure that a finished stage is judged by."""
 _STYLES: dict[State, str] = {"running": "bold", "failed": "bold red", "cancelled": "yellow", "unfinished": "yellow"}
 
 
@@ -213,7 +215,7 @@ def _table(rows: Sequence[_Row], status: RunStatus, width: int, styled: bool) ->
         "state": lambda row: row.text,
         "job": lambda row: row.stage.job or "" if row.stage and row.state not in _THROUGH else "",
         "progress": lambda row: _progress(row.stage),
-        "loss": lambda row: "" if not row.stage or row.stage.loss is None else f"{row.stage.loss:.4g}",
+        "loss": lambda row: _loss(row.stage),
         "min": lambda row: "" if not row.stage or row.stage.minutes is None else f"{row.stage.minutes:.1f}",
         "left": lambda row: "" if row.left_s is None else format_duration(row.left_s),
     }
@@ -241,6 +243,15 @@ def _progress(stage: StageStatus | None) -> str:
     if stage is None or stage.step is None or stage.state == "skipped":
         return ""
     return f"{stage.step}/{stage.total_steps or '?'}"
+
+
+def _loss(stage: StageStatus | None) -> str:
+    """With the word for which it is: a batch's own changes from step to step, the others are those of the tables."""
+    if stage is None or stage.loss is None:
+        return ""
+    name = stage.loss_name or ""
+    number = f"{stage.loss:.4f}" if name in _RESULTS else f"{stage.loss:.4g}"
+    return f"{_RESULTS.get(name, 'step' * bool(name))} {number}".strip()
 
 
 def _errors(status: RunStatus, limit: int, width: int) -> Iterator[str]:

@@ -201,6 +201,9 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
             num_new = sum(row["num_tokens"] for row in rows)
             progress.step(position, num_new, {"new_tokens_per_summary": num_new / len(rows)})
 
+        sum_nats = sum_targets = (
+            0.0  # over what this process measures: alone and undisturbed it ends at the table's loss
+        )
         for position in _share(to_measure, ctx):
             stop_if_asked(_SAVED)
             batch = test.reference_batches[position]
@@ -213,8 +216,8 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
                 ]
             )
             num_targets = sum(num_tokens for _, num_tokens in measured)
-            loss_nats = sum(loss for loss, _ in measured) / num_targets
-            progress.step(len(test.prompt_batches) + position, num_targets, {"loss_nats": loss_nats})
+            sum_nats, sum_targets = sum_nats + sum(loss for loss, _ in measured), sum_targets + num_targets
+            progress.step(len(test.prompt_batches) + position, num_targets, {"loss_nats": sum_nats / sum_targets})
     del model
     gc.collect()
     if ctx.world.device.type == "cuda":

@@ -116,6 +116,8 @@ def run(ctx: StageContext) -> StageResult:
         reporter=ctx.reporter,
         cure=_CURE,
     )
+    validation_loss = outcome.validation[_Finetuning.FIGURE]
+    ctx.reporter.info(f"loss on the validation rows: {validation_loss:.4f} nats a token")
     artifacts = _save(ctx, engine, module, model)
     engine.close()
     del engine, module, adapted, model
@@ -123,7 +125,7 @@ def run(ctx: StageContext) -> StageResult:
     return StageResult(
         artifacts=artifacts,
         summary={
-            "validation_loss": outcome.validation[_Finetuning.FIGURE],
+            "validation_loss": validation_loss,
             "best_step": outcome.best_step,
             "steps": outcome.num_steps,
             "tokens": outcome.num_tokens,

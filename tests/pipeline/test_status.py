@@ -172,6 +172,27 @@ def test_done_and_skipped_stages(run):
     assert (skipped.state, skipped.detail) == ("skipped", "softmax has no maps")
 
 
+def test_a_finished_stage_shows_the_tables_figures_not_its_last_batchs(run, capsys):
+    records = [{"step": 4, "loss_nats": 2.0, "kl_nats": 0.9, "validation_kl_nats": 0.12345}]
+    add_stage(run, "distill", summary={"kl_mean": 0.12345}, records=records)
+    add_stage(run, "finetune", summary={"validation_loss": 0.81237}, records=[{"step": 4, "loss_nats": 2.0}])
+    scores = {"main": {"loss_nats_per_token": 0.79243}, "soft": {"loss_nats_per_token": 0.5}}
+    add_stage(run, "evaluate", summary={"variants": scores}, records=[{"step": 4, "loss_nats": 2.0}])
+    add_stage(run, "variants/soft/finetune", status="running", records=[{"step": 3, "loss_nats": 2.5}])
+    stages = {stage.title: stage for stage in read_status(str(run)).stages}
+    assert (stages["distill"].loss_name, stages["distill"].loss) == ("validation_kl_nats", 0.12345)
+    assert (stages["soft/finetune"].loss_name, stages["soft/finetune"].loss) == ("loss_nats", 2.5)
+    print_status(str(run), as_json=False, verbose=True)
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for stage, shown in (
+        ("distill", "KL 0.1235"),
+        ("finetune", "valid. 0.8124"),
+        ("evaluate", "test 0.7924"),
+        ("soft/finetune", "step 2.5"),
+    ):
+        assert shown in rows[stage]
+
+
 def test_a_finished_run_needs_no_command(run, capsys):
     for place in ("prepare", "distill", "finetune", "evaluate", "export"):
         add_stage(run, place)

@@ -64,6 +64,11 @@ def test_scores_are_those_of_the_written_predictions(copied_run: RunConfig, caps
         assert figures["unseen"]["num_examples"] == 6
         assert figures["generation"]["num_truncated"] == sum(row["truncated"] for row in rows)
         assert all(row["num_tokens"] <= 8 for row in rows)
+    records = [json.loads(line) for line in (folder(copied_run) / "metrics.jsonl").read_text().splitlines()]
+    steps = len(records) // len(report["variants"])  # three batches to summarize, three to measure
+    shown_last = [record["loss_nats"] for record in records[steps - 1 :: steps]]
+    in_table = [variant["all"]["loss_nats_per_token"]["value"] for variant in report["variants"].values()]
+    assert shown_last == pytest.approx(in_table), "the progress line ends at the table's figure, not at a batch's"
     assert report["variants"]["main"]["kl_mean_nats"] == 0.25
     assert report["variants"]["zero_shot"]["kl_mean_nats"] is None
     assert manifest.summary["training"]["main"] == {"minutes": 3.0, "peak_memory_bytes": 3 << 20}

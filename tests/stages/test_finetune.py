@@ -237,7 +237,10 @@ def test_bfloat16_weights_with_float32_learning(
     run = distilled(engine__precision="bfloat16")
     run.stage("finetune")
     line = "linear attention: torch (no compiled kernel for cpu, bfloat16, F=16, V=8: it needs a CUDA GPU)"
-    assert capsys.readouterr().out.count(line) == 1
+    shown = capsys.readouterr().out
+    assert shown.count(line) == 1
+    loss = run.metrics("finetune")[-1]["validation_loss_nats"]
+    assert f"loss on the validation rows: {loss:.4f} nats a token" in shown
     for path in (ADAPTER, MAPS):
         assert all(tensor.dtype == torch.float32 for tensor in run.tensors(path).values())
     assert run.losses("finetune") == pytest.approx(finished.losses("finetune"), rel=0.03)
