@@ -18,6 +18,7 @@ import typer
 
 from .distributed import slurm_variables
 from .errors import ConfigError, HedgehogError, Interrupted, LeaseError
+from .formatting import for_stream
 from .quiet_libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -373,14 +374,18 @@ def _errors_shown() -> Iterator[None]:
     except HedgehogError as error:
         rank = _rank()
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            _tell(f"error: {error}")
         elif not isinstance(error, (ConfigError, LeaseError)):
-            print(f"error (rank {rank}): {error}", file=sys.stderr)
+            _tell(f"error (rank {rank}): {error}")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         if _rank() == 0:
             print(f"\ninterrupted. To go on: {resume_command(sys.argv[1:])}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+
+def _tell(message: str) -> None:
+    print(for_stream(message, sys.stderr), file=sys.stderr)
 
 
 def _rank() -> int:

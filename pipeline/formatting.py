@@ -1,6 +1,14 @@
-"""Durations and sizes for people. Imports nothing, so that light commands may use it."""
+"""Durations, sizes and long lines for people. Imports nothing heavy, so that light commands may use it."""
 
 from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from typing import TextIO
+
+_UNBROKEN = "\x00"
+"""Stands for a blank inside `backticks`: a command is copied whole or not at all."""
 
 
 def format_duration(seconds: float) -> str:
@@ -8,6 +16,31 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(int(max(0.0, seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def wrapped(text: str, width: int, indent: str = "    ") -> list[str]:
+    """The lines of a text, those that are longer than a terminal's columns broken at blanks and the rest indented.
+
+    Paths and commands in `backticks` stay whole, and so pass the last column where they must: the terminal breaks them.
+    """
+    lines = []
+    for line in text.split("\n"):
+        own = line[: len(line) - len(line.lstrip())]
+        kept = re.sub(r"`[^`]*`", lambda found: found[0].replace(" ", _UNBROKEN), line)
+        broken = textwrap.wrap(
+            kept,
+            max(width, 2 * len(indent + own) + 20),
+            subsequent_indent=own + indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [part.replace(_UNBROKEN, " ") for part in broken] if len(line) > width else [line]
+    return lines
+
+
+def for_stream(text: str, stream: TextIO) -> str:
+    """A message as `stream` should get it: wrapped where that is a terminal, else as it is."""
+    return "\n".join(wrapped(text, shutil.get_terminal_size().columns)) if stream.isatty() else text
 
 
 def format_bytes(num_bytes: float) -> str:

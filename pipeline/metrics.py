@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .formatting import format_bytes, format_duration
+from .formatting import format_bytes, format_duration, wrapped
 from .progress_line import ProgressLine
 from .run_folder import atomic_write, write_fault
 
@@ -120,16 +120,31 @@ class Reporter:
         if self.is_main:
             from rich.text import Text
 
-            self.console.print(Text.assemble((self.title, "bold"), "  ", *mark, message))
+            text = "".join([f"{self.title}  ", *(word for word, _ in mark), message])
+            if self.console.is_terminal:
+                text = "\n".join(wrapped(text, self.console.width))
+            line = Text(text)
+            line.stylize("bold", 0, len(self.title))
+            for word, style in mark:
+                line.stylize(style, len(self.title) + 2, len(self.title) + 2 + len(word))
+            self.console.print(line)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print a table: numbers right-aligned, the first column left. Nine columns of scores fit in 80."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, narrow: Sequence[str] | None = None
+    ) -> None:
+        """Print a table: numbers right-aligned, the first column left.
+
+        Args:
+            narrow: headings for a terminal that has no room for the others.
+        """
         if not self.is_main:
             return
         from rich import box
         from rich.table import Table
 
         gap = 0 if self.console.width < _WIDE else 1  # beside the blank that the box puts between two columns
+        if narrow is not None and self.console.width < _WIDE:
+            columns = narrow
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
         table.padding = (0, gap, 0, 0)
         for index, column in enumerate(columns):

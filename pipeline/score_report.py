@@ -27,6 +27,8 @@ TABLE_COLUMNS = (
     "train min",
     "peak memory",
 )
+NARROW_COLUMNS = ("variant", "ROUGE-1", "R-2", "R-L", "loss", "ppl", "KL", "min", "memory")
+"""The same for 80 columns, where a row of four figures before the point still takes one line."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from ..pipeline.row_log import RowLog, read_complete_rows
 from ..pipeline.run_folder import atomic_write, check_shard, write_json
 from ..pipeline.runner import StageContext, StageResult, VariantInputs
 from ..pipeline.score_report import (
+    NARROW_COLUMNS,
     TABLE_COLUMNS,
     VariantScores,
     comparison_lines,
@@ -318,7 +319,7 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
     title = f"{ctx.config.name}: {len(test.examples)} test dialogues"
     atomic_write(ctx.folder / "results.md", markdown_report(title, rows, comparisons, _notes(ctx, test, seen_N)))
 
-    ctx.reporter.table(title, TABLE_COLUMNS, rows)
+    ctx.reporter.table(title, TABLE_COLUMNS, rows, narrow=NARROW_COLUMNS)
     for line in comparisons:
         ctx.reporter.info(line)
     for name, variant in figures.items():
@@ -328,9 +329,8 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
                 f"summaries were cut at evaluate.max_new_tokens={settings.max_new_tokens}"
             )
     _show_sample(ctx, test)
-    ctx.reporter.info(
-        f"scores {ctx.folder / 'rouge.json'}, table {ctx.folder / 'results.md'}, summaries {ctx.folder / 'predictions'}"
-    )
+    for what, name in (("scores", "rouge.json"), ("table", "results.md"), ("summaries", "predictions")):
+        ctx.reporter.info(f"{what:<9} {ctx.folder / name}")
     return StageResult(
         artifacts={"rouge": "rouge.json", "predictions": "predictions"},
         summary={

@@ -141,9 +141,10 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
         }
         summary["scored_by"] = _write_card(ctx, unfinished, summary)
     ctx.reporter.info(
-        f"{folder} loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}, equal "
-        f"greedy tokens {drift['equal_generated_share']:.1%}"
+        f"loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}, equal greedy tokens "
+        f"{drift['equal_generated_share']:.1%}"
     )
+    ctx.reporter.info(f"model     {folder}")
     return summary
 
 

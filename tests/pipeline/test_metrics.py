@@ -143,6 +143,36 @@ def test_the_table_of_scores_is_whole_in_80_columns() -> None:
     assert {word for cell in [*TABLE_COLUMNS, *row] for word in cell.split()} <= set(words)
 
 
+def test_a_row_of_scores_takes_one_line_of_80() -> None:
+    from hedgehog.pipeline.score_report import NARROW_COLUMNS, TABLE_COLUMNS
+
+    row = ["Hedgehog + LoRA", "63.22 ± 4.63", "47.53", "60.23", "0.8124", "405.06", "0.2171", "146.7", "905.1 MiB"]
+    assert len(NARROW_COLUMNS) == len(TABLE_COLUMNS)
+    reporter = Reporter("evaluate", None)
+    for width, columns in ((80, NARROW_COLUMNS), (120, TABLE_COLUMNS)):
+        reporter.console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+        with reporter.console.capture() as capture:
+            reporter.table("tiny", TABLE_COLUMNS, [row], narrow=NARROW_COLUMNS)
+        title, heads, _, line = capture.get().rstrip().splitlines()
+        assert title.strip() == "tiny" and max(len(heads.rstrip()), len(line.rstrip())) <= width
+        assert (heads.split(), line.split()) == (" ".join(columns).split(), " ".join(row).split())
+
+
+def test_a_long_message_is_wrapped_on_a_terminal_only() -> None:
+    shown = []
+    for terminal in (True, False):
+        reporter = Reporter("softmax/finetune", None)
+        file = io.StringIO()
+        reporter.console = Console(width=80, force_terminal=terminal, color_system=None, file=file, soft_wrap=True)
+        reporter.warning("a word " * 20 + "runs/" + "x" * 90)
+        shown.append(file.getvalue().splitlines())
+    wrapped, (plain,) = shown
+    assert plain.startswith("softmax/finetune  warning: a word a word")
+    assert wrapped[0].startswith("softmax/finetune  warning: a word") and all(len(line) <= 80 for line in wrapped[:-1])
+    assert wrapped[-1] == "    runs/" + "x" * 90, "a path is not broken"
+    assert " ".join(" ".join(wrapped).split()) == " ".join(plain.split())
+
+
 def test_a_message_beside_the_progress_line_stays_in_one_piece() -> None:
     file = io.StringIO()
     reporter = Reporter("evaluate", None)
