@@ -16,6 +16,7 @@ from .config_checks import Problem, notes, schedules
 from .config_loading import described, read_config, variant_configs
 from .errors import ConfigError
 from .feature_map_checks import feature_map_size
+from .formatting import format_bytes
 from .hidden_state_size import describe_cache
 from .memory_estimate import StageEstimate, estimate_memory, state_bytes
 from .model_shape import ModelShape
@@ -183,15 +184,19 @@ def describe_model(report: ValidationReport) -> str:
     heads = f"{shape.num_heads} heads"
     if shape.num_key_value_heads != shape.num_heads:
         heads += f" ({shape.num_key_value_heads} for keys and values)"
-    line = f"{shape.num_weights / 1e6:,.1f} M weights, {shape.num_layers} layers, {heads} x {shape.head_dim}"
+    line = f"{_millions(shape.num_weights)} weights, {shape.num_layers} layers, {heads} x {shape.head_dim}"
     if config.model.attention == "linear":
         size = feature_map_size(config.model, shape.head_dim)
         learned = 2 * shape.num_layers * shape.num_heads * size.num_weights
         line += (
-            f"; {config.model.feature_map}: {size.num_features} features a head, {learned / 1e6:,.1f} M weights, "
-            f"state {state_bytes(config, shape) / 2**20:,.1f} MiB a row"
+            f"; {config.model.feature_map}: {size.num_features} features a head, {_millions(learned)} weights, "
+            f"state {format_bytes(state_bytes(config, shape))} a row"
         )
     return line
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 50_000 or not number else f"{number / 1e3:,.1f} k"
 
 
 def report_as_json(report: ValidationReport) -> dict[str, Any]:

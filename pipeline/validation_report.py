@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .config_loading import listed
+from .formatting import for_stream, wrapped
 from .memory_estimate import GIB, StageEstimate, TermKind
 from .validation import ValidationReport, describe_model, report_as_json
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 _PLAIN_WIDTH = 120
 """Columns where there is no terminal to ask."""
+_WIDE = 115
+"""Columns of a terminal that has room for all that is said of memory in one row."""
 _KINDS: tuple[TermKind, ...] = ("weights", "training", "activations", "overhead")
 
 
@@ -31,32 +39,34 @@ def print_reports(reports: Sequence[ValidationReport], *, as_json: bool) -> None
 
 
 def _print_errors(report: ValidationReport) -> None:
-    if report.unreadable is not None:  # names the file
-        print(f"error: {report.unreadable}", file=sys.stderr)
-    else:
-        print(f"error: {listed(report.file, report.placed_errors)}", file=sys.stderr)
+    # what could not be read names its file
+    message = report.unreadable or listed(report.file, report.placed_errors)
+    print(for_stream(f"error: {message}", sys.stderr), file=sys.stderr)
 
 
-def _print_valid(report: ValidationReport, console: object) -> None:
-    from rich.console import Console
-
-    assert isinstance(console, Console)
+def _print_valid(report: ValidationReport, console: Console) -> None:
     processes = f"{report.world_size} {'process' if report.world_size == 1 else 'processes'}"
     console.print(f"[bold]{report.file}[/bold]: valid ({processes} on {report.device})")
     for note in report.notes:
-        console.print(f"  note: {note}", markup=False)
+        _print_long(f"  note: {note}", console)
     if report.shape is not None:
-        console.print(f"  {describe_model(report)}", markup=False)
-    console.print(_batch_table(report))
+        _print_long(f"  {describe_model(report)}", console)
+    gap = [""] if console.width < _WIDE else []  # wider tables begin with a blank line themselves
+    console.print(*gap, _batch_table(report, console.width), *gap, sep="\n")
     if report.memory:
-        console.print(_memory_table(report.memory))
-        console.print(
-            "  An estimate: the large tensors at the peak, in GiB. --json lists every term with its formula.\n"
+        console.print(_memory_table(report.memory, console.width))
+        _print_long(
+            "  An estimate: the large tensors at the peak, in GiB. --json lists every term with its formula.", console
         )
+        console.print()
 
 
-def _batch_table(report: ValidationReport) -> object:
-    table = _table("Steps")
+def _print_long(text: str, console: Console) -> None:
+    console.print("\n".join(wrapped(text, console.width)) if console.is_terminal else text, markup=False)
+
+
+def _batch_table(report: ValidationReport, width: int) -> Table:
+    table = _table("Steps", width)
     for column in (
         "stage",
         "rows",
@@ -65,7 +75,7 @@ def _batch_table(report: ValidationReport) -> object:
         "micro-batch x processes x accumulation",
         "tokens a step",
     ):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+        table.add_column(column, justify="left" if column == "stage" else "right", overflow="fold")
     for entry in report.batches:
         table.add_row(
             entry.stage,
@@ -78,20 +88,29 @@ def _batch_table(report: ValidationReport) -> object:
     return table
 
 
-def _memory_table(memory: Sequence[StageEstimate]) -> object:
-    table = _table("Peak memory of one process")
-    for column in ("stage", "in", *_KINDS, "total", "attention by"):
-        table.add_column(column, justify="left" if column in ("stage", "in", "attention by") else "right")
+def _memory_table(memory: Sequence[StageEstimate], width: int) -> Table:
+    """In few columns the kind of memory, mostly the same for all, moves to the title. Words are wrapped, never cut."""
+    kinds = list(dict.fromkeys(f"{'GPU' if estimate.where == 'cuda' else 'CPU'} memory" for estimate in memory))
+    narrow = width < _WIDE
+    told_above = narrow and len(kinds) == 1
+    table = _table("Peak memory of one process" + (f", GiB of {kinds[0]}" if told_above else ""), width)
+    for column in ("stage", *([] if told_above else ["in"]), *_KINDS, "total", "attention by"):
+        words = column in ("stage", "in", "attention by")
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for estimate in memory:
         parts = [sum(term.num_bytes for term in estimate.terms if term.kind == kind) for kind in _KINDS]
-        where = "GPU memory" if estimate.where == "cuda" else "CPU memory"
+        where = "GPU" if estimate.where == "cuda" else "CPU"
         figures = [f"{num_bytes / GIB:.2f}" if num_bytes else "-" for num_bytes in (*parts, estimate.num_bytes)]
-        table.add_row(estimate.title, where, *figures, estimate.assumes or "-")
+        place = [] if told_above else [where if narrow else f"{where} memory"]
+        table.add_row(estimate.title, *place, *figures, estimate.assumes or "-")
     return table
 
 
-def _table(title: str):
+def _table(title: str, width: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=True)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=True)
+    if width < _WIDE:
+        table.padding, table.pad_edge, table.show_edge = (0, 0, 0, 0), False, False  # the box has a blank between two
+    return table

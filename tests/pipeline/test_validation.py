@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -330,12 +331,35 @@ def test_json_has_every_term_with_its_formula(folder, capsys):
         assert all(term["formula"] for term in stage["terms"])
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("width", [80, 100, 130])
+def test_nothing_is_cut_on_a_terminal(folder, monkeypatch, capsys, width, device):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    name = "linear-attention"
+    overrides = [f"variants.{name}.overrides.model.feature_map=relu", f"engine.device={device}"]
+    overrides += ["model.base=meta-llama/Llama-2-7b-hf", "engine.precision=bfloat16"]
+    assert validate_configs([str(folder / "config.yaml")], overrides, world_size=1, as_json=False)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in shown
+    lines = [line.rstrip() for line in shown.splitlines() if str(folder) not in line]
+    assert max(map(len, lines)) <= width
+    words = set(shown.split())
+    assert {"weights", "training", "activations", "overhead", "total", "attention", "distill", "evaluate"} <= words
+    assert {f"({name})", "(soft)", f"{'GPU' if device == 'cuda' else 'CPU'}"} <= words
+    assert ("outside" in words) == (device == "cuda")
+    (total,) = [line for line in lines if re.match(r"\s*export ", line)]
+    assert re.search(r" \d+\.\d\d +-$", total), "a row of figures is not torn"
+
+
 def test_the_tables_show_steps_and_memory(folder, capsys):
     assert validate_configs([str(folder / "config.yaml")], [], world_size=2, as_json=False)
     shown = capsys.readouterr().out
     assert "valid (2 processes on cpu)" in shown
     assert "0.1 M weights, 2 layers, 4 heads (2 for keys and values) x 16" in shown
     assert "1 x 2 x 4" in shown
+    assert "4.1 k weights, state 17.0 KiB a row" in shown
     assert "finetune (soft)" in shown
     rows = {line.split()[0]: line.split()[-1] for line in shown.splitlines() if "CPU memory" in line}
     assert "attention by" in shown
