@@ -223,7 +223,7 @@ def _table(rows: Sequence[_Row], status: RunStatus, width: int, styled: bool) ->
         del columns["job"]
     if submitted and width < _WIDE:
         del columns["min"]
-    widths = {name: max(len(name), *(len(cell(row)) for row in rows)) for name, cell in columns.items()}
+    widths = {name: max(5, len(name), *(len(cell(row)) for row in rows)) for name, cell in columns.items()}
     widths["stage"] = min(widths["stage"], _NAME_WIDTH)
     # the state is cut where it must be: what follows it are figures
     widths["state"] = min(widths["state"], width - 1 - sum(widths.values()) + widths["state"] - 2 * len(columns))

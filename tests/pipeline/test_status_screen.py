@@ -82,6 +82,18 @@ def num_lines(lines: list[str], width: int) -> int:
     return sum(-(-max(1, len(line)) // width) for line in lines)
 
 
+def test_no_figure_is_cut_where_the_state_can_give_way():
+    through = [
+        StageStatus("distill", None, None, "done", loss_name="validation_kl_nats", loss=0.1446, minutes=0.0),
+        StageStatus("finetune", None, None, "unfinished", detail="wrote just now", minutes=0.0),
+    ]
+    waiting = [StageStatus("distill", name, None, "not started") for name in (*VARIANTS, "another", "more")]
+    status = RunStatus(FOLDER, (*through, *waiting), ())
+    for width in range(80, 100):
+        text = "\n".join(screen_lines(status, width=width, height=23))
+        assert "KL 0.1446" in text and "unfinished: wrote just now" in text and "6 variants" in text
+
+
 @pytest.mark.parametrize(("width", "height"), [(80, 23), (120, 39)])
 @pytest.mark.parametrize("run", [midway, finished])
 def test_it_fits_the_screen_and_tells_what_matters(run, width, height):
