@@ -6,7 +6,6 @@ Nothing heavy is imported here, so that `hedgehog --help` answers at once: no to
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ import typer
 from .distributed import slurm_variables
 from .errors import ConfigError, HedgehogError, Interrupted, LeaseError
 from .formatting import for_stream
+from .go_on import own_command, shown
 from .quiet_libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -85,7 +85,13 @@ def run(
         loaded = _load(config, overrides, first=first.value if first else None, force=force)
         from .runner import run_pipeline
 
-        run_pipeline(loaded, first=first.value if first else None, last=last.value if last else None, force=force)
+        run_pipeline(
+            loaded,
+            first=first.value if first else None,
+            last=last.value if last else None,
+            force=force,
+            command=own_command(sys.argv[1:]),
+        )
 
 
 @app.command()
@@ -127,7 +133,7 @@ def merge(config: Config, overrides: Overrides = None, variant: Variant = None, 
         loaded = _load(config, overrides, "merge")
         from .runner import merge_layers
 
-        merge_layers(loaded, variant=variant, force=force)
+        merge_layers(loaded, variant=variant, force=force, command=own_command(sys.argv[1:]))
 
 
 @app.command()
@@ -326,7 +332,8 @@ def _run_stage(
         loaded = _load(config, [*(overrides or []), *given], stage, force=force)
         from .runner import run_stage
 
-        run_stage(loaded, stage, variant=variant, shard=shard, force=force)
+        command = own_command(sys.argv[1:])
+        run_stage(loaded, stage, variant=variant, shard=shard, force=force, command=command)
 
 
 def _load(
@@ -368,8 +375,7 @@ def _errors_shown() -> Iterator[None]:
         yield
     except Interrupted as error:
         if _rank() == 0:
-            go_on = "" if error.goes_on_by_itself else f". To go on: {resume_command(sys.argv[1:])}"
-            print(f"{error}{go_on}", file=sys.stderr)
+            _tell_how_to_go_on(str(error), error.goes_on_by_itself)
         raise typer.Exit(error.exit_code) from None
     except HedgehogError as error:
         rank = _rank()
@@ -380,12 +386,20 @@ def _errors_shown() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         if _rank() == 0:
-            print(f"\ninterrupted. To go on: {resume_command(sys.argv[1:])}", file=sys.stderr)
+            _tell_how_to_go_on("\ninterrupted")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
 def _tell(message: str) -> None:
     print(for_stream(message, sys.stderr), file=sys.stderr)
+
+
+def _tell_how_to_go_on(what: str, by_itself: bool = False) -> None:
+    """On a terminal the command has a line of its own, which is not wrapped: it is there to be copied."""
+    message = what if by_itself else f"{what}."
+    command = "" if by_itself else f"To go on: {shown(own_command(sys.argv[1:]))}"
+    between = "\n" if sys.stderr.isatty() else " "
+    print(f"{for_stream(message, sys.stderr)}{between * bool(command)}{command}", file=sys.stderr)
 
 
 def _rank() -> int:
@@ -400,11 +414,6 @@ def _signals_noted() -> Iterator[None]:
 
     with listening():
         yield
-
-
-def resume_command(arguments: list[str]) -> str:
-    """The command line that goes on where this one stopped: the same, but --force would begin anew."""
-    return shlex.join(["hedgehog", *(argument for argument in arguments if argument != "--force")])
 
 
 if __name__ == "__main__":

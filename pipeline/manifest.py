@@ -58,6 +58,10 @@ class Manifest(BaseModel):
     num_resumes: int = 0
     interrupted: str | None = None
     """Why and where the newest attempt stopped, where a signal stopped it."""
+    command: list[str] = Field(default_factory=list)
+    """The command line of the newest attempt; empty where it had none."""
+    directory: str = ""
+    """Where that command was given: paths in it may be relative."""
     forced: bool = False
     """Begun by --force: the same command after a kill goes on here instead of beginning once more."""
 

@@ -133,7 +133,14 @@ class StageContext:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | None = None, force: bool = False) -> None:
+def run_pipeline(
+    config: RunConfig,
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    force: bool = False,
+    command: tuple[str, ...] = (),
+) -> None:
     """Run the stages from `first` to `last` in order; stages of every variant in a row, one variant after the other.
 
     Raises:
@@ -153,7 +160,7 @@ def run_pipeline(config: RunConfig, *, first: str | None = None, last: str | Non
             stages = tuple(group)
             for variant in (None, *config.variants) if is_each else (None,):
                 for stage in stages:
-                    run_stage(config, stage, variant=variant, force=force, alone=False)
+                    run_stage(config, stage, variant=variant, force=force, alone=False, command=command)
     if "export" in selected:
         _say_where_things_are(config)
 
@@ -178,6 +185,7 @@ def run_stage(
     shard: str | None = None,
     force: bool = False,
     alone: bool = True,
+    command: tuple[str, ...] = (),
 ) -> Manifest:
     """Run or resume one stage.
 
@@ -189,6 +197,7 @@ def run_stage(
             `<stage>.previous`, unless a finished one is there already and this one is not. A stage that `force` began
             and that was killed goes on.
         alone: whether this process runs no other stage.
+        command: the command line, for the manifest: `status` tells it where the stage was stopped.
 
     Raises:
         ConfigError: unknown variant, a variant asked of a stage that has none, or no such shard.
@@ -204,15 +213,27 @@ def run_stage(
     effective = config if variant is None else apply_variant(config, variant)
     layers = _layers_folder(effective, stage)
     return _run_stage(
-        config, effective, stage, variant, layers, lambda: _stage_module(stage).run, force, shard=shard, alone=alone
+        config,
+        effective,
+        stage,
+        variant,
+        layers,
+        lambda: _stage_module(stage).run,
+        force,
+        shard=shard,
+        alone=alone,
+        command=command,
     )
 
 
-def merge_layers(config: RunConfig, *, variant: str | None = None, force: bool = False) -> Manifest:
+def merge_layers(
+    config: RunConfig, *, variant: str | None = None, force: bool = False, command: tuple[str, ...] = ()
+) -> Manifest:
     """Join the subsets that `distill --layers` trained into the distill stage's artifact."""
     effective = config if variant is None else apply_variant(config, variant)
     effective = effective.model_copy(update={"distill": effective.distill.model_copy(update={"layers": None})})
-    return _run_stage(config, effective, "distill", variant, None, lambda: _stage_module("distill").merge, force)
+    load = lambda: _stage_module("distill").merge  # noqa: E731
+    return _run_stage(config, effective, "distill", variant, None, load, force, command=command)
 
 
 def _layers_folder(config: RunConfig, stage: str) -> str | None:
@@ -234,6 +255,7 @@ def _run_stage(
     *,
     shard: str | None = None,
     alone: bool = True,
+    command: tuple[str, ...] = (),
 ) -> Manifest:
     """Run what `load` returns; an interruption is complete, requeue included, when it leaves here."""
     title = "/".join(part for part in (variant, stage, layers or shard) if part)
@@ -241,7 +263,7 @@ def _run_stage(
         function = load()
         # a process group keeps the timeout that it began with, also in stages where rank 0 works alone for long
         world = discover_world(effective.engine, trains=alone and stage in ("distill", "finetune"))
-        attempt = _describe(config, effective, stage, variant, layers, shard, world, force, title)
+        attempt = _describe(config, effective, stage, variant, layers, shard, world, force, title, command)
         try:
             return _skip_or_run(attempt, function)
         except Interrupted as stop:
@@ -261,6 +283,7 @@ class _Attempt:
     run_folder: RunFolder
     folder: Path
     shard: str | None
+    command: tuple[str, ...]
     world: World
     inputs: dict[str, StageInput]
     variants: dict[str, VariantInputs]
@@ -283,6 +306,7 @@ def _describe(
     world: World,
     force: bool,
     title: str,
+    command: tuple[str, ...],
 ) -> _Attempt:
     module = _stage_module(stage)
     run_folder = RunFolder.of(effective)
@@ -305,6 +329,7 @@ def _describe(
         run_folder=run_folder,
         folder=run_folder.stage(stage, variant, layers) if shard is None else run_folder.shard(shard),
         shard=shard,
+        command=command,
         world=world,
         inputs=inputs,
         variants=variants,
@@ -355,7 +380,8 @@ def _is_done(attempt: _Attempt, previous: Manifest | None, to_do: str | None) ->
 
 def _say_done(attempt: _Attempt, previous: Manifest | None) -> Manifest:
     assert previous is not None
-    attempt.quiet.info(f"done already ({previous.finished_at}); nothing to do. --force runs it again.")
+    finished = (previous.finished_at or "")[:16].replace("T", " ")
+    attempt.quiet.info(f"done already ({finished} UTC); nothing to do. --force runs it again.")
     return previous
 
 
@@ -382,6 +408,7 @@ def _run_held(
         forced=attempt.force,
     )
     manifest.consumed, manifest.versions, manifest.world_size = attempt.consumed, _versions(), world.world_size
+    manifest.command, manifest.directory = list(attempt.command), str(Path.cwd())
     manifest.started_at = manifest.started_at or _now()
     manifest.interrupted = None
     if previous is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 from .config import RunConfig
 from .config_loading import load_config
 from .errors import CheckpointError, ConfigError
+from .go_on import commands_to_finish, shown
 from .manifest import read_manifest
 from .run_folder import SHARED_STAGES, STAGES, VARIANT_STAGES, RunFolder
 from .slurm.job_status import JobView, view_jobs
@@ -54,6 +54,10 @@ class StageStatus:
     error: str | None = None
     """Last line of the job's log that says what went wrong."""
     log: str | None = None
+    command: tuple[str, ...] = ()
+    """What its newest attempt was begun with."""
+    directory: str = ""
+    """Where that was."""
 
     @property
     def title(self) -> str:
@@ -103,14 +107,14 @@ def read_status(run: str) -> RunStatus:
     stages = tuple(_stages(folder, config, jobs))
     measured = None if config is None else measured_trained_layer_cost(folder, config)
     if not jobs:
-        commands = tuple(_commands(folder, config, stages))
+        commands = tuple(shown(command) for command in commands_to_finish(folder, config, stages))
         return RunStatus(str(folder.root), stages, commands, trained_layer_cost=measured)
     stages = _with_jobs(stages, jobs)
     unknown = any(note.startswith("squeue") for note in notes)
     status = RunStatus(str(folder.root), stages, (), tuple(notes), unknown, measured)
     waits_for_a_failure = any(stage.state in ("failed", "cancelled") for stage in stages)
     if not status.finished and (waits_for_a_failure or not status.live):
-        status = replace(status, commands=(shlex.join(records.command),))
+        status = replace(status, commands=(shown(records.command),))
     return status
 
 
@@ -236,31 +240,6 @@ def _stage(
         artifacts={name: str(path / artifact.path) for name, artifact in manifest.artifacts.items()},
         shard=shard,
         eta_s=progress.remaining_s,
+        command=tuple(manifest.command),
+        directory=manifest.directory,
     )
-
-
-def _commands(folder: RunFolder, config: RunConfig | None, stages: tuple[StageStatus, ...]) -> Iterator[str]:
-    """What finishes the run: subsets of layers first, then their merge, then the rest."""
-    if config is None:
-        if any(stage.state in ("not started", "unfinished") for stage in stages):
-            yield "hedgehog run CONFIG"
-        return
-    where: list[str] = [str(folder.config_file)]
-    if Path(config.output_dir) != folder.root.parent:
-        where.append(f"output_dir={folder.root.parent}")
-    if config.name != folder.root.name:
-        where.append(f"name={folder.root.name}")
-    subsets = [stage for stage in stages if stage.layers is not None]
-    for stage in subsets:
-        if stage.state == "unfinished":
-            yield _command("distill", where, ["--layers", stage.layers or ""], stage.variant)
-    whole = {stage.variant: stage.state for stage in stages if stage.stage == "distill" and stage.layers is None}
-    for variant in dict.fromkeys(stage.variant for stage in subsets):
-        if whole.get(variant) == "not started":
-            yield _command("merge", where, [], variant)
-    if any(stage.state in ("not started", "unfinished") for stage in stages if stage.layers is None):
-        yield _command("run", where, [], None)
-
-
-def _command(name: str, where: list[str], options: list[str], variant: str | None) -> str:
-    return shlex.join(["hedgehog", name, *where, *options, *(["--variant", variant] if variant else [])])

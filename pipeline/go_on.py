@@ -1,0 +1,74 @@
+"""The command that goes on where a run stopped: told after an interruption, and by `status`. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .status import StageStatus
+
+_TO_DO = ("not started", "unfinished")
+
+
+def own_command(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The command line of this process, which goes on where it stops: the same, but --force would begin anew."""
+    return ("hedgehog", *(argument for argument in arguments if argument != "--force"))
+
+
+def shown(command: Sequence[str]) -> str:
+    """As it is typed into a shell."""
+    return shlex.join(command)
+
+
+def commands_to_finish(
+    folder: RunFolder, config: RunConfig | None, stages: Sequence[StageStatus]
+) -> Iterator[tuple[str, ...]]:
+    """What finishes the run: what was begun and stopped, with its own command; merges of subsets; then the rest.
+
+    A stage's own command is known where it was given in this directory and the folder was not moved since; otherwise
+    the resolved config stands in.
+    """
+    if config is None:
+        if any(stage.state in _TO_DO for stage in stages):
+            yield ("hedgehog", "run", "CONFIG")
+        return
+    where, moved = [str(folder.config_file)], False
+    if Path(config.output_dir) != folder.root.parent:
+        where.append(f"output_dir={folder.root.parent}")
+        moved = True
+    if config.name != folder.root.name:
+        where.append(f"name={folder.root.name}")
+        moved = True
+
+    def recorded(stage: StageStatus) -> tuple[str, ...]:
+        return () if moved or stage.directory != str(Path.cwd()) else stage.command
+
+    subsets = [stage for stage in stages if stage.layers is not None]
+    for stage in subsets:
+        if stage.state == "unfinished":
+            yield recorded(stage) or _command("distill", where, ["--layers", stage.layers or ""], stage.variant)
+    whole = {stage.variant: stage.state for stage in stages if stage.stage == "distill" and stage.layers is None}
+    for variant in dict.fromkeys(stage.variant for stage in subsets):
+        if whole.get(variant) == "not started":
+            yield _command("merge", where, [], variant)
+    others = [stage for stage in stages if stage.layers is None]
+    begun = [stage for stage in others if stage.state == "unfinished"]
+    single = [stage for stage in begun if recorded(stage) and not _runs_everything(recorded(stage))]
+    yield from dict.fromkeys(recorded(stage) for stage in single)
+    if any(stage.state in _TO_DO and stage not in single for stage in others):
+        newest = next((recorded(stage) for stage in (*begun, *reversed(others)) if recorded(stage)), ())
+        yield newest if _runs_everything(newest) else _command("run", where, [], None)
+
+
+def _runs_everything(command: Sequence[str]) -> bool:
+    return tuple(command[1:2]) == ("run",) and not any(word.startswith(("--from", "--to")) for word in command)
+
+
+def _command(name: str, where: Sequence[str], options: Sequence[str], variant: str | None) -> tuple[str, ...]:
+    return ("hedgehog", name, *where, *options, *(["--variant", variant] if variant else []))
