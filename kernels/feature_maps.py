@@ -81,6 +81,10 @@ class FeatureMap(nn.Module):
         self.num_heads, self.head_dim, self.side, self.seed = num_heads, head_dim, side, seed
         self.feature_dim = head_dim if feature_dim is None else feature_dim
         self.options = {**self.option_defaults, **(options or {})}
+        for key, default in self.option_defaults.items():
+            value = self.options[key]
+            if isinstance(default, (int, float)) and not _is_positive(value):
+                raise ValueError(f"{key} must be a number > 0, not {value!r}")
 
     @property
     def num_features(self) -> int:
@@ -119,6 +123,10 @@ class FeatureMap(nn.Module):
             f"heads={self.num_heads}, head_dim={self.head_dim}, feature_dim={self.feature_dim}, "
             f"num_features={self.num_features}, side={self.side}"
         )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 class LearnedFeatureMap(FeatureMap):

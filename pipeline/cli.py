@@ -237,9 +237,10 @@ def submit(
         bool, typer.Option("--dry-run", help="Print the graph, the costs and the scripts; submit nothing.")
     ] = False,
 ) -> None:
-    """Submit the whole run to Slurm: what is missing of it, each job after those it needs.
+    """Submit to Slurm what is missing of a run, as a graph of jobs.
 
-    Submitting again submits only what failed or never ran. The config's section `slurm` says what jobs ask for.
+    Each job waits for those it needs. Submitting again submits only what failed or never ran. The config's section
+    `slurm` says what jobs ask for.
 
     \b
     Example: hedgehog submit configs/llama2-7b-samsum.yaml --dry-run
@@ -268,9 +269,9 @@ def status(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show how far a run is, what Slurm says of its jobs, and the command that goes on.
+    """Show how far a run is, and the command that goes on.
 
-    On a terminal it fits the screen: what is through or waits shares a row.
+    Also what Slurm says of its jobs. On a terminal it fits the screen: what is through or waits shares a row.
 
     \b
     Example: hedgehog status runs/tiny
@@ -314,7 +315,7 @@ def env(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main() -> None:
     """Entry point of the `hedgehog` command."""
     quiet_libraries()
-    app()
+    app(prog_name="hedgehog")  # also under `python -m` and torchrun
 
 
 def _run_stage(

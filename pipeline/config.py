@@ -308,7 +308,7 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run folder."""
+    """Name of the run folder: letters, digits and . _ - behind a letter or digit."""
     output_dir: str = "runs"
     """Folder that holds the run folders, relative to the working directory."""
     seed: int = Field(default=0, ge=0)

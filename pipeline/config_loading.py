@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from .config import RunConfig
+from .config import RunConfig, VariantConfig
 from .config_checks import (
     RESERVED_VARIANT_NAMES,
     VARIANT_FIXED_KEYS,
@@ -274,6 +274,9 @@ def _build(raw: dict[str, Any]) -> tuple[RunConfig | None, list[Problem], list[s
             return RunConfig.model_validate(raw), problems, unknown
         except ValidationError as error:
             for detail in error.errors(include_url=False):
+                if detail["type"] == "missing" and ".".join(map(str, detail["loc"])) in unknown:  # removed here
+                    _set_nested(raw, [str(key) for key in detail["loc"]], "unnamed")
+                    continue
                 loc = [str(key) for key in detail["loc"]]
                 given = detail["input"] if isinstance(detail["input"], dict) else {}
                 combined = [[*loc, key] for key in detail.get("ctx", {}).get("keys", ()) if key in given]
@@ -299,6 +302,8 @@ def _explain(detail: Any, loc: list[str]) -> str:
     if detail["type"] == "value_error":
         got = "" if isinstance(detail["input"], (dict, Section)) else f", got {show_value(detail['input'])}"
         return f"{detail['ctx']['error']}{got}."
+    if field is None and loc[:1] == ["variants"] and len(loc) == 2:
+        return f"expected a section with {' and '.join(VariantConfig.model_fields)}, got {show_value(detail['input'])}."
     if field is None:  # an item of a list
         return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, got {show_value(detail['input'])}."
     return (

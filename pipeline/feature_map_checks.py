@@ -77,6 +77,8 @@ def feature_map_errors(model: ModelConfig, head_dim: int | None = None) -> list[
             _try_to_make(model, head_dim or model.feature_dim or _ANY_HEAD_DIM)
         except ValueError as error:
             own = [f"model.{name}" for name in ("feature_map", "feature_dim", "feature_map_options", "attention")]
+            if any(str(error).startswith(f"{option} must be") for option in model.feature_map_options):
+                own.insert(0, own.pop(2))
             found.append(Problem((*own, "model.base", "tiny.hidden_size", "tiny.num_heads"), str(error)))
     return found
 

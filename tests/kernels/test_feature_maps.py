@@ -245,3 +245,12 @@ def test_mistakes_are_named():
         build("elu", "value")
     with pytest.raises(ValueError, match="feature_dim must be at least 1"):
         build("relu", "key", feature_dim=0)
+
+
+@pytest.mark.parametrize("value", ["big", True, 0, -1.0, float("nan"), float("inf"), None])
+@pytest.mark.parametrize(
+    "name, option", [("hedgehog_exp", "init_scale"), ("exp_t", "temperature"), ("cosformer", "max_positions")]
+)
+def test_an_option_that_is_no_positive_number_is_refused(name, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be a number > 0, not "):
+        make_feature_map(name, num_heads=1, head_dim=8, side="query", options={option: value})

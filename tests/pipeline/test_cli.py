@@ -68,6 +68,7 @@ def test_help_shows_every_command_and_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "imported"
+    assert result.stdout.startswith("Usage: hedgehog ") and "..." not in result.stdout.partition("Commands:")[2]
     for command in ("run", *STAGES, "merge", "validate", "status", "env"):
         assert f"\n  {command} " in result.stdout
 

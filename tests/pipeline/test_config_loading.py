@@ -87,8 +87,9 @@ variants:
 """
     shown = message(tmp_path, text, "distill.epochs=-1", "evaluate.min_new_tokens=200")
     for part in (
-        "11 problems",
-        'name (line 1): expected text (Name of the run folder), got "bad name".',
+        "10 problems",
+        "name (line 1): expected text (Name of the run folder: letters, digits and . _ - behind a letter or digit), "
+        'got "bad name".',
         "model.feature_dim (line 4): expected a whole number ≥ 1 or null, got 0.",
         'data.overlong (line 5): expected one of drop, truncate_dialogue, got "cut".',
         'finetune.learning_rate (line 7): expected a number > 0, got "3e-3" (without the quotes it is a number).',
@@ -114,6 +115,7 @@ variants:
         ("export: {max_shard_size: big}", "Largest weight file: a number and KB, MB, GB"),
         ("label: 3", "expected text or null, got 3 (put text that looks like a number in quotes)."),
         ("finetune: {lora: {target_modules: [q_proj, 3]}}", "finetune.lora.target_modules.1 (line 4)"),
+        ("variants: {one: 3}", "variants.one (line 4): expected a section with label and overrides, got 3."),
         ("finetune: 3", "finetune (line 4): expected a section (keys under it), got 3."),
     ],
 )

@@ -196,6 +196,12 @@ def test_what_only_follows_from_a_mistake_is_not_told(folder):
         assert error.startswith(told)
 
 
+def test_a_wrong_option_of_a_feature_map_is_told_under_its_key(folder):
+    for value in ("{init: 3}", "{init_scale: big}"):
+        (error,) = errors(folder, f"model.feature_map_options={value}")
+        assert error.startswith("model.feature_map_options: init") and "must be" in error
+
+
 def test_a_variants_own_faults_are_told(folder):
     found = errors(folder, "variants.soft.overrides={model.feature_map: elu, model.feature_dim: 5}")
     assert len(found) == 1
