@@ -58,6 +58,8 @@ class Manifest(BaseModel):
     num_resumes: int = 0
     interrupted: str | None = None
     """Why and where the newest attempt stopped, where a signal stopped it."""
+    error: str | None = None
+    """What the newest attempt failed with."""
     command: list[str] = Field(default_factory=list)
     """The command line of the newest attempt; empty where it had none."""
     directory: str = ""

@@ -31,7 +31,7 @@ import torch
 from .config import RunConfig
 from .config_loading import apply_variant, config_differences, dump_resolved, flatten
 from .distributed import World, discover_world
-from .errors import CheckpointError, ConfigError, Interrupted, LeaseError
+from .errors import CheckpointError, ConfigError, HedgehogError, Interrupted, LeaseError
 from .interrupts import listening, stopping_together
 from .lease import leased
 from .manifest import Manifest, StageInput, describe_artifact, fingerprint, read_manifest
@@ -410,7 +410,7 @@ def _run_held(
     manifest.consumed, manifest.versions, manifest.world_size = attempt.consumed, _versions(), world.world_size
     manifest.command, manifest.directory = list(attempt.command), str(Path.cwd())
     manifest.started_at = manifest.started_at or _now()
-    manifest.interrupted = None
+    manifest.interrupted = manifest.error = None
     if previous is not None:
         manifest.num_resumes += 1
         attempt.quiet.info(f"goes on in {folder}")
@@ -575,6 +575,10 @@ def _duration_kept(manifest: Manifest, folder: Path, world: World, started: floa
         manifest.duration_s += time.monotonic() - started
         if isinstance(error, Interrupted):
             manifest.interrupted = f"{_now()}: {' and '.join(error.signals)}, {error}"
+        elif isinstance(error, HedgehogError):
+            manifest.error = str(error)
+        elif isinstance(error, Exception):
+            manifest.error = f"{type(error).__name__}: {error}"
         if world.is_main:
             with contextlib.suppress(OSError, LeaseError):
                 manifest.write(folder)

@@ -52,7 +52,7 @@ class StageStatus:
     job_state: str | None = None
     """Slurm's word for it."""
     error: str | None = None
-    """Last line of the job's log that says what went wrong."""
+    """Last line of the job's log that says what went wrong; without a job, what the newest attempt failed with."""
     log: str | None = None
     command: tuple[str, ...] = ()
     """What its newest attempt was begun with."""
@@ -240,6 +240,7 @@ def _stage(
         artifacts={name: str(path / artifact.path) for name, artifact in manifest.artifacts.items()},
         shard=shard,
         eta_s=progress.remaining_s,
+        error=manifest.error if state == "unfinished" else None,
         command=tuple(manifest.command),
         directory=manifest.directory,
     )

@@ -263,7 +263,8 @@ def _errors(status: RunStatus, limit: int, width: int) -> Iterator[str]:
     for error, stages in itertools.islice(alike.items(), limit):
         others = f" (and {len(stages) - 1} more)" if len(stages) > 1 else ""
         yield from _wrapped(f"{stages[0].title}{others}: {error}", width, max_lines=3)
-        yield f"    log: {stages[0].log}"
+        if stages[0].log is not None:
+            yield f"    log: {stages[0].log}"
     if len(alike) > limit:
         yield f"  {len(alike) - limit} more errors: --verbose"
 

@@ -15,7 +15,7 @@ import pytest
 
 from hedgehog.pipeline import runner
 from hedgehog.pipeline.config import FinetuneConfig, RunConfig, VariantConfig
-from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, LeaseError, ResourceError
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, DataError, Interrupted, LeaseError, ResourceError
 from hedgehog.pipeline.interrupts import stop_if_asked
 from hedgehog.pipeline.manifest import read_manifest
 from hedgehog.pipeline.run_folder import RunFolder, atomic_write
@@ -323,6 +323,27 @@ def test_what_is_done_is_done_in_spite_of_a_signal(stages: FakeStages, config: R
     manifest = read_manifest(Path(config.output_dir) / "r" / "distill")
     assert manifest is not None and manifest.interrupted is not None
     assert manifest.interrupted.endswith("SIGTERM, half of it")
+
+
+@pytest.mark.parametrize(("error", "told"), [(DataError("no rows"), "no rows"), (OSError("odd"), "OSError: odd")])
+def test_what_a_stage_failed_with_is_kept_until_it_is_tried_again(
+    stages: FakeStages, config: RunConfig, error: Exception, told: str
+) -> None:
+    works = sys.modules["fake_prepare"].run
+
+    def run(ctx: StageContext) -> StageResult:
+        raise error
+
+    sys.modules["fake_prepare"].run = run  # type: ignore[attr-defined]
+    with pytest.raises(type(error)):
+        run_stage(config, "prepare")
+    folder = Path(config.output_dir) / "r" / "prepare"
+    manifest = read_manifest(folder)
+    assert manifest is not None and manifest.error == told
+    sys.modules["fake_prepare"].run = works  # type: ignore[attr-defined]
+    run_stage(config, "prepare")
+    manifest = read_manifest(folder)
+    assert manifest is not None and (manifest.status, manifest.error) == ("done", None)
 
 
 @pytest.fixture

@@ -193,6 +193,14 @@ def test_a_finished_stage_shows_the_tables_figures_not_its_last_batchs(run, caps
         assert shown in rows[stage]
 
 
+def test_what_a_stage_failed_with_is_shown(run, capsys):
+    add_stage(run, "prepare", status="running", error="data.dataset: c/d could not be fetched\nGive local files.")
+    print_status(str(run), as_json=False)
+    shown = capsys.readouterr().out
+    assert "prepare: data.dataset: c/d could not be fetched Give local files." in shown and "log:" not in shown
+    assert "to go on: hedgehog run" in shown
+
+
 def test_a_finished_run_needs_no_command(run, capsys):
     for place in ("prepare", "distill", "finetune", "evaluate", "export"):
         add_stage(run, place)
