@@ -130,7 +130,7 @@ def merge(config: Config, overrides: Overrides = None, variant: Variant = None, 
     Example: hedgehog merge configs/tiny.yaml
     """
     with _errors_shown(), _signals_noted():
-        loaded = _load(config, overrides, "merge")
+        loaded = _load(config, overrides, "merge", variant=variant)
         from .runner import merge_layers
 
         merge_layers(loaded, variant=variant, force=force, command=own_command(sys.argv[1:]))
@@ -330,7 +330,7 @@ def _run_stage(
 ) -> None:
     with _errors_shown(), _signals_noted():
         given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
-        loaded = _load(config, [*(overrides or []), *given], stage, force=force)
+        loaded = _load(config, [*(overrides or []), *given], stage, variant=variant, force=force)
         from .runner import run_stage
 
         command = own_command(sys.argv[1:])
@@ -338,7 +338,13 @@ def _run_stage(
 
 
 def _load(
-    path: Path, overrides: list[str] | None, stage: str | None = None, *, first: str | None = None, force: bool = False
+    path: Path,
+    overrides: list[str] | None,
+    stage: str | None = None,
+    *,
+    variant: str | None = None,
+    first: str | None = None,
+    force: bool = False,
 ) -> RunConfig:
     """The config, after all that can be refused before a stage (None: all from `first` on) starts."""
     from .config_loading import read_config
@@ -352,7 +358,7 @@ def _load(
     from .preflight import refuse_mistakes
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    config = refuse_mistakes(reading, stage, world_size=world_size, first=first, force=force)
+    config = refuse_mistakes(reading, stage, world_size=world_size, variant=variant, first=first, force=force)
     if submitted:
         from .slurm.frozen_config import check_unchanged
 

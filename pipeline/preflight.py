@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .base_folder import check_no_dropout, check_not_quantized, check_weights, read_llama_config, read_shapes
@@ -23,7 +23,7 @@ from .feature_map_checks import feature_map_errors, name_errors
 from .layer_subset import parse_layers
 from .manifest import read_manifest
 from .model_shape import ModelShape, known_shape
-from .run_folder import RunFolder
+from .run_folder import VARIANT_STAGES, RunFolder
 
 _LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HUB_TRAIN_ROWS = {"knkarthick/samsum": 14731}
@@ -69,11 +69,18 @@ def look_at_conversions(reading: Reading, *, world_size: int = 1, imports_torch:
 
 
 def refuse_mistakes(
-    reading: Reading, stage: str | None, *, world_size: int, first: str | None = None, force: bool = False
+    reading: Reading,
+    stage: str | None,
+    *,
+    world_size: int,
+    variant: str | None = None,
+    first: str | None = None,
+    force: bool = False,
 ) -> RunConfig:
     """The config, after all that can be refused before a stage (None: all of them) makes a folder.
 
     Args:
+        variant: whose stage it is; that of another conversion may run on another number of processes.
         first: the stage that a whole run begins with.
         force: whether what `prepare` has done is to be done again.
 
@@ -85,12 +92,21 @@ def refuse_mistakes(
         if stage in (None, "prepare") and first in (None, "prepare") and (force or not is_prepared(config)):
             found = look_at_everything(reading, world_size=world_size).problems
         else:
-            found = look_at_conversions(reading, world_size=world_size).problems
+            alone = stage in (*VARIANT_STAGES, "merge", "export")
+            looked_at = _conversion(reading, variant) if alone else reading
+            found = look_at_conversions(looked_at, world_size=world_size).problems
         if stage is not None:
             others = {"prepare", "distill", "finetune", "evaluate", "export"} - {stage}
             found = [problem for problem in found if _section(problem) not in others]
         add_problems(reading, found)
     return reading.valid_config()
+
+
+def _conversion(reading: Reading, variant: str | None) -> Reading:
+    """One of the conversions alone; an unknown variant is told by who runs it."""
+    prefix = "" if variant is None else f"variants.{variant}.overrides."
+    own = next((one for one in reading.conversions if one.prefix == prefix), reading.conversions[0])
+    return replace(reading, conversions=[own])
 
 
 def add_problems(reading: Reading, found: Sequence[Problem]) -> None:
@@ -110,11 +126,12 @@ def is_prepared(config: RunConfig) -> bool:
 
 def of_all_conversions(reading: Reading, errors_of: Callable[[RunConfig], Sequence[Problem]]) -> list[Problem]:
     """The main conversion's errors, and those that a variant's overrides bring in."""
-    errors = untouched(errors_of(reading.conversions[0].config), reading.conversions[0].unknown)
-    already = {str(error) for error in errors}
-    for conversion in reading.conversions[1:]:
+    errors: list[Problem] = []
+    already: set[str] = set()
+    for conversion in reading.conversions:
         new = untouched(errors_of(conversion.config), conversion.unknown)
         errors += [error.under(conversion.prefix) for error in new if str(error) not in already]
+        already = already or {str(error) for error in new}
     return errors
 
 
@@ -216,8 +233,8 @@ def _tokenizer_errors(config: RunConfig) -> list[Problem]:
     key, folder = (f"model.{'tokenizer' if given else 'base'}", "model.tokenizer"), Path(named)
     if folder.is_dir():
         there = any(file for pattern in ("tokenizer.*", "vocab.*") for file in folder.glob(pattern))
-        missing = f"{named} has no tokenizer.json or tokenizer.model; model.tokenizer names one."
-        return [] if there else [Problem(key, missing)]
+        cure = "" if given else "; model.tokenizer names one"
+        return [] if there else [Problem(key, f"{named} has no tokenizer.json or tokenizer.model{cure}.")]
     if given and (given.startswith((".", "/")) or given.count("/") > 1 or folder.exists()):
         return [Problem(key, f"{given} is no folder.")]
     return []

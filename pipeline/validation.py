@@ -14,6 +14,7 @@ from typing import Any
 from .config import RunConfig
 from .config_checks import Problem, notes, schedules
 from .config_loading import described, read_config, variant_configs
+from .data.sources import on_hub
 from .errors import ConfigError
 from .feature_map_checks import feature_map_size
 from .formatting import format_bytes
@@ -89,6 +90,8 @@ def validate_config(file: Path | str, overrides: Sequence[str] = (), *, world_si
     report.config, report.device, report.shape = config, reckoned_device(config), found.shape
     if report.shape is None:
         report.notes.append(f"model.base: {config.model.base} is on the hub; its sizes are known after `prepare`.")
+    if found.num_rows is None and on_hub(config.data):
+        report.notes.append(f"data.dataset: {config.data.dataset} is on the hub; its rows are known after `prepare`.")
     report.notes += config_notes(config, report.shape, found.num_rows)
     report.batches = batch_arithmetic(config, found.num_rows, world_size)
     if report.shape is not None:

@@ -77,6 +77,19 @@ def test_a_stage_is_not_refused_for_what_is_another_ones(work: Path, begun: list
     assert begun == ["evaluate", "finetune"]
 
 
+def test_a_conversion_is_not_refused_for_the_batches_of_another(work: Path, begun: list[str], monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    variant = "variants.one.overrides.finetune.global_batch_size=6"
+    assert invoke("finetune", "trial.yaml", variant).exit_code == 0
+    refused = invoke("finetune", "trial.yaml", variant, "--variant", "one")
+    assert "variants.one.overrides.finetune.global_batch_size (command line): 6 is not a multiple" in refused.stderr
+    assert "finetune.global_batch_size" in invoke("run", "trial.yaml", variant).stderr
+    turned = ["finetune.global_batch_size=6", "variants.one.overrides.finetune.global_batch_size=8"]
+    assert invoke("finetune", "trial.yaml", *turned, "--variant", "one").exit_code == 0
+    assert invoke("finetune", "trial.yaml", *turned).exit_code == 2
+    assert begun == ["finetune", "finetune"]
+
+
 def test_what_is_prepared_needs_its_files_no_more(work: Path, begun: list[str]):
     gone = ["trial.yaml", "data.train_file=gone.json", "model.base=./gone"]
     assert invoke("run", *gone).exit_code == 2

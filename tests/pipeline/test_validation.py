@@ -259,6 +259,8 @@ def test_a_base_that_is_nowhere(folder):
     report = validate_config(folder / "config.yaml", ["model.base=somebody/llama"])
     assert report.errors == [] and report.memory == []
     assert any("somebody/llama is on the hub" in note for note in report.notes)
+    report = validate_config(folder / "config.yaml", ["data.dataset=samsum", "data.train_file="])
+    assert any("samsum is on the hub" in note for note in report.notes), "or a folder's name that is mistyped"
 
 
 def test_rows_that_are_no_json(folder):
