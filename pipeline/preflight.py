@@ -126,12 +126,13 @@ def is_prepared(config: RunConfig) -> bool:
 
 def of_all_conversions(reading: Reading, errors_of: Callable[[RunConfig], Sequence[Problem]]) -> list[Problem]:
     """The main conversion's errors, and those that a variant's overrides bring in."""
-    errors: list[Problem] = []
-    already: set[str] = set()
-    for conversion in reading.conversions:
+    first, *others = reading.conversions
+    errors = untouched(errors_of(first.config), first.unknown)
+    already = {str(error) for error in errors}
+    errors = [error.under(first.prefix) for error in errors]
+    for conversion in others:
         new = untouched(errors_of(conversion.config), conversion.unknown)
         errors += [error.under(conversion.prefix) for error in new if str(error) not in already]
-        already = already or {str(error) for error in new}
     return errors
 
 

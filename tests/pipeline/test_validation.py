@@ -196,6 +196,12 @@ def test_what_only_follows_from_a_mistake_is_not_told(folder):
         assert error.startswith(told)
 
 
+def test_a_fault_of_two_variants_is_told_of_both(folder):
+    names = ("one", "two")
+    found = errors(folder, *[f"variants.{name}.overrides.finetune.lora.target_modules=[fc1]" for name in names])
+    assert [error.split(".")[1] for error in found] == list(names)
+
+
 def test_a_wrong_option_of_a_feature_map_is_told_under_its_key(folder):
     for value in ("{init: 3}", "{init_scale: big}"):
         (error,) = errors(folder, f"model.feature_map_options={value}")
