@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,20 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .status import StageStatus
 
+_MODULE = ("-m", "hedgehog.pipeline.cli")
 _TO_DO = ("not started", "unfinished")
 
 
 def own_command(arguments: Sequence[str]) -> tuple[str, ...]:
-    """The command line of this process, which goes on where it stops: the same, but --force would begin anew."""
-    return ("hedgehog", *(argument for argument in arguments if argument != "--force"))
+    """The command line of this process, which goes on where it stops: the same, but --force would begin anew.
+
+    torchrun on one machine is told from its variables; on several, each has a command of its own.
+    """
+    program: tuple[str, ...] = ("hedgehog",)
+    size = os.environ.get("LOCAL_WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ and size is not None and size == os.environ.get("WORLD_SIZE"):
+        program = ("torchrun", "--nproc-per-node", size, *_MODULE)
+    return (*program, *(argument for argument in arguments if argument != "--force"))
 
 
 def shown(command: Sequence[str]) -> str:
@@ -67,7 +76,9 @@ def commands_to_finish(
 
 
 def _runs_everything(command: Sequence[str]) -> bool:
-    return tuple(command[1:2]) == ("run",) and not any(word.startswith(("--from", "--to")) for word in command)
+    begin = command.index(_MODULE[-1]) + 1 if _MODULE[-1] in command else 1
+    words = command[begin:]
+    return tuple(words[:1]) == ("run",) and not any(word.startswith(("--from", "--to")) for word in words)
 
 
 def _command(name: str, where: Sequence[str], options: Sequence[str], variant: str | None) -> tuple[str, ...]:

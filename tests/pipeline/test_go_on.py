@@ -13,6 +13,7 @@ from hedgehog.pipeline import cli
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import dump_resolved
 from hedgehog.pipeline.errors import Interrupted
+from hedgehog.pipeline.go_on import own_command, shown
 from hedgehog.pipeline.manifest import Manifest
 from hedgehog.pipeline.status import read_status
 from hedgehog.stages import prepare
@@ -64,6 +65,17 @@ def test_a_run_stopped_between_two_stages_goes_on_by_its_own_command(folder):
     assert read_status("trial").commands == ("hedgehog run t.yaml seed=3",)
     add(folder, "distill", "done", "hedgehog distill t.yaml seed=3")
     assert read_status("trial").commands == (RESOLVED,), "what was given last was for one stage"
+
+
+def test_torchrun_on_one_machine_is_part_of_the_command(folder, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    command = shown(own_command(["run", "t.yaml", "--force"]))
+    assert command == "torchrun --nproc-per-node 8 -m hedgehog.pipeline.cli run t.yaml"
+    add(folder, "prepare", "running", command)
+    assert read_status("trial").commands == (command,)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert own_command(["run", "t.yaml"]) == ("hedgehog", "run", "t.yaml")
 
 
 def test_a_stage_begun_alone_is_finished_before_the_rest(folder):
