@@ -202,9 +202,8 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
             num_new = sum(row["num_tokens"] for row in rows)
             progress.step(position, num_new, {"new_tokens_per_summary": num_new / len(rows)})
 
-        sum_nats = sum_targets = (
-            0.0  # over what this process measures: alone and undisturbed it ends at the table's loss
-        )
+        # over what this process measures: alone and undisturbed it ends at the table's loss
+        sum_nats, sum_targets = 0.0, 0
         for position in _share(to_measure, ctx):
             stop_if_asked(_SAVED)
             batch = test.reference_batches[position]
