@@ -319,8 +319,8 @@ class BackwardBlock {
         if (member_of_quad() == 0) shifts[token_row] = shift;
     }
 
-    // φ(k) and φ(q), sixteen rows in each warp. Raw q and k are used up when `fetch` is called.
-    template <class Fetch>
+    // φ(k) and φ(q), sixteen rows in each warp. Raw q and k are used up when `fetch` is called. kKept: see `activate`.
+    template <bool kKept, class Fetch>
     __device__ __forceinline__ void make_features(bool keys_too, Fetch fetch) const {
         const int first_row = 16 * (warp() % 4);
         const bool is_key = warp() >= 4, wanted = keys_too || !is_key;
@@ -338,9 +338,9 @@ class BackwardBlock {
         // not a choice between two tiles: the compiler is to see that this is shared memory
         const Phi phi{reinterpret_cast<uint16_t*>(dynamic_shared_memory() + (is_key ? Shape::kPhiK : Shape::kPhiQ))};
         if constexpr (kWgmma)
-            activate<kProjected>(z, p.feature_map, is_key, keep, SideBySide{phi}, first_row);
+            activate<kProjected, kKept>(z, p.feature_map, is_key, keep, SideBySide{phi}, first_row);
         else
-            activate<kProjected>(z, p.feature_map, is_key, keep, phi, first_row);
+            activate<kProjected, kKept>(z, p.feature_map, is_key, keep, phi, first_row);
     }
 
     // φ's tile by feature.

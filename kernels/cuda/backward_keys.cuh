@@ -80,7 +80,7 @@ class KeyGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, kK
             __syncthreads();
             this->find_mean(mean, nullptr, this->num_rows());
             if constexpr (kFused)
-                this->make_features(!p.state_only, [&] {  // a barrier inside
+                this->template make_features<(kProjected <= 64)>(!p.state_only, [&] {  // a barrier inside
                     if constexpr (kWhole) this->copy_inputs(head(), kv_head(), next);
                 });
             else

@@ -71,7 +71,7 @@ class QueryGradients : BackwardBlock<BackwardShape<kHeadDim, kFeatures, kFused, 
             __syncthreads();
             this->find_mean(mean, totals, tokens_in_state() + (chunk - this->first_chunk()) * kChunk + this->num_rows());
             if constexpr (kFused)
-                this->make_features(true, [&] {  // a barrier inside
+                this->template make_features<true>(true, [&] {  // a barrier inside
                     if constexpr (kWhole) this->copy_inputs(head(), kv_head(), next);
                 });
             else

@@ -10,8 +10,8 @@
 //
 //     1/e₀ = e₁ r      1/e₁ = e₀ r      1/e₀ + 1/e₁ = (e₀ + e₁) r
 //
-// which makes three slow instructions for each z where four exponentials were; two with 64 columns, where e has a register
-// to wait in. In rows so wide that r might leave the range of float, four they are.
+// which makes three slow instructions for each z where four exponentials were; two where e has a register to wait in. In
+// rows so wide that r might leave the range of float, four they are.
 // A NaN in a row makes its sums NaN, hence all features of that row.
 #pragma once
 
@@ -73,8 +73,9 @@ __device__ __forceinline__ void store_features(const float (&z)[kProjected / 8][
         }
 }
 
-// Writes φ of the sixteen rows into `phi`; a row whose `keep` is false becomes zero.
-template <int kProjected, class Phi>
+// Writes φ of the sixteen rows into `phi`; a row whose `keep` is false becomes zero. kKept: e waits in the place of z. With 128
+// columns the compiler finds the registers for that in some kernels only.
+template <int kProjected, bool kKept = kProjected <= 64, class Phi>
 __device__ __forceinline__ void activate(float (&z)[kProjected / 8][4], int feature_map, bool is_key,
                                          const bool (&keep)[2], Phi phi, int first_row) {
     if (feature_map == HEDGEHOG_EXP && is_key) {
@@ -105,8 +106,6 @@ __device__ __forceinline__ void activate(float (&z)[kProjected / 8][4], int feat
 
     const bool joint = feature_map != HEDGEHOG_SOFTMAX;
     if (width <= kWidestRow) {
-        // With 64 columns e takes the place of z; with 128 it does not: the compiler finds no registers for that.
-        constexpr bool kKept = kProjected <= 64;
         float to_plus[2], to_minus[2];  // a factor of e or an offset of the exponent; 1/(φ₊ φ₋) of one z
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

@@ -164,7 +164,7 @@ def test_no_memory_beyond_the_results_grows_with_the_length():
 
 
 @pytest.mark.parametrize(
-    ("ran", "most"), [("whole", (24672, 11104, 99328)), ("wgmma", (12416, 5824, 99328))], indirect=["ran"]
+    ("ran", "most"), [("whole", (24672, 11104, 82944)), ("wgmma", (12416, 5824, 82944))], indirect=["ran"]
 )
 def test_work_of_a_chunk(emulation, most):
     """wgmma's products are not counted; LOG.md has the table."""
