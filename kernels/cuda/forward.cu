@@ -138,6 +138,7 @@ void hedgehog_emulation_seed(uint64_t seed) { emulation::Scheduler::get().seed(s
 // The places where threads have waited so far, and the one to leave out from here on; -1: none.
 int32_t hedgehog_emulation_num_places() { return static_cast<int32_t>(emulation::Scheduler::get().places().size()); }
 const char* hedgehog_emulation_place(int32_t place) { return emulation::Scheduler::get().places().at(place).c_str(); }
+void hedgehog_emulation_forget_places() { emulation::Scheduler::get().forget_places(); }
 void hedgehog_emulation_leave_out(int32_t place) { emulation::Scheduler::get().leave_out(place); }
 
 // Three counts of work since the last call: emulation/fibers.h.

@@ -16,8 +16,8 @@
 // the scores' product in float, which 72 columns make 1/8 longer.
 //
 // Named barriers of a chunk; who is in brackets arrives and does not wait:
-//   kPhiQFull   [producer] → consumers   φ(q) is there           kPhiQFree   [consumers] → producer   it is used up
-//   kPhiKFull   [producer] → consumers   φ(k), v are there       kPhiKFree   [consumers] → producer   they are used up
+//   kPhiFull    [producer] → consumers   φ(q), φ(k), v are there
+//   kPhiQFree   [consumers] → producer   φ(q) is used up             kPhiKFree   [consumers] → producer   φ(k) and v are
 //   kScores     consumers                A, 1/d are there, z is read
 //   kProducer   q or k has arrived; it is used up                kGroup + g  within consumer g
 //   kHidden     consumers                only with packing: keys of earlier runs are zeroed
@@ -58,7 +58,7 @@ constexpr int kHopperThreads = kWarpgroup * (kConsumers + 1);
 constexpr int kConsumerRegisters = 200, kProducerRegisters = 104;
 constexpr int kSumRows = 8;  // below φ(k): three of them for z
 
-enum NamedBarrier { kPhiQFull = 1, kPhiQFree, kPhiKFull, kPhiKFree, kScores, kHidden, kProducer, kGroup };
+enum NamedBarrier { kPhiFull = 1, kPhiQFree, kPhiKFree, kScores, kHidden, kProducer, kGroup };
 
 template <int kHeadDim, int kFeatures>
 struct HopperLayout {
@@ -159,8 +159,6 @@ class HopperForwardBlock {
             });
             if (chunk > first()) barrier_sync(kPhiQFree, kHopperThreads);
             store_features(features, {true, true}, phi_q, first_row(), nothing());
-            fence_async_proxy();
-            barrier_arrive(kPhiQFull, kHopperThreads);
 
             const int row_in_chunk = static_cast<int>(first_row() + (thread_index() & 31) / 4);
             const bool keep[2] = {is_real(chunk, row_in_chunk), is_real(chunk, row_in_chunk + 8)};
@@ -168,8 +166,8 @@ class HopperForwardBlock {
                           [&] { copy_chunk(raw_k, p.k, p.k_stride, kv_head, chunk + 1); });
             if (chunk > first()) barrier_sync(kPhiKFree, kHopperThreads);
             store_features(features, keep, phi_k, first_row(), nothing());
-            fence_async_proxy();
-            barrier_arrive(kPhiKFull, kHopperThreads);
+            fence_async_proxy();  // φ(q) too
+            barrier_arrive(kPhiFull, kHopperThreads);
             // in the place of the chunk before this one, which was used up together with its φ(k)
             copy_chunk(values(chunk + 1), p.v, p.v_stride, kv_head, chunk + 1);
             copy_async_commit();
@@ -239,8 +237,7 @@ class HopperForwardBlock {
                 survives = run_before(chunk) == run_at_end(chunk);
                 read_runs(chunk, group);
             }
-            barrier_sync(kPhiQFull, kHopperThreads);
-            barrier_sync(kPhiKFull, kHopperThreads);
+            barrier_sync(kPhiFull, kHopperThreads);
             float out[8][4];
             if (group == 1)
                 add_keys(k_sum, chunk, survives);
@@ -318,7 +315,6 @@ class HopperForwardBlock {
     __device__ __forceinline__ void clear_sum_rows() const {
         if (sum_part() == 0)
             for (int row = 3; row < kSumRows; ++row) store_operand(phi_k.pair(kChunk + row, 2 * sum_word()), 0u);
-        fence_async_proxy();
     }
 
     // z as three rows of bf16, each what the ones before it leave.
@@ -353,12 +349,11 @@ class HopperForwardBlock {
         }
     }
 
-    // Which run each of the chunk's tokens belongs to; each consumer has its own copy.
+    // Which run each of the chunk's tokens belongs to, to be read after kPhiFull; each consumer has its own copy.
     __device__ __forceinline__ void read_runs(int chunk, int group) const {
         const uint32_t thread = thread_index() & (kWarpgroup - 1);
         const int64_t token = start_of(chunk) + thread;
         if (thread < kChunk) chunk_runs(group)[thread] = token < p.length ? runs()[token] : 0;
-        barrier_sync(kGroup + group, kWarpgroup);
     }
 
     __device__ __forceinline__ bool sees(uint32_t row, uint32_t column) const {

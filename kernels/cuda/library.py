@@ -132,8 +132,12 @@ class Library:
         """The order of fibers from here on; emulated builds only."""
         self._c.hedgehog_emulation_seed(ctypes.c_uint64(seed))
 
+    def forget_places(self) -> None:
+        """`emulated_places` begins anew, and none is left out; emulated builds only."""
+        self._c.hedgehog_emulation_forget_places()
+
     def emulated_places(self) -> list[str]:
-        """Where threads have waited so far, as "file:line"; emulated builds only."""
+        """Where threads have waited or fenced so far, as "file:line"; emulated builds only."""
         self._c.hedgehog_emulation_place.restype = ctypes.c_char_p
         return [self._c.hedgehog_emulation_place(i).decode() for i in range(self._c.hedgehog_emulation_num_places())]
 

@@ -211,9 +211,15 @@ __device__ __forceinline__ void multiply(float (&d)[8][4], const uint32_t (&a)[4
 
 inline uint32_t operand_address(int offset) { return offset; }
 inline void use_async_proxy() { emulation::Scheduler::get().track_async_proxy(); }
-inline void fence_async_proxy() { emulation::Scheduler::get().fence_async_proxy(); }
-inline void barrier_sync(int barrier, int num_threads) {
-    emulation::Scheduler::get().named_barrier(barrier, num_threads, true);
+// What can be left out, place by place: tests/kernels/cuda/test_barriers.py.
+inline bool done_at(const char* file, int line) { return emulation::Scheduler::get().waits_at(file, line); }
+inline void fence_async_proxy(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    if (done_at(file, line)) emulation::Scheduler::get().fence_async_proxy();
+}
+// Left out, a thread still arrives, or the others would wait for ever.
+inline void barrier_sync(int barrier, int num_threads, const char* file = __builtin_FILE(),
+                         int line = __builtin_LINE()) {
+    emulation::Scheduler::get().named_barrier(barrier, num_threads, done_at(file, line));
 }
 inline void barrier_arrive(int barrier, int num_threads) {
     emulation::Scheduler::get().named_barrier(barrier, num_threads, false);
@@ -230,7 +236,9 @@ inline uint32_t bits_of_float(float x) { return emulation::float_to_bits(x); }
 inline float exp2_here(float x) { return std::exp2(x); }
 inline uint32_t read_here(uint32_t x) { return x; }
 inline uint32_t upper_halves(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xffff0000u); }
-inline void fence_registers() { emulation::fence_registers(); }
+inline void fence_registers(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    if (done_at(file, line)) emulation::fence_registers();
+}
 inline void commit_products() { emulation::commit_products(); }
 template <int kPending>
 void wait_products() {
@@ -241,11 +249,11 @@ void settle(float (&)[kTiles][4]) {}
 template <bool kTransposeA, bool kTransposeB, int kTiles>
 void multiply(float (&d)[kTiles][4], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate) {
     emulation::issue_product(
-        {&d[0][0], 8 * kTiles, false, {}, a_descriptor, b_descriptor, kTransposeA, kTransposeB, accumulate});
+        {&d[0][0], 8 * kTiles, nullptr, {}, a_descriptor, b_descriptor, kTransposeA, kTransposeB, accumulate});
 }
 inline void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b_descriptor, bool accumulate) {
     emulation::issue_product(
-        {&d[0][0], 64, true, {a[0], a[1], a[2], a[3]}, 0, b_descriptor, false, false, accumulate});
+        {&d[0][0], 64, a, {a[0], a[1], a[2], a[3]}, 0, b_descriptor, false, false, accumulate});
 }
 
 #endif

@@ -107,6 +107,11 @@ class Scheduler {
     }
     const std::vector<std::string>& places() const { return places_; }
     void leave_out(int place) { left_out_ = place; }  // -1: none
+    void forget_places() {
+        places_.clear();
+        place_index_.clear();
+        left_out_ = -1;
+    }
 
     static Scheduler& get() {
         static Scheduler scheduler;

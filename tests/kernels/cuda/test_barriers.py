@@ -1,4 +1,7 @@
-"""Each place where threads of the real kernels wait is needed: without it, the emulation's numbers are wrong."""
+"""Each place where threads of the real kernels wait or fence is needed: without it, the emulation's numbers are wrong.
+
+Waits for wgmma's products are not among them: before such a wait what the product gives is not a number.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hedgehog.kernels.cuda.backward_choice import SWITCH as BACKWARD_SWITCH
+from hedgehog.kernels.cuda.forward_choice import SWITCH as FORWARD_SWITCH
 from hedgehog.kernels.cuda.library import KernelError, Library
+from hedgehog.kernels.cuda.switches import switched
 from hedgehog.kernels.linear_attention import LinearAttentionState
 
 from .problems import Problem, random_problem
@@ -35,6 +41,23 @@ def backward(feature_map: str) -> list[Tensor]:
     return list(by_kernels(problem, grad_of_out(problem)).values())
 
 
+def forward_by_warpgroups(features: int) -> list[Tensor]:
+    """Three chunks: what a chunk uses must be free for the next one but one."""
+    problem = random_problem(140, batch=2, heads=1, head_dim=128, features=features)
+    plain = random_problem(140, heads=1, head_dim=128, features=features)
+    with switched(FORWARD_SWITCH, "wgmma"):
+        return [*packed(problem, [30, 66], left=20, right=3).run(), *plain.run()]
+
+
+def backward_whole(kernel: str) -> list[Tensor]:
+    problem = random_problem(140, batch=2, heads=1, head_dim=128, features=256)
+    plain = random_problem(140, heads=1, head_dim=128, features=256)
+    with switched(BACKWARD_SWITCH, kernel):
+        found = [by_kernels(packed(problem, [30, 66], left=20, right=3), grad_of_out(problem), segments=2)]
+        found.append(by_kernels(plain, grad_of_out(plain)))
+    return [grad for grads in found for grad in grads.values()]
+
+
 def decode() -> list[Tensor]:
     problem = random_problem(1, heads=1)
     ones = LinearAttentionState(torch.ones(1, 1, 128, 64), torch.ones(1, 1, 128))
@@ -55,6 +78,7 @@ def is_missed(emulation: Library, run: Callable[[], list[Tensor]], expected: lis
 
 def not_missed(emulation: Library, runs: list[Callable[[], list[Tensor]]], files: set[str]) -> list[str]:
     """Places in `files` without which every run gives the same in every order."""
+    emulation.forget_places()
     expected = [run() for run in runs]
     places = [place for place in emulation.emulated_places() if place.split(":")[0] in files]
     assert {place.split(":")[0] for place in places} == files
@@ -79,9 +103,15 @@ def not_missed(emulation: Library, runs: list[Callable[[], list[Tensor]]], files
             [partial(backward, "hedgehog_softmax"), partial(backward, "given")],
             {"backward.cuh", "backward_queries.cuh", "backward_keys.cuh"},
         ),
+        (
+            [partial(backward_whole, "whole")],
+            {"backward.cuh", "backward_queries.cuh", "backward_keys.cuh", "backward_inputs.cuh"},
+        ),
         ([decode], {"decode.cu"}),
+        ([partial(forward_by_warpgroups, 128), partial(forward_by_warpgroups, 256)], {"forward_hopper.cuh"}),
+        ([partial(backward_whole, "wgmma")], {"backward.cuh", "backward_queries.cuh", "backward_keys.cuh"}),
     ],
-    ids=["forward", "backward", "decode"],
+    ids=["forward", "backward", "backward whole", "decode", "forward by warpgroups", "backward by warpgroups"],
 )
 def test_every_wait_is_needed(emulation, runs, files):
     assert not_missed(emulation, runs, files) == []
