@@ -179,6 +179,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         num_seen_B = torch.zeros(B, dtype=torch.long, device=device)
         if cache is not None and cache.num_real_tokens_B is not None:
             num_seen_B = cache.num_real_tokens_B
+            _check_past(cache, num_seen_B, attention_mask, B, L)
         if position_ids is None:
             position_ids = row_positions((B, L), mask_BL, segment_ids, device) + num_seen_B[:, None]
         position_ids = position_ids.to(device).expand(B, L)
@@ -263,6 +264,34 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         return torch.zeros_like(visible_B1LL, dtype=inputs_embeds.dtype).masked_fill(~visible_B1LL, lowest)
 
 
+def _check_past(
+    cache: HedgehogCache, num_seen_B: torch.Tensor, attention_mask: torch.Tensor | None, num_rows: int, num_new: int
+) -> None:
+    """Raises ValueError for a cache of another batch, and for a mask that hides what the cache has read.
+
+    A mask is looked at where several tokens come, not token by token: asking a GPU takes time.
+    """
+    if num_seen_B.shape[0] != num_rows:
+        raise ValueError(
+            f"past_key_values holds the state of {num_seen_B.shape[0]} rows, and the batch has {num_rows}: "
+            "batch_repeat_interleave() or batch_select_indices() make them equal"
+        )
+    past = cache.get_seq_length()
+    if attention_mask is None or num_new == 1 or attention_mask.shape[1] != past + num_new:
+        return
+    if torch.compiler.is_compiling():
+        return
+    real_B = attention_mask[:, :past].to(num_seen_B.device, torch.bool).sum(1)
+    if not torch.equal(real_B, num_seen_B):
+        row = int((real_B != num_seen_B).nonzero()[0])
+        raise ValueError(
+            f"row {row}: attention_mask has {int(real_B[row])} real tokens where past_key_values has read "
+            f"{int(num_seen_B[row])}. What was read is part of a sum and cannot be masked afterwards (the padding "
+            "behind a row that ended early, say): leave the mask as it was, or run the whole rows again without "
+            "past_key_values"
+        )
+
+
 class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
     """Hedgehog-Llama with its language-model head; generate() as usual (no assisted decoding: a state has no undo)."""
 
@@ -330,7 +359,20 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Give generate() a HedgehogCache where it would make a DynamicCache."""
+        """Give generate() a HedgehogCache where it would make a DynamicCache; look at one that was given."""
+        given = model_kwargs.get(CACHE_NAME)
+        if isinstance(given, HedgehogCache) and given.get_seq_length() > 0:
+            if generation_config.use_cache is False:
+                raise ValueError("use_cache=False beside past_key_values: leave one of them out")
+            of_all_tokens = (
+                model_kwargs.get(name) for name in ("attention_mask", "position_ids")
+            )  # a mask of ones: None
+            length = next((x.shape[1] for x in of_all_tokens if x is not None and x.ndim == 2), None)
+            if length is not None and length <= given.get_seq_length():
+                raise ValueError(
+                    f"past_key_values has read {given.get_seq_length()} tokens and the input has {length}: give "
+                    "generate() the whole sequence, with at least one token that was not read"
+                )
         if self.config.attention == "linear" and model_kwargs.get(CACHE_NAME) is None:
             if generation_config.use_cache is False:
                 return

@@ -137,6 +137,45 @@ def test_what_a_state_cannot_do_is_refused(hedgehog, token_ids):
         hedgehog.generate(ids_BL, prompt_lookup_num_tokens=3, max_new_tokens=4)
 
 
+@torch.no_grad()
+def test_a_mask_that_hides_what_the_cache_has_read_is_refused(hedgehog, token_ids, left_padded):
+    """A second turn of a batch in which one row ended early: its padding is in the state already."""
+    ids_BL, mask_BL = left_padded([token_ids(1, 6, seed=1)[0], token_ids(1, 10, seed=2)[0]])
+    cache = hedgehog(ids_BL, attention_mask=mask_BL).past_key_values
+    answer, ones = token_ids(2, 3, seed=3), mask_BL.new_ones(2, 3)
+    for position in range(3):
+        seen = torch.cat([mask_BL, ones[:, : position + 1]], dim=1)
+        cache = hedgehog(answer[:, position : position + 1], attention_mask=seen, past_key_values=cache).past_key_values
+    turn = token_ids(2, 4, seed=4)
+    hidden = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    untouched = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match="row 1: attention_mask has 11 real tokens where past_key_values has read 13"):
+        mask = torch.cat([mask_BL, hidden, mask_BL.new_ones(2, 4)], dim=1)
+        hedgehog(turn, attention_mask=mask, past_key_values=cache)
+    mask = torch.cat([mask_BL, ones, mask_BL.new_ones(2, 4)], dim=1)
+    logits = hedgehog(turn, attention_mask=mask, past_key_values=cache).logits
+    assert torch.equal(logits, hedgehog(turn, attention_mask=mask, past_key_values=untouched).logits)
+    whole = hedgehog(torch.cat([ids_BL, answer, turn], dim=1), attention_mask=mask).logits[:, -4:]
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_that_does_not_fit_is_refused(hedgehog, token_ids):
+    ids_BL = token_ids(1, 5)
+    cache = hedgehog(ids_BL).past_key_values
+    for length in (1, 3):
+        with pytest.raises(ValueError, match="holds the state of 1 rows, and the batch has 2: batch_repeat_interleave"):
+            hedgehog(token_ids(2, length), past_key_values=cache)
+    for seen in (ids_BL, ids_BL[:, :2]):
+        with pytest.raises(ValueError, match="has read 5 tokens and the input has"):
+            hedgehog.generate(seen, past_key_values=cache, max_new_tokens=3)
+    whole = torch.cat([ids_BL, token_ids(1, 2, seed=9)], dim=1)
+    with pytest.raises(ValueError, match="use_cache=False beside past_key_values"):
+        hedgehog.generate(whole, past_key_values=cache, use_cache=False, max_new_tokens=3)
+    expected = hedgehog.generate(whole, max_new_tokens=3, do_sample=False)
+    assert torch.equal(hedgehog.generate(whole, past_key_values=cache, max_new_tokens=3, do_sample=False), expected)
+
+
 def test_right_padded_prompts_of_a_scored_batch(hedgehog, token_ids):
     """Scoring pads right: real rows see nothing of it."""
     short, long = token_ids(1, 6, seed=1), token_ids(1, 10, seed=2)
