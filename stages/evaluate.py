@@ -202,8 +202,10 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
             num_new = sum(row["num_tokens"] for row in rows)
             progress.step(position, num_new, {"new_tokens_per_summary": num_new / len(rows)})
 
-        # over what this process measures: alone and undisturbed it ends at the table's loss
-        sum_nats, sum_targets = 0.0, 0
+        # Over what was there and what this process measures: alone it ends at the table's loss. fsum: an attempt that
+        # was killed and resumed shows the same numbers, whatever was measured when.
+        rows = read_complete_rows(_losses_file(ctx, variant.name)) if to_measure else []
+        known = {row["index"]: (row["loss_nats"], row["num_tokens"]) for row in rows if row["index"] in losses.done}
         for position in _share(to_measure, ctx):
             stop_if_asked(_SAVED)
             batch = test.reference_batches[position]
@@ -216,8 +218,9 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
                 ]
             )
             num_targets = sum(num_tokens for _, num_tokens in measured)
-            sum_nats, sum_targets = sum_nats + sum(loss for loss, _ in measured), sum_targets + num_targets
-            progress.step(len(test.prompt_batches) + position, num_targets, {"loss_nats": sum_nats / sum_targets})
+            known |= zip(batch, measured, strict=True)
+            mean_nats = math.fsum(loss for loss, _ in known.values()) / sum(num for _, num in known.values())
+            progress.step(len(test.prompt_batches) + position, num_targets, {"loss_nats": mean_nats})
     del model
     gc.collect()
     if ctx.world.device.type == "cuda":

@@ -1,7 +1,8 @@
 // Thread blocks on a CPU: every CUDA thread is a fiber, and only barriers and warp instructions hand over.
 //
 // The order in which fibers run between two meeting points is random, from a seed, and one warp may run far ahead of
-// the others: where a __syncthreads is missing, some order gives wrong numbers. Shared memory starts as NaN. A block
+// the others: where a __syncthreads is missing, some order gives wrong numbers. One that arrives at a barrier and goes on may
+// also fall behind: where it arrives too early, some order shows it. Shared memory starts as NaN. A block
 // that cannot go on (a barrier that not all threads reach, lanes of a warp in different instructions) ends the launch
 // with a message instead of hanging.
 //
@@ -162,6 +163,16 @@ class Scheduler {
         if (barrier < 1 || barrier > 15) fail("named barriers are 1 to 15, not " + std::to_string(barrier));
         if (num_threads % kWarpSize || num_threads > num_threads_) fail("a barrier for part of a warp, or for too many");
         gather(barriers_[barrier], num_threads, waits, [] {});
+        if (!waits) fall_behind();
+    }
+
+    // Where a thread goes on without waiting, all others may be faster: in half of the blocks, half of the times.
+    void fall_behind() {
+        if (!falls_behind_ || coin()) return;
+        make_runnable(current_->thread);
+        burst_ = 0;
+        leaves_group_ = true;
+        hand_over();
     }
 
     // The thread joins; if it waits, it goes on when `num_expected` have come. The last one to come runs `complete`.
@@ -250,6 +261,8 @@ class Scheduler {
         writers_.clear();
         ++blocks_begun_;
         num_at_barrier_ = num_finished_ = burst_ = 0;
+        falls_behind_ = coin();
+        leaves_group_ = false;
         failure_.clear();
         for (int thread = 0; thread < num_threads_; ++thread) {
             Fiber& fiber = fibers_[thread];
@@ -289,7 +302,8 @@ class Scheduler {
             }
             if (candidates.empty()) return false;
             // what a warpgroup does together it can only finish if all four of its warps are the favourites in turn
-            if (!in_favourite_group.empty() && random_below(64)) candidates.swap(in_favourite_group);
+            if (!std::exchange(leaves_group_, false) && !in_favourite_group.empty() && random_below(64))
+                candidates.swap(in_favourite_group);
             favourite_ = candidates[random_below(candidates.size())];
             static constexpr int kBursts[] = {1, 64, 4096, 1 << 20};
             burst_ = kBursts[random_below(4)];
@@ -394,6 +408,7 @@ class Scheduler {
     Fiber* current_ = nullptr;
     dim3 block_, grid_;
     int num_threads_ = 0, num_at_barrier_ = 0, num_finished_ = 0, favourite_ = 0, burst_ = 0;
+    bool falls_behind_ = false, leaves_group_ = false;
     unsigned char* shared_ = nullptr;
     size_t shared_bytes_ = 0;
     static constexpr size_t kNumBarriers = 16;

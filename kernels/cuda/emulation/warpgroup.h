@@ -201,6 +201,7 @@ EMULATION_NOINLINE void commit_products() {
     for (const WarpgroupThread& thread : warp.threads)
         if (thread.groups.size() < mine.groups.size()) return;
     if (Scheduler::get().coin()) perform_groups(warp, 16 * warp_in_group(), mine.groups.size());
+    Scheduler::get().fall_behind();
 }
 
 // wgmma.wait_group

@@ -226,6 +226,18 @@ void producer_kernel(const Results results) {
         results.words[thread] = shared[thread % 32];
     }
 }
+// Arrives before it has written.
+void early_kernel(const Results results) {
+    auto* shared = reinterpret_cast<volatile uint32_t*>(dynamic_shared_memory());
+    const int thread = threadIdx.x;
+    if (thread < 32) {
+        barrier_arrive(3, 96);
+        shared[thread] = thread + 1;
+    } else {
+        barrier_sync(3, 96);
+        results.words[thread] = shared[thread % 32];
+    }
+}
 void absent_kernel(const Nothing) {
     if (threadIdx.x >= 32) barrier_sync(3, 96);
 }
@@ -245,6 +257,13 @@ void check_named_barriers() {
         noticed += failure_of(&producer_kernel<true>, 96, 512, Results{nullptr, got.data()}) != "";
     }
     EXPECT(noticed > 0);
+    int early = 0;
+    for (uint64_t seed = 0; seed < 16; ++seed) {
+        emulation::Scheduler::get().seed(seed);
+        run(&early_kernel, 96, 512, Results{nullptr, got.data()});
+        for (uint32_t thread = 32; thread < 96; ++thread) early += got[thread] != thread % 32 + 1;
+    }
+    EXPECT(early > 0);
 }
 
 }  // namespace
