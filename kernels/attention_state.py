@@ -47,6 +47,12 @@ class LinearAttentionState:
         """A copy with memory of its own."""
         return LinearAttentionState(self.kv_state_BHFV.clone(), self.k_sum_BHF.clone())
 
+    def usable_here(self) -> LinearAttentionState:
+        """Itself, or a copy where it was made under torch.inference_mode() and that has ended: such tensors can be
+        neither updated in place nor kept for a gradient outside of it."""
+        made_there = self.kv_state_BHFV.is_inference() or self.k_sum_BHF.is_inference()
+        return self.clone() if made_there and not torch.is_inference_mode_enabled() else self
+
     def num_bytes(self) -> int:
         """Bytes that both tensors take; does not depend on how many tokens were seen."""
         return sum(t.numel() * t.element_size() for t in (self.kv_state_BHFV, self.k_sum_BHF))

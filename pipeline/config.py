@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .config_section import Section, combination_error
+from .formatting import parse_bytes
 from .slurm_config import SlurmConfig
 
 LAYERS_PATTERN = r"\d+(-\d+)?(,\d+(-\d+)?)*"
@@ -263,12 +264,18 @@ class ExportConfig(Section):
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the written weights (feature maps stay float32)."""
-    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?([KMGT]i?)?B$")
-    """Largest weight file: a number and KB, MB, GB or KiB, MiB, GiB."""
+    max_shard_size: str = "5GB"
+    """Largest weight file: a number and B, KB, MB, GB, TB (in 1000s) or KiB, MiB, GiB, TiB (in 1024s)."""
     max_logit_drift: float | None = Field(default=None, gt=0)
     """Fail when merged and unmerged logits differ by more than this (max absolute). Null: report only."""
-    push_to_hub: str | None = None
-    """Repository id to upload the folder to. Null: never."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=96)
+    """Repository id (owner/name) to upload the folder to. Null: never."""
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
 
 
 class EngineConfig(Section):

@@ -136,8 +136,8 @@ def apply_variant(config: RunConfig, name: str) -> RunConfig:
     if name not in config.variants:
         known = ", ".join(config.variants) or "none"
         near = difflib.get_close_matches(name, config.variants, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown variant '{name}'{meant} The config has: {known}.")
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"unknown variant '{name}'{meant}. The config has: {known}")
     variant, problems = _build_variant(Conversion(config), name)
     if problems or variant is None:
         raise ConfigError(_report(f"variant {name}", problems, {}))

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import ConfigError, ResourceError
+from .formatting import format_bytes, parse_bytes
 from .interrupts import stop_if_asked
 from .merging import MergedTensor
-from .metrics import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,19 +48,14 @@ def write_weights(folder: Path, tensors: Mapping[str, MergedTensor], max_shard_s
     One shard is in memory at a time. A tensor larger than `max_shard_size` gets a file of its own.
 
     Raises:
-        ConfigError: `max_shard_size` is not a size such as 5GB or 500MB.
+        ValueError: `max_shard_size` is not a size such as 5GB or 500MiB.
         Interrupted: a signal came, between two shards.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     sizes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
-    try:
-        plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ConfigError(
-            f"export.max_shard_size: '{max_shard_size}' is not a size; write 5GB or 500MB ({error})"
-        ) from None
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=parse_bytes(max_shard_size))
     for file, names in plan.filename_to_tensors.items():
         stop_if_asked("the unfinished folder was removed, and export begins anew")
         save_file({name: tensors[name].compute() for name in names}, folder / file, metadata={"format": "pt"})
@@ -145,7 +140,7 @@ def push_folder(folder: Path, repository: str) -> str:
         ResourceError: the hub refuses or cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         api = huggingface_hub.HfApi()
@@ -155,8 +150,14 @@ def push_folder(folder: Path, repository: str) -> str:
         raise ConfigError(f"export.push_to_hub: '{repository}' is not a repository id ({error})") from None
     except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, OfflineModeIsEnabled):
+            cure = "unset HF_HUB_OFFLINE"
+        elif isinstance(error, HfHubHTTPError):
+            cure = "log in with `hf auth login`"
+        else:
+            cure = "see that this machine reaches the hub"
         raise ResourceError(
-            f"the hub did not take {repository} ({reason}). {folder} is complete: log in with `hf auth login`, then "
-            "run export again and it goes on with the upload"
+            f"the hub did not take {repository} ({reason}). {folder} is complete: {cure}, then run export again and it "
+            "goes on with the upload"
         ) from error
     return str(url)

@@ -43,6 +43,21 @@ def for_stream(text: str, stream: TextIO) -> str:
     return "\n".join(wrapped(text, shutil.get_terminal_size().columns)) if stream.isatty() else text
 
 
+_BYTES = r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `5GB`, `500MB`, `1.5GiB`; a unit with i counts in 1024s. ValueError for other text."""
+    found = re.fullmatch(_BYTES, text, re.ASCII)
+    num_bytes = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        num_bytes = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0))
+    if num_bytes < 1:
+        raise ValueError("expected a size such as 5GB, 500MB or 1.5GiB")
+    return num_bytes
+
+
 def format_bytes(num_bytes: float) -> str:
     """`1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -7,11 +7,13 @@ The scores are rouge-score's (Google's reimplementation of ROUGE-1.5.5) with Por
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+UNSCORABLE = "have neither a letter a-z nor a digit, all that ROUGE looks at: they score 0 whatever is predicted"
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -36,6 +38,11 @@ def split_sentences(text: str) -> list[str]:
         start = end.end()
     sentences.append(text[start:])
     return [sentence.strip() for sentence in sentences if sentence.strip()]
+
+
+def num_unscorable(references: Iterable[str]) -> int:
+    """How many references leave rouge-score no token: `[a-z0-9]` is all it keeps, and they score 0 in any case."""
+    return sum(not re.search("[a-z0-9]", reference.lower()) for reference in references)
 
 
 @dataclass(frozen=True)

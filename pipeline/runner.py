@@ -549,7 +549,8 @@ def _refusal(title: str, folder: Path, previous: Manifest, sections: dict[str, A
 
 def _holds_work(folder: Path) -> bool:
     """Whether a stage's folder holds more than the note that it was begun: a mistyped path leaves nothing to lose."""
-    nothing_lost = ("manifest.json", "metrics.jsonl", LEASE, HIDDEN_STATES)
+    # drift.json alone says why an export was refused: the cure it names changes the config
+    nothing_lost = ("manifest.json", "metrics.jsonl", "drift.json", LEASE, HIDDEN_STATES)
     return any(path.name not in nothing_lost for path in folder.iterdir())
 
 

@@ -32,7 +32,7 @@ from ..pipeline.generation import (
 )
 from ..pipeline.interrupts import stop_if_asked, stopping_together
 from ..pipeline.manifest import read_manifest
-from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, score_rouge
+from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, UNSCORABLE, num_unscorable, score_rouge
 from ..pipeline.row_log import RowLog, read_complete_rows
 from ..pipeline.run_folder import atomic_write, check_shard, write_json
 from ..pipeline.runner import StageContext, StageResult, VariantInputs
@@ -284,6 +284,7 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
     scores = {name: _score(ctx, variant) for name, variant in ctx.variants.items()}
     reference = softmax_reference({name: variant.config for name, variant in ctx.variants.items()})
     seen_N = torch.tensor([bool(example["seen_in_train"]) for example in test.examples])
+    unscorable = num_unscorable(example["summary"] for example in test.examples)
     figures = summarize_scores(
         scores,
         seen_in_train_N=seen_N,
@@ -312,6 +313,7 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
             },
             "num_examples": len(test.examples),
             "num_examples_seen_in_train": int(seen_N.sum()),
+            "num_references_that_rouge_cannot_score": unscorable,
             "softmax_reference": reference,
             "variants": figures,
         },
@@ -319,7 +321,9 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
     training = {name: _training_facts(variant) for name, variant in ctx.variants.items()}
     rows, comparisons = table_rows(figures, training), comparison_lines(figures, reference)
     title = f"{ctx.config.name}: {len(test.examples)} test dialogues"
-    atomic_write(ctx.folder / "results.md", markdown_report(title, rows, comparisons, _notes(ctx, test, seen_N)))
+    atomic_write(
+        ctx.folder / "results.md", markdown_report(title, rows, comparisons, _notes(ctx, test, seen_N, unscorable))
+    )
 
     ctx.reporter.table(title, TABLE_COLUMNS, rows, narrow=NARROW_COLUMNS)
     for line in comparisons:
@@ -330,6 +334,8 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
                 f"{ctx.variants[name].label}: {variant['generation']['num_truncated']} of {len(test.examples)} "
                 f"summaries were cut at evaluate.max_new_tokens={settings.max_new_tokens}"
             )
+    if unscorable:
+        ctx.reporter.warning(f"{unscorable} of {len(test.examples)} references {UNSCORABLE}. Compare the losses")
     _show_sample(ctx, test)
     for what, name in (("scores", "rouge.json"), ("table", "results.md"), ("summaries", "predictions")):
         ctx.reporter.info(f"{what:<9} {ctx.folder / name}")
@@ -394,9 +400,10 @@ def _headline(variant: dict[str, Any]) -> dict[str, Any]:
     return {"label": variant["label"], **{key: scores[key]["value"] for key in keys if scores.get(key) is not None}}
 
 
-def _notes(ctx: StageContext, test: _TestSplit, seen_N: torch.Tensor) -> list[str]:
+def _notes(ctx: StageContext, test: _TestSplit, seen_N: torch.Tensor, unscorable: int) -> list[str]:
     settings = ctx.config.evaluate
     search = "greedy" if settings.num_beams == 1 else f"{settings.num_beams} beams"
+    unseen_by_rouge = [f"{unscorable} of the references {UNSCORABLE}."] if unscorable else []
     intervals = f", ± half of the {INTERVAL_LEVEL:.0%} bootstrap interval" if settings.bootstrap_samples else ""
     return [
         f"{len(test.examples)} test dialogues, {int(seen_N.sum())} of which stand word for word in train (`rouge.json` "
@@ -405,6 +412,7 @@ def _notes(ctx: StageContext, test: _TestSplit, seen_N: torch.Tensor) -> list[st
         f"ROUGE: F1 x 100 with stemming{intervals}. Loss (nats) and perplexity: per token of the reference "
         "summaries, end token included. KL (nats): of the distilled from the softmax attention, after stage one. "
         "Train: minutes of distill + finetune; memory: the peak of one process.",
+        *unseen_by_rouge,
     ]
 
 

@@ -19,6 +19,7 @@ from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_toke
 from ..pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
 from ..pipeline.errors import ConfigError, DataError
 from ..pipeline.interrupts import stop_if_asked
+from ..pipeline.rouge import UNSCORABLE, num_unscorable
 from ..pipeline.run_folder import atomic_write, write_json
 from ..pipeline.runner import StageContext, StageResult
 
@@ -76,6 +77,9 @@ def _prepare(ctx: StageContext) -> StageResult:
     dialogues = [example.dialogue for example in splits["train"].examples]
     for doubt in [*check_vocabulary(tokenizer, base_config), *check_unknown_tokens(tokenizer, dialogues)]:
         ctx.reporter.warning(doubt)
+    unscorable = num_unscorable(example.summary for example in splits["test"].examples)
+    if unscorable:
+        ctx.reporter.warning(f"{unscorable} of {len(splits['test'].examples)} test summaries {UNSCORABLE}")
     pad_id, pad_reason = choose_pad_id(tokenizer)
     ctx.reporter.info(f"padding with token {pad_id}: {pad_reason}")
 

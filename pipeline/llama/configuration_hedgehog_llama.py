@@ -47,9 +47,10 @@ class HedgehogLlamaConfig(LlamaConfig):
             self.feature_dim = self.head_dim
         if self.feature_map_options is None:
             self.feature_map_options = {}
-        self._check_hedgehog_fields()
+        self.check_hedgehog_fields()
 
-    def _check_hedgehog_fields(self) -> None:
+    def check_hedgehog_fields(self) -> None:
+        """ValueError as above. A model asks again: from_pretrained(field=…) sets fields of a config that is made."""
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map: {self.feature_map!r} is unknown; known: {', '.join(sorted(FEATURE_MAPS))}")
         if self.attention not in ATTENTION_KINDS:

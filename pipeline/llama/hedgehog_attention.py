@@ -97,6 +97,8 @@ class HedgehogLlamaAttention(LlamaAttention):
         cache = cast("HedgehogCache | None", the_cache_given(past_key_values, cache))
         layer = None if cache is None else cache.layer(self.layer_idx)
         state = None if layer is None else layer.state
+        if state is not None and not torch.compiler.is_compiling():
+            state = state.usable_here()
         assert attention_backend is not None, "the model chooses the backend"
         attend = self._attend_fused if self._is_fused(attention_backend, q_BHLD, k_BKLD, v_BKLV) else self._attend
         with torch.autocast(hidden_states.device.type, enabled=False):  # it would take φ and the sums to bf16

@@ -88,7 +88,8 @@ class HedgehogCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
             "a HedgehogCache cannot be cropped: its state is a sum over all tokens seen, and no token can be taken "
-            "out of it. Reset it and run the shorter sequence, or copy.deepcopy() it before going on"
+            "out of it. Reset it and run the shorter sequence, or copy.deepcopy() it before going on (made under "
+            "torch.no_grad()). Assisted decoding cannot do without: a Hedgehog-Llama is no draft model"
         )
 
 
@@ -102,6 +103,21 @@ class HedgehogCache(Cache):
     def __init__(self, num_hidden_layers: int) -> None:
         super().__init__(layers=[HedgehogCacheLayer() for _ in range(num_hidden_layers)])
         self.num_real_tokens_B: torch.Tensor | None = None
+        self._is_being_read = False
+
+    def begin_reading(self) -> None:
+        """Before the first layer reads new tokens. ValueError where an earlier pass failed between two layers."""
+        if self._is_being_read:
+            raise ValueError(
+                "an earlier pass with these past_key_values failed midway: some layers have read its tokens, others "
+                "have not. Begin with a new cache, or reset() this one"
+            )
+        self._is_being_read = True
+
+    def end_reading(self, num_real_tokens_B: torch.Tensor) -> None:
+        """After the last layer. `num_real_tokens_B`: each row's tokens so far, without padding."""
+        self.num_real_tokens_B = num_real_tokens_B
+        self._is_being_read = False
 
     def layer(self, layer_index: int) -> HedgehogCacheLayer:
         return cast(HedgehogCacheLayer, self.layers[layer_index])
@@ -113,6 +129,7 @@ class HedgehogCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.num_real_tokens_B = None
+        self._is_being_read = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(cast(torch.LongTensor, beam_idx))

@@ -26,6 +26,7 @@ from ...kernels.backends import Backend, select_attention_backend
 from ...kernels.feature_maps import FeatureMap
 from ...kernels.linear_attention import run_index_BL
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
+from .given_inputs import check_mask_of_past, hedgehog_cache, padding_mask
 from .hedgehog_attention import (
     FEATURE_MAP_NAMES,
     HedgehogLlamaAttention,
@@ -33,9 +34,12 @@ from .hedgehog_attention import (
     HedgehogLlamaRotaryEmbedding,
 )
 from .hedgehog_cache import CACHE_NAME, HedgehogCache, the_cache_given
-from .positions import first_tokens, row_positions
+from .positions import first_tokens, packed_segments, row_positions
 
 logger = logging.getLogger(__name__)
+
+PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What transformers' data collators say of packed rows, to attention that reads it."""
 
 
 class HedgehogLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -59,6 +63,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
     """The decoder stack: token ids → last hidden states, with a HedgehogCache (linear) or DynamicCache (softmax)."""
 
     def __init__(self, config: HedgehogLlamaConfig) -> None:
+        config.check_hedgehog_fields()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -82,31 +87,44 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         use_cache: bool | None = None,
         segment_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple:
         """Hidden states (B, L, hidden). `attention_mask` (B, L) or (B, past + L), 1 for real tokens, 0 for padding.
 
         `segment_ids` (B, L): packed sequences. Runs of equal ids attend only to themselves, and positions start
-        again at each unless `position_ids` says otherwise. They exclude a cache.
+        again at each unless `position_ids` says otherwise. They exclude a cache. Linear attention also takes them
+        as transformers' collators say them: `seq_idx`, `cu_seq_lens_q`, or `position_ids` that start again, without
+        a mask.
         `use_cache` defaults to config.use_cache in eval mode and to False in training. `past_key_values` and `cache`
         are the same: transformers has the second name from 5.24 on.
+        ValueError for a mask or a cache that does not fit the tokens, with the cure.
         """
         cache = the_cache_given(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if kwargs.pop("output_attentions", None):
+        wants_attentions = kwargs.pop("output_attentions", None)
+        if self.config.output_attentions if wants_attentions is None else wants_attentions:
             raise ValueError("output_attentions: attention weights are never formed here; use hidden states or logits")
         if inputs_embeds is None:
             inputs_embeds = cast(torch.Tensor, self.embed_tokens(input_ids))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        segment_ids = self._segments(inputs_embeds, attention_mask, position_ids, segment_ids, cache, kwargs)
         if segment_ids is not None:
             if cache is not None:
                 raise ValueError("segment_ids are for whole packed rows: they cannot go on from past_key_values")
             use_cache = False
         if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None
+            if cache is not None:
+                raise ValueError(
+                    "past_key_values cannot be read under gradient checkpointing, which runs each layer twice: say "
+                    "model.eval() or use_cache=False, to generate() too"
+                )
+            use_cache = False
         if use_cache and cache is None:
             cache = self._new_cache()
 
@@ -115,6 +133,7 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=layer_inputs["position_ids"])
 
         named_cache: dict[str, Any] = {CACHE_NAME: cache}
+        num_real_B = layer_inputs.pop("num_real_tokens_B", None)
         num_seen = 0 if cache is None else cache.get_seq_length()
         hidden_states = inputs_embeds
         all_hidden_states: list[Any] | None = [hidden_states] if output_hidden_states else None
@@ -129,21 +148,44 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
             )
             if all_hidden_states is not None:
                 all_hidden_states.append(hidden_states)
-        is_linear = self.config.attention == "linear" and not torch.compiler.is_compiling()
-        if is_linear and cache is not None and cache.get_seq_length() == num_seen:
-            raise RuntimeError(  # each token would be decoded as if it were the first
-                f"transformers {transformers.__version__} does not hand layers their cache as '{CACHE_NAME}': install "
-                "a version from 5.17 to 5.24, or say use_cache=False"
-            )
+        if isinstance(cache, HedgehogCache) and num_real_B is not None:
+            if not torch.compiler.is_compiling() and cache.get_seq_length() == num_seen:
+                raise RuntimeError(  # each token would be decoded as if it were the first
+                    f"transformers {transformers.__version__} does not hand layers their cache as '{CACHE_NAME}': "
+                    "install a version from 5.17 to 5.24, or say use_cache=False"
+                )
+            cache.end_reading(num_real_B)
         hidden_states = self.norm(hidden_states)
         if all_hidden_states is not None:
             all_hidden_states[-1] = hidden_states  # as Llama does: the last entry is after the final norm
         named_cache[CACHE_NAME] = cache if use_cache else None
-        return BaseModelOutputWithPast(
+        result = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
             **named_cache,
         )
+        return result if _as_a_dataclass(return_dict, self.config) else result.to_tuple()
+
+    def _segments(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        cache: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """segment_ids (B, L), or what packs the rows of `tokens` (B, L, …) in transformers' ways (out of kwargs).
+
+        With softmax attention that is left to transformers, which reads it where its attention can.
+        """
+        if self.config.attention == "softmax":
+            return segment_ids
+        packing = {name: kwargs.pop(name) for name in PACKING_NAMES if name in kwargs}
+        if segment_ids is not None:
+            return segment_ids
+        positions = position_ids if attention_mask is None and cache is None else None
+        return packed_segments((tokens.shape[0], tokens.shape[1]), positions, packing, tokens.device)
 
     def _new_cache(self) -> Cache:
         if self.config.attention == "linear":
@@ -161,35 +203,28 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         """Masks and positions (B, L) of the new tokens. φ sees absolute positions, so padding must not count."""
         B, L = inputs_embeds.shape[:2]
         device = inputs_embeds.device
-        if cache is not None and not isinstance(cache, HedgehogCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; linear attention needs a HedgehogCache: pass None "
-                "and it is made"
-            )
-        mask_BL = None
-        if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape[1] < L:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}; linear attention is causal by itself and "
-                    f"takes (batch, length) with 0 for padding, at least {L} long"
-                )
-            mask_BL = attention_mask[:, -L:].to(device=device, dtype=torch.bool)
+        attention = cast(HedgehogLlamaAttention, cast(HedgehogLlamaDecoderLayer, self.layers[0]).self_attn)
+        cache = hedgehog_cache(cache, attention, len(self.layers), B)
+        mask_BL = padding_mask(attention_mask, cache, (B, L), device)
         if segment_ids is not None:
             segment_ids = segment_ids.to(device)
         num_seen_B = torch.zeros(B, dtype=torch.long, device=device)
         if cache is not None and cache.num_real_tokens_B is not None:
             num_seen_B = cache.num_real_tokens_B
-            _check_past(cache, num_seen_B, attention_mask, B, L)
+            # token by token only where asking costs nothing: a GPU would have to be waited for
+            if attention_mask is not None and attention_mask.shape[1] > L and (L > 1 or device.type == "cpu"):
+                check_mask_of_past(cache, attention_mask)
         if position_ids is None:
             position_ids = row_positions((B, L), mask_BL, segment_ids, device) + num_seen_B[:, None]
         position_ids = position_ids.to(device).expand(B, L)
         if cache is not None:
-            cache.num_real_tokens_B = num_seen_B + (L if mask_BL is None else mask_BL.sum(1))
+            cache.begin_reading()
         return {
             "attention_mask": mask_BL,
             "position_ids": position_ids,
             "segment_ids": segment_ids,
             "attention_backend": self._attention_backend(device, inputs_embeds.dtype),
+            "num_real_tokens_B": num_seen_B + (L if mask_BL is None else mask_BL.sum(1)),
         }
 
     def _attention_backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -264,32 +299,8 @@ class HedgehogLlamaModel(HedgehogLlamaPreTrainedModel):
         return torch.zeros_like(visible_B1LL, dtype=inputs_embeds.dtype).masked_fill(~visible_B1LL, lowest)
 
 
-def _check_past(
-    cache: HedgehogCache, num_seen_B: torch.Tensor, attention_mask: torch.Tensor | None, num_rows: int, num_new: int
-) -> None:
-    """Raises ValueError for a cache of another batch, and for a mask that hides what the cache has read.
-
-    A mask is looked at where several tokens come, not token by token: asking a GPU takes time.
-    """
-    if num_seen_B.shape[0] != num_rows:
-        raise ValueError(
-            f"past_key_values holds the state of {num_seen_B.shape[0]} rows, and the batch has {num_rows}: "
-            "batch_repeat_interleave() or batch_select_indices() make them equal"
-        )
-    past = cache.get_seq_length()
-    if attention_mask is None or num_new == 1 or attention_mask.shape[1] != past + num_new:
-        return
-    if torch.compiler.is_compiling():
-        return
-    real_B = attention_mask[:, :past].to(num_seen_B.device, torch.bool).sum(1)
-    if not torch.equal(real_B, num_seen_B):
-        row = int((real_B != num_seen_B).nonzero()[0])
-        raise ValueError(
-            f"row {row}: attention_mask has {int(real_B[row])} real tokens where past_key_values has read "
-            f"{int(num_seen_B[row])}. What was read is part of a sum and cannot be masked afterwards (the padding "
-            "behind a row that ended early, say): leave the mask as it was, or run the whole rows again without "
-            "past_key_values"
-        )
+def _as_a_dataclass(return_dict: bool | None, config: HedgehogLlamaConfig) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
 
 
 class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
@@ -328,6 +339,10 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
         target, just as the first token of a row never is. `logits_to_keep`: the last n positions (0: all), or an
         index tensor of positions.
         """
+        if input_ids is not None or inputs_embeds is not None:
+            tokens = cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+            given = the_cache_given(past_key_values, cache)
+            segment_ids = self.model._segments(tokens, attention_mask, position_ids, segment_ids, given, kwargs)
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -338,6 +353,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             segment_ids=segment_ids,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -356,7 +372,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             **named_cache,
         )
-        return result.to_tuple() if return_dict is False else result
+        return result if _as_a_dataclass(return_dict, self.config) else result.to_tuple()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() a HedgehogCache where it would make a DynamicCache; look at one that was given."""
@@ -373,6 +389,7 @@ class HedgehogLlamaForCausalLM(HedgehogLlamaPreTrainedModel, GenerationMixin):
                     f"past_key_values has read {given.get_seq_length()} tokens and the input has {length}: give "
                     "generate() the whole sequence, with at least one token that was not read"
                 )
+            check_mask_of_past(given, model_kwargs.get("attention_mask"))
         if self.config.attention == "linear" and model_kwargs.get(CACHE_NAME) is None:
             if generation_config.use_cache is False:
                 return

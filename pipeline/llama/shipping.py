@@ -16,6 +16,7 @@ from . import configuration_hedgehog_llama, modeling_hedgehog_llama
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hedgehog_llama.HedgehogLlamaConfig",
+    "AutoModel": "modeling_hedgehog_llama.HedgehogLlamaModel",
     "AutoModelForCausalLM": "modeling_hedgehog_llama.HedgehogLlamaForCausalLM",
 }
 _ALLOWED_PACKAGES = {"torch", "transformers"}

@@ -112,7 +112,9 @@ variants:
         ("distill: {epochs: .inf}", "distill.epochs (line 4): expected a number > 0, got Infinity."),
         ("distill: {layers: 9-8}", "the range 9-8 runs backwards"),
         ("distill: {layers: first}", "expected layers such as 8-15"),
-        ("export: {max_shard_size: big}", "Largest weight file: a number and KB, MB, GB"),
+        ("export: {max_shard_size: big}", "expected a size such as 5GB, 500MB or 1.5GiB, got"),
+        ("export: {max_shard_size: 0GB}", "expected a size such as 5GB, 500MB or 1.5GiB"),
+        ("export: {push_to_hub: a/b/c}", "Repository id (owner/name)"),
         ("label: 3", "expected text or null, got 3 (put text that looks like a number in quotes)."),
         ("finetune: {lora: {target_modules: [q_proj, 3]}}", "finetune.lora.target_modules.1 (line 4)"),
         ("variants: {one: 3}", "variants.one (line 4): expected a section with label and overrides, got 3."),
@@ -263,7 +265,7 @@ def test_dotted_and_nested_variants_are_the_same(tmp_path):
 
 def test_an_unknown_variant_brings_the_known_ones(tmp_path):
     config = load_config(write(tmp_path, VALID + VARIANTS))
-    with pytest.raises(ConfigError, match=r"did you mean dotted\? The config has: dotted, nested"):
+    with pytest.raises(ConfigError, match=r"\(did you mean dotted\?\)\. The config has: dotted, nested"):
         apply_variant(config, "doted")
 
 

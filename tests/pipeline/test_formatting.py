@@ -1,4 +1,4 @@
-"""Long lines on a terminal: broken at blanks, what is copied stays whole."""
+"""Long lines on a terminal: broken at blanks, what is copied stays whole. Sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from hedgehog.pipeline.formatting import for_stream, wrapped
+from hedgehog.pipeline.formatting import for_stream, format_bytes, parse_bytes, wrapped
 
 
 def test_lines_are_broken_at_blanks_and_indented():
@@ -36,3 +36,24 @@ def test_only_a_terminals_messages_are_wrapped(terminal: bool, monkeypatch: pyte
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: terminal)
     assert ("\n" in for_stream("word " * 20, stream)) == terminal
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("7B", 7), ("2TiB", 2**41), ("1TB", 10**12)],
+)
+def test_a_size_is_read(text: str, num_bytes: int):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [3, 5 * 2**10, 7 * 2**20 + 2**19, 2**30, 2**40])
+def test_a_size_is_read_as_it_is_shown(num_bytes: int):
+    assert parse_bytes(format_bytes(num_bytes)) == num_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "big", "5", "GB", "0GB", "0.0001KB", "-1GB", "5gb", "5 GB ", "5GBit", "5iB", "٥B"]
+)
+def test_what_is_no_size_is_refused(text: str):
+    with pytest.raises(ValueError, match="expected a size such as 5GB"):
+        parse_bytes(text)

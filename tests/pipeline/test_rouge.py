@@ -14,6 +14,7 @@ from hedgehog.pipeline.rouge import (
     difference_of_weighted_means,
     draw_bootstrap_weights,
     mean,
+    num_unscorable,
     ratio_of_means,
     score_rouge,
     split_sentences,
@@ -80,6 +81,13 @@ def test_empty_and_unicode():
     assert scores.f1_N["rouge1"].tolist() == [0.0, 1.0, 0.0, 0.0]
     assert all(len(scores.f1_N[name]) == 4 for name in ROUGE_TYPES)
     assert score_rouge([], []).f1_N["rouge1"].numel() == 0
+
+
+def test_references_that_rouge_cannot_score_are_counted():
+    references = ["Zoë café", "привет мир", "😀", "", "İ", "Anna", "７", "7"]
+    without = [not score_rouge([text], [text]).f1_N["rouge1"].item() for text in references]
+    assert num_unscorable(references) == sum(without) == 4
+    assert [num_unscorable([text]) for text in references] == [int(none) for none in without]
 
 
 def test_lists_of_different_length_are_refused():

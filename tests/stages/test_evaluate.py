@@ -18,7 +18,8 @@ from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError
-from hedgehog.pipeline.rouge import score_rouge
+from hedgehog.pipeline.manifest import describe_artifact
+from hedgehog.pipeline.rouge import UNSCORABLE, score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
 from hedgehog.pipeline.runner import StageContext, run_stage
 from hedgehog.stages import evaluate
@@ -98,6 +99,23 @@ def test_loss_of_the_untrained_softmax_model_is_llamas_own(finished_run: RunConf
     assert figures["loss_nats_per_token"]["value"] == pytest.approx(nats / tokens, rel=1e-5)
     assert figures["perplexity"]["value"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert figures["num_reference_tokens"] == tokens
+
+
+def test_references_in_another_script_are_told_of(copied_run: RunConfig, capsys: pytest.CaptureFixture[str]):
+    """rouge-score sees nothing in them: a 0 that no model could better."""
+    prepared = Path(copied_run.output_dir) / copied_run.name / "prepare"
+    rows = [json.loads(line) for line in (prepared / "examples_test.jsonl").read_text().splitlines()]
+    rows[1]["summary"] = "Цем не придёт."
+    (prepared / "examples_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    described = describe_artifact(prepared, "examples_test.jsonl")
+    manifest["artifacts"]["examples_test"] = described.model_dump()
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    run_stage(copied_run, "evaluate")
+    said = f"1 of 7 references {UNSCORABLE}"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert f"1 of the references {UNSCORABLE}" in (folder(copied_run) / "results.md").read_text()
+    assert json.loads((folder(copied_run) / "rouge.json").read_text())["num_references_that_rouge_cannot_score"] == 1
 
 
 def test_shards_joined_give_the_same_files(

@@ -22,6 +22,7 @@ from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, DataError, ModelError
 from hedgehog.pipeline.manifest import Manifest
 from hedgehog.pipeline.metrics import Reporter
+from hedgehog.pipeline.rouge import UNSCORABLE
 from hedgehog.pipeline.runner import run_stage
 
 TINY = {
@@ -189,6 +190,16 @@ def test_local_model_and_files(base, tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in ("rows read", "95th percentile", "dropped: too long", "held out", str(splits["train"]["tokens"])):
         assert words in printed
+
+
+def test_summaries_that_rouge_cannot_score_are_told_of_before_the_hours_of_training(base, tmp_path, capsys):
+    config = real_config(tmp_path, base)
+    file = Path(config.data.test_file)
+    rows = json.loads(file.read_text())
+    rows[2]["summary"] = "Цем не придёт."
+    file.write_text(json.dumps(rows))
+    prepare(config)
+    assert f"1 of {len(rows)} test summaries {UNSCORABLE}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_base_fingerprint_notices_other_weights(base, tmp_path):

@@ -176,6 +176,76 @@ def test_a_cache_that_does_not_fit_is_refused(hedgehog, token_ids):
     assert torch.equal(hedgehog.generate(whole, past_key_values=cache, max_new_tokens=3, do_sample=False), expected)
 
 
+@torch.no_grad()
+def test_generation_does_not_go_on_from_padding_that_was_read(hedgehog, token_ids):
+    """One token is left to read, so that generate() begins with a single step: the mask is looked at before it."""
+    ids_BL = token_ids(2, 6)
+    cache = hedgehog(ids_BL).past_key_values
+    whole, mask = torch.cat([ids_BL, token_ids(2, 1, seed=1)], dim=1), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:6] = 0
+    with pytest.raises(ValueError, match="row 1: attention_mask has 4 real tokens where past_key_values has read 6"):
+        hedgehog.generate(whole, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(ValueError, match="row 1: attention_mask has 4 real tokens"):
+        hedgehog(whole[:, 6:], attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(hedgehog, new_llama, token_ids):
+    ids_BL = token_ids(1, 5)
+    for fields in ({"num_hidden_layers": 3}, {"num_attention_heads": 2, "num_key_value_heads": 1}):
+        cache = convert_llama(new_llama(**fields))(ids_BL).past_key_values
+        with pytest.raises(ValueError, match="past_key_values is another model's"):
+            hedgehog(ids_BL, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_pass_that_failed_midway_is_not_gone_on_from(hedgehog, token_ids, monkeypatch, length):
+    """Layer 0 has read the tokens and layer 1 has not: whatever came of that would be wrong."""
+    ids_BL, more = token_ids(1, 5), token_ids(1, length, seed=1)
+    cache = hedgehog(ids_BL).past_key_values
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hedgehog.model.layers[1], "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            hedgehog(more, past_key_values=cache)
+    with pytest.raises(ValueError, match="failed midway"):
+        hedgehog(more, past_key_values=cache)
+    cache.reset()
+    torch.testing.assert_close(hedgehog(ids_BL, past_key_values=cache).logits, hedgehog(ids_BL).logits)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("then", [torch.no_grad, torch.enable_grad])
+def test_a_cache_made_in_inference_mode_is_used_outside(hedgehog, token_ids, length, then):
+    ids_BL, more = token_ids(1, 5), token_ids(1, length, seed=1)
+    with torch.inference_mode():
+        cache = hedgehog(ids_BL).past_key_values
+    with then():
+        logits = hedgehog(more, past_key_values=cache).logits
+        if logits.requires_grad:
+            logits.sum().backward()
+            assert hedgehog.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        expected = hedgehog(torch.cat([ids_BL, more], dim=1)).logits[:, 5:]
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_under_gradient_checkpointing_is_refused(hedgehog, token_ids):
+    """Every token would be decoded as if it were the first."""
+    hedgehog.gradient_checkpointing_enable()
+    hedgehog.train()
+    with pytest.raises(ValueError, match=r"model.eval\(\) or use_cache=False"):
+        hedgehog.generate(token_ids(1, 5), max_new_tokens=3)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    without = hedgehog.generate(token_ids(1, 5), use_cache=False, **options)
+    assert torch.equal(hedgehog.eval().generate(token_ids(1, 5), **options), without)
+
+
 def test_right_padded_prompts_of_a_scored_batch(hedgehog, token_ids):
     """Scoring pads right: real rows see nothing of it."""
     short, long = token_ids(1, 6, seed=1), token_ids(1, 10, seed=2)

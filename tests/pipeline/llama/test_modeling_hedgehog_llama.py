@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from hedgehog.kernels.backends import Backend
@@ -356,6 +356,51 @@ def test_loading_a_plain_llama_folder_gives_identity_maps(llama, tmp_path):
     assert torch.equal(weight, torch.eye(16).expand(4, 16, 16))
 
 
+def test_packing_as_transformers_collators_say_it(llama, token_ids):
+    """DataCollatorWithFlattening says it in three ways, each alone; none may leak from one text to the next."""
+    model = perturbed(convert_llama(llama, chunk_size=8)).eval()
+    texts = [token_ids(1, length, seed=length)[0].tolist() for length in (5, 1, 9)]
+    segment_ids = torch.tensor([[0] * 5 + [1] + [2] * 9])
+    for options in (
+        {},
+        {"return_position_ids": False, "return_seq_idx": True},
+        {"return_position_ids": False, "return_flash_attn_kwargs": True},
+        {"return_seq_idx": True, "return_flash_attn_kwargs": True},
+    ):
+        batch = DataCollatorWithFlattening(return_tensors="pt", **options)([{"input_ids": text} for text in texts])
+        expected = model(batch["input_ids"], labels=batch["labels"], segment_ids=segment_ids)
+        packed = model(**batch)
+        assert torch.equal(packed.logits, expected.logits) and torch.equal(packed.loss, expected.loss)
+        assert torch.equal(model.model(batch["input_ids"], segment_ids=segment_ids)[0], model.model(**batch)[0])
+        alone = model(torch.tensor([texts[2]])).logits
+        torch.testing.assert_close(packed.logits[:, 6:], alone, rtol=1e-4, atol=1e-5)
+    whole = batch["input_ids"]
+    assert torch.equal(model(whole, position_ids=torch.arange(15)[None]).logits, model(whole).logits)
+    rows, starts = torch.cat([whole, whole]), torch.tensor([[*range(15)], [*range(5), *range(10)]])
+    two = model(rows, position_ids=starts).logits
+    torch.testing.assert_close(two[:1], model(whole).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two[1:, 5:], model(whole[:, 5:]).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="seq_idx has shape"):
+        model(rows, seq_idx=segment_ids)
+    for ids, ends in ((rows, [0, 5, 15]), (whole, [0, 5, 14]), (whole, [5, 15])):
+        with pytest.raises(ValueError, match="for several packed rows give segment_ids".capitalize()):
+            model(ids, cu_seq_lens_q=torch.tensor(ends))
+
+
+def test_what_the_config_says_of_outputs(hedgehog, token_ids):
+    ids_BL = token_ids(1, 4)
+    hedgehog.config.output_hidden_states = True
+    assert len(hedgehog(ids_BL).hidden_states) == len(hedgehog.model(ids_BL).hidden_states) == 3
+    assert hedgehog(ids_BL, output_hidden_states=False).hidden_states is None
+    assert isinstance(hedgehog.model(ids_BL, return_dict=False), tuple)
+    hedgehog.config.return_dict = False
+    assert isinstance(hedgehog(ids_BL), tuple) and isinstance(hedgehog.model(ids_BL), tuple)
+    assert torch.equal(hedgehog(ids_BL)[0], hedgehog(ids_BL, return_dict=True).logits)
+    hedgehog.config._output_attentions = True
+    with pytest.raises(ValueError, match="attention weights are never formed"):
+        hedgehog(ids_BL)
+
+
 def test_backend_is_chosen_once_and_logged(hedgehog, token_ids, caplog):
     caplog.set_level(logging.INFO, logger="hedgehog.pipeline.llama.modeling_hedgehog_llama")
     hedgehog(token_ids(1, 4))
@@ -375,5 +420,10 @@ def test_refusals(hedgehog, token_ids):
         hedgehog(ids_BL, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="takes \\(batch, length\\)"):
         hedgehog(ids_BL, attention_mask=torch.ones(1, 1, 4, 4))
+    for mask in (torch.ones(1, 9), torch.ones(1, 3), torch.ones(2, 4)):
+        with pytest.raises(ValueError, match=r"attention_mask has shape .* here \(1, 4\)$"):
+            hedgehog(ids_BL, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"here \(1, 4\) or, with what past_key_values has read, \(1, 8\)"):
+        hedgehog(ids_BL, attention_mask=torch.ones(1, 7), past_key_values=hedgehog(ids_BL, use_cache=True)[1])
     with pytest.raises(ValueError, match="cannot go on from past_key_values"):
         hedgehog(ids_BL, past_key_values=HedgehogCache(2), segment_ids=torch.zeros_like(ids_BL))

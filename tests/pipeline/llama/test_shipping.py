@@ -26,7 +26,7 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 inputs = load_file("inputs.safetensors")
@@ -37,6 +37,13 @@ for folder in map(Path, ("export_float32", "export_bfloat16")):
     assert not any(name == "hedgehog" or name.startswith("hedgehog.") for name in sys.modules)
     with torch.no_grad():
         logits = model(**inputs).logits
+        decoder = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=config.dtype).eval()
+        assert torch.equal(decoder(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attention_dropout=0.1)
+        raise AssertionError("linear attention has nothing to drop")
+    except ValueError as error:
+        assert "attention_dropout is 0.1" in str(error)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8)
     beams = model.generate(**inputs, do_sample=False, max_new_tokens=8, num_beams=2).contiguous()
     dtypes = {str(p.dtype) for n, p in model.named_parameters() if "feature_map" in n}
