@@ -24,7 +24,7 @@ from ..pipeline.errors import CheckpointError, ConfigError
 from ..pipeline.feature_map_file import read_feature_maps, write_feature_maps
 from ..pipeline.hidden_state_cache import open_cache, remove_cache
 from ..pipeline.manifest import Manifest, StageInput, read_manifest
-from ..pipeline.runner import StageContext, StageResult
+from ..pipeline.stage_context import StageContext, StageResult
 from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:

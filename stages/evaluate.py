@@ -35,7 +35,6 @@ from ..pipeline.manifest import read_manifest
 from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, UNSCORABLE, num_unscorable, score_rouge
 from ..pipeline.row_log import RowLog, read_complete_rows
 from ..pipeline.run_folder import atomic_write, check_shard, write_json
-from ..pipeline.runner import StageContext, StageResult, VariantInputs
 from ..pipeline.score_report import (
     NARROW_COLUMNS,
     TABLE_COLUMNS,
@@ -45,6 +44,7 @@ from ..pipeline.score_report import (
     summarize_scores,
     table_rows,
 )
+from ..pipeline.stage_context import StageContext, StageResult, VariantInputs
 from ..pipeline.variants import load_variant_model, softmax_reference
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from ..pipeline.merging import merged_tensors
 from ..pipeline.metrics import format_bytes
 from ..pipeline.model_card import CardFacts, write_model_card
 from ..pipeline.run_folder import RunFolder, atomic_directory, write_json
-from ..pipeline.runner import StageContext, StageResult
+from ..pipeline.stage_context import StageContext, StageResult
 from ..pipeline.variants import load_variant_model
 
 CONSUMES = ("prepare", "distill", "finetune")

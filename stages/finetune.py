@@ -23,7 +23,7 @@ from ..pipeline.feature_map_file import read_feature_maps, write_feature_maps
 from ..pipeline.llama.convert import convert_llama, feature_map_modules, load_base, load_hedgehog
 from ..pipeline.lora import attach_lora, save_adapter
 from ..pipeline.run_folder import atomic_file
-from ..pipeline.runner import StageContext, StageResult
+from ..pipeline.stage_context import StageContext, StageResult
 from ..pipeline.summary_loss import SummaryLoss
 from ..pipeline.training import sum_over_ranks, to_device, train
 

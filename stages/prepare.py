@@ -21,7 +21,7 @@ from ..pipeline.errors import ConfigError, DataError
 from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.rouge import UNSCORABLE, num_unscorable
 from ..pipeline.run_folder import atomic_write, write_json
-from ..pipeline.runner import StageContext, StageResult
+from ..pipeline.stage_context import StageContext, StageResult
 
 CONSUMES: tuple[str, ...] = ()
 SECTIONS: tuple[str, ...] = (

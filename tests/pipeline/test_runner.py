@@ -13,13 +13,14 @@ from types import ModuleType
 
 import pytest
 
-from hedgehog.pipeline import runner
+from hedgehog.pipeline import attempt, runner
 from hedgehog.pipeline.config import FinetuneConfig, RunConfig, VariantConfig
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, DataError, Interrupted, LeaseError, ResourceError
 from hedgehog.pipeline.interrupts import stop_if_asked
 from hedgehog.pipeline.manifest import read_manifest
 from hedgehog.pipeline.run_folder import RunFolder, atomic_write
-from hedgehog.pipeline.runner import StageContext, StageResult, run_pipeline, run_stage
+from hedgehog.pipeline.runner import run_pipeline, run_stage
+from hedgehog.pipeline.stage_context import StageContext, StageResult
 
 CONSUMES = {
     "prepare": (),
@@ -64,7 +65,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStages]:
     fake = FakeStages()
     for stage in CONSUMES:
         monkeypatch.setitem(sys.modules, f"fake_{stage}", fake.module(stage))
-        monkeypatch.setitem(runner.STAGE_MODULES, stage, f"fake_{stage}")
+        monkeypatch.setitem(attempt.STAGE_MODULES, stage, f"fake_{stage}")
     yield fake
 
 
@@ -101,7 +102,7 @@ def test_a_stage_runs_where_the_table_has_it(
     """What CONTRIBUTING.md promises to whoever adds one."""
     monkeypatch.setitem(CONSUMES, "count", ("prepare",))
     monkeypatch.setitem(sys.modules, "fake_count", stages.module("count"))
-    monkeypatch.setitem(runner.STAGE_MODULES, "count", "fake_count")
+    monkeypatch.setitem(attempt.STAGE_MODULES, "count", "fake_count")
     monkeypatch.setattr(runner, "STAGES", (*runner.STAGES[:place], "count", *runner.STAGES[place:]))
     if kind is not None:
         monkeypatch.setattr(runner, kind, (*getattr(runner, kind), "count"))
@@ -200,9 +201,9 @@ def test_a_softmax_baseline_does_not_depend_on_feature_maps(config: RunConfig) -
     softmax = config.model.model_copy(update={"attention": "softmax"})
     base = config.model_copy(update={"model": softmax})
     other = config.model_copy(update={"model": softmax.model_copy(update={"feature_map": "elu", "feature_dim": 7})})
-    assert runner.stage_sections(base, finetune) == runner.stage_sections(other, finetune)
+    assert attempt.stage_sections(base, finetune) == attempt.stage_sections(other, finetune)
     linear = other.model_copy(update={"model": other.model.model_copy(update={"attention": "linear"})})
-    assert runner.stage_sections(config, finetune) != runner.stage_sections(linear, finetune)
+    assert attempt.stage_sections(config, finetune) != attempt.stage_sections(linear, finetune)
 
 
 def test_a_changed_input_is_refused(stages: FakeStages, config: RunConfig) -> None:

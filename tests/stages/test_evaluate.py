@@ -21,7 +21,8 @@ from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, 
 from hedgehog.pipeline.manifest import describe_artifact
 from hedgehog.pipeline.rouge import UNSCORABLE, score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
-from hedgehog.pipeline.runner import StageContext, run_stage
+from hedgehog.pipeline.runner import run_stage
+from hedgehog.pipeline.stage_context import StageContext
 from hedgehog.stages import evaluate
 
 VARIANTS = ("main", "softmax", "zero_shot")
