@@ -141,6 +141,9 @@ const char* hedgehog_emulation_place(int32_t place) { return emulation::Schedule
 void hedgehog_emulation_forget_places() { emulation::Scheduler::get().forget_places(); }
 void hedgehog_emulation_leave_out(int32_t place) { emulation::Scheduler::get().leave_out(place); }
 
+// Sees every launch from here on: emulation/launch.h. Null: nobody does.
+void hedgehog_emulation_observe(emulation::LaunchObserver observer) { emulation::launch_observer() = observer; }
+
 // Three counts of work since the last call: emulation/fibers.h.
 void hedgehog_emulation_work(int64_t* counts) {
     emulation::Work& work = emulation::Scheduler::get().work;

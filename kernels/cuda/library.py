@@ -6,7 +6,8 @@ No torch headers are involved: addresses, strides, sizes and a stream go over as
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 
 import torch
@@ -70,6 +71,22 @@ class DecodeArguments(ctypes.Structure):
         ("eps", c_float),
         ("reserved", c_int32),
     ]
+
+
+class SeenLaunch(ctypes.Structure):
+    """emulation::SeenLaunch: what a kernel is launched with"""
+
+    _fields_ = [
+        ("kernel", c_void_p),
+        ("grid", c_uint32 * 3),
+        ("num_threads", c_int32),
+        ("shared_bytes", c_int64),
+        ("arguments", c_void_p),
+        ("argument_bytes", c_int64),
+    ]
+
+
+_LAUNCH_OBSERVER = ctypes.CFUNCTYPE(None, ctypes.POINTER(SeenLaunch), c_int32)
 
 
 class Library:
@@ -150,6 +167,12 @@ class Library:
         counts = (c_int64 * 3)()
         self._c.hedgehog_emulation_work(counts)
         return counts[0], counts[1], counts[2]
+
+    def observe_launches(self, observer: Callable[[SeenLaunch, bool], None] | None) -> None:
+        """Calls `observer` before each launch and, with True, after it; emulated builds only."""
+        seen = _LAUNCH_OBSERVER() if observer is None else _LAUNCH_OBSERVER(lambda at, end: observer(at[0], bool(end)))
+        self._c.hedgehog_emulation_observe(seen)
+        self._observer = seen  # ctypes keeps no callback alive
 
     def _check(self, error: int) -> None:
         if error:
