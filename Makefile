@@ -6,8 +6,8 @@
 #   make test-slurm  its tests on a real Slurm and the long ones of them (as root on Debian; skipped elsewhere)
 #   make test-slurm-long  fifty random kills over a whole graph there (a quarter of an hour)
 #   make lint        ruff and pyright
-#   make compiles    compile the Triton kernels for sm_80, sm_86 and sm_90 (no nvcc, no GPU)
-#   make cuda        the same, and the CUDA kernels for sm_80, sm_90 and sm_90a; runs their PTX (needs nvcc, no GPU)
+#   make compiles    compile the Triton kernels for sm_80, sm_86 and sm_90; runs their PTX (no nvcc, no GPU)
+#   make cuda        the same, and the CUDA kernels for sm_80, sm_90 and sm_90a (needs nvcc, no GPU)
 #   make bench-all   everything for a GPU in under eight minutes: what is right, then how fast
 #   make bench-gpu   the CUDA kernels on a GPU: correctness, then times
 #   make bench       speed and memory of the kernels on this machine

@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels gives what the emulation gives: its PTX, inline assembly included, is run on this CPU.
 
-The emulation replaces inline assembly by functions of its own; a wrong operand there would show only on a GPU. ptx/ has
+The emulation replaces inline assembly by functions of its own; a wrong operand there would show only on a GPU. tests/kernels/ptx has
 the machine that runs it, written from the manual for this purpose. Runs in `make compiles` and `make cuda`.
 """
 
@@ -20,10 +20,10 @@ from hedgehog.kernels.cuda.forward_choice import SWITCH as FORWARD_SWITCH
 from hedgehog.kernels.cuda.operators import linear_attention_token
 from hedgehog.kernels.linear_attention import LinearAttentionState
 
+from ..ptx.memory import Fault
+from ..ptx.program import read_programs
 from .problems import EPS, Problem, random_problem
-from .ptx.memory import Fault
-from .ptx.program import read_programs
-from .ptx.twin import Twin, edited, machine_of, ptx_of, twin_of
+from .ptx_twin import Twin, edited, machine_of, ptx_of, twin_of
 
 pytestmark = [
     pytest.mark.compiles,

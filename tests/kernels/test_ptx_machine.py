@@ -13,11 +13,6 @@ from .ptx.program import read_programs
 GLOBAL = 0x10000
 
 
-@pytest.fixture(autouse=True)
-def emulation():
-    """Not needed here, nor is g++."""
-
-
 def run(body: str, words: np.ndarray, *, threads: int = 32, seed: int | None = None) -> np.ndarray:
     """What `words` become by a kernel: %r1 is the thread, %rd1 the address of the words, %rd2 that of its own."""
     text = f"""

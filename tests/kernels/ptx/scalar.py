@@ -83,6 +83,15 @@ def insert_bits(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.n
     return (((a.astype(np.uint64) << position) & mask) | (b.astype(np.uint64) & ~mask)).astype(a.dtype)
 
 
+def extract_bits(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """bfe: `length` bits of a from `position` on, with the uppermost as sign where a is signed."""
+    bits = 8 * a.itemsize
+    length = length.astype(np.int64)
+    up = np.clip(bits - position.astype(np.int64) - length, 0, bits - 1)
+    shifted = a << up.astype(a.dtype)
+    return np.where(length == 0, np.zeros_like(a), shifted >> np.clip(bits - length, 0, bits - 1).astype(a.dtype))
+
+
 def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """prmt: four bytes, each one of a's (0 to 3) or b's (4 to 7), by the selector's nibbles."""
     both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))

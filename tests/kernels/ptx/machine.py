@@ -41,8 +41,11 @@ class _Copies:
     destination_N: np.ndarray
     source_N: np.ndarray
     bytes_N: np.ndarray
+    """Read; the rest of `width` becomes zero."""
     group_N: np.ndarray
     waiting_N: np.ndarray
+    """The threads."""
+    width: int
 
 
 @dataclass
@@ -55,17 +58,31 @@ class _Product:
     text: str
 
 
+class _Registers(dict[str, np.ndarray]):
+    """By name. Where nothing was written all bits are set, which as a float is NaN, and predicates are false."""
+
+    def __init__(self, program: Program, num_threads: int) -> None:
+        super().__init__()
+        self._program, self._num_threads = program, num_threads
+
+    def __missing__(self, name: str) -> np.ndarray:
+        wanted = np.dtype(TYPES[self._program.kind(name)])
+        if wanted == np.bool_:
+            return np.zeros(self._num_threads, np.bool_)
+        return np.full(self._num_threads, np.iinfo(RAW[wanted.itemsize]).max, RAW[wanted.itemsize])
+
+
 @dataclass
 class Block:
     """The threads of one block and their shared memory."""
 
+    program: Program
     num_threads: int
     index: tuple[int, int, int]
     grid: tuple[int, int, int]
     parameters: np.ndarray
     global_memory: Memory
     shared: Memory
-    registers: dict[str, np.ndarray] = field(default_factory=dict)
     copies: list[_Copies] = field(default_factory=list)
     products: dict[int, list[_Product]] = field(default_factory=dict)
     committed: dict[int, int] = field(default_factory=dict)
@@ -73,6 +90,7 @@ class Block:
     """{barrier: threads that have arrived}"""
 
     def __post_init__(self) -> None:
+        self.registers = _Registers(self.program, self.num_threads)
         self.thread_N = np.arange(self.num_threads, dtype=np.uint32)
         self.copy_group_N = np.zeros(self.num_threads, np.int64)
         self.pc_N = np.zeros(self.num_threads, np.int64)
@@ -142,7 +160,7 @@ class Machine:
                 for x in range(grid[0]):
                     shared = np.full(self.static_end - SHARED_START + -(-shared_bytes // 16) * 16, 0xFF, np.uint8)
                     memory = Memory([(SHARED_START, shared)])
-                    block = Block(num_threads, (x, y, z), grid, held, global_memory, memory)
+                    block = Block(self.program, num_threads, (x, y, z), grid, held, global_memory, memory)
                     with np.errstate(all="ignore"):
                         self._run_block(block, order)
 
@@ -150,9 +168,8 @@ class Machine:
         while True:
             ready_N = ~block.ended_N & (block.waiting_N < 0)
             if order is not None:
-                chosen_N = ready_N & order.integers(2, size=block.num_threads // WARPGROUP).repeat(WARPGROUP).astype(
-                    bool
-                )
+                go_on = order.integers(2, size=-(-block.num_threads // WARPGROUP)).astype(bool)
+                chosen_N = ready_N & go_on.repeat(WARPGROUP)[: block.num_threads]
                 ready_N = chosen_N if chosen_N.any() else ready_N
             if not ready_N.any():
                 if block.ended_N.all():
@@ -183,7 +200,7 @@ class Machine:
                     return
                 if taken_N is None or taken_N.any():
                     step(block, taken_N)
-            except (Fault, KeyError, ValueError) as error:
+            except (Fault, ValueError) as error:
                 place = f"{self.program.name}, line {instruction.line}: {instruction.text[:120]}"
                 raise Fault(f"{place}\n    block {block.index}: {type(error).__name__}: {error}") from error
             at += 1
@@ -265,6 +282,8 @@ class Machine:
     def _write(self, operand: Operand, kind: str) -> Callable[[Block, np.ndarray | None, np.ndarray], None]:
         assert isinstance(operand, Register), operand
         name = operand.name
+        if name == "_":  # not wanted
+            return lambda block, mask_N, value: None
         declared = TYPES[self.program.kind(name)]
         width = 1 if declared is np.bool_ else np.dtype(declared).itemsize
 
@@ -276,8 +295,7 @@ class Machine:
             if value.ndim == 0:
                 value = np.full(block.num_threads, value)
             if mask_N is not None:
-                before = block.registers.get(name)
-                value = np.where(mask_N, value, np.zeros_like(value) if before is None else before)
+                value = np.where(mask_N, value, block.registers[name])
             block.registers[name] = value
 
         return write
@@ -392,6 +410,23 @@ class Machine:
         kind = instruction.opcode[-1]
         return self._apply(scalar.insert_bits, instruction, kind, kind, kind, "u32", "u32")
 
+    def _op_bfe(self, instruction: Instruction) -> Step:
+        kind = instruction.opcode[-1]
+        return self._apply(scalar.extract_bits, instruction, kind, kind, "u32", "u32")
+
+    def _op_redux(self, instruction: Instruction) -> Step:
+        """One number of a warp's, to all its lanes."""
+        operation, kind = instruction.opcode[2], instruction.opcode[-1]
+        function = {"add": np.add, "min": np.minimum, "max": np.maximum}[operation]
+        write, read = self._write(instruction.operands[0], kind), self._read(instruction.operands[1], kind)
+
+        def reduce(block: Block, mask_N: np.ndarray | None) -> None:
+            block.whole(mask_N, WARP, "redux.sync")
+            value = np.broadcast_to(read(block), block.num_threads).reshape(-1, WARP)
+            write(block, mask_N, function.reduce(value, axis=1).repeat(WARP).astype(TYPES[kind]))
+
+        return reduce
+
     def _op_prmt(self, instruction: Instruction) -> Step:
         return self._apply(scalar.permute_bytes, instruction, "b32", "b32", "b32", "b32")
 
@@ -500,11 +535,11 @@ class Machine:
         if what == "commit_group":
             return self._commit_copies
         if what in ("wait_group", "wait_all"):
-            pending = int(instruction.operands[0].text) if what == "wait_group" else 0
+            pending = int(instruction.operands[0].text, 0) if what == "wait_group" else 0
             return lambda block, mask_N: self._wait_copies(block, mask_N, pending)
         to, source, size, *given = instruction.operands
         destinations, sources = self._addresses(to), self._addresses(source)
-        width, read = int(size.text), self._read(given[0] if given else size, "u32")
+        width, read = int(size.text, 0), self._read(given[0] if given else size, "u32")
         if what == "cg" and width != 16:
             raise ValueError("cp.async.cg copies 16 bytes")
 
@@ -515,7 +550,7 @@ class Machine:
             if (to_N % width).any() or (from_N % width).any():
                 raise Fault(f"{width} bytes that are not aligned")
             block.shared.load(to_N, 1), block.shared.load(to_N + width - 1, 1)
-            block.copies.append(_Copies(to_N, from_N, bytes_N, block.copy_group_N[which], which.copy()))
+            block.copies.append(_Copies(to_N, from_N, bytes_N, block.copy_group_N[which], which.copy(), width))
 
         return copy
 
@@ -527,14 +562,14 @@ class Machine:
         left = []
         for copies in block.copies:
             done_N = waits_N[copies.waiting_N] & (copies.group_N < block.copy_group_N[copies.waiting_N] - pending)
-            for byte in range(0, 16, 4):
+            for byte in range(0, copies.width, 4):
                 read_N = done_N & (copies.bytes_N > byte)
                 words_N = np.zeros(len(done_N), np.uint32)
                 words_N[read_N] = block.global_memory.load(copies.source_N[read_N] + byte, 4)
                 block.shared.store(copies.destination_N[done_N] + byte, words_N[done_N])
             if not done_N.all():
                 parts = (copies.destination_N, copies.source_N, copies.bytes_N, copies.group_N, copies.waiting_N)
-                left.append(_Copies(*(part[~done_N] for part in parts)))
+                left.append(_Copies(*(part[~done_N] for part in parts), copies.width))
         block.copies = left
 
     # matrices
@@ -564,22 +599,23 @@ class Machine:
 
         return multiply
 
-    def _row_addresses(self, block: Block, address_N: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Of ldmatrix and stmatrix, the four matrices' rows: (W, 4, 8)."""
-        rows = address_N.reshape(-1, WARP)[first // WARP].reshape(-1, 4, 8)
+    def _row_addresses(self, block: Block, address_N: np.ndarray, first: np.ndarray, count: int) -> np.ndarray:
+        """Of ldmatrix and stmatrix, the rows of `count` matrices: (W, count, 8)."""
+        rows = address_N.reshape(-1, WARP)[first // WARP].reshape(-1, 4, 8)[:, :count]
         if (rows % 16).any():
             raise Fault("a row of 16 bytes that is not aligned")
         return rows
 
     def _op_ldmatrix(self, instruction: Instruction) -> Step:
         transposed, (to, source) = "trans" in instruction.opcode, instruction.operands
-        writes, addresses = [self._write(x, "b32") for x in to.parts], self._addresses(source)
-        if "x4" not in instruction.opcode:
+        parts = to.parts if isinstance(to, Vector) else (to,)
+        writes, addresses = [self._write(x, "b32") for x in parts], self._addresses(source)
+        if f"x{len(parts)}" not in instruction.opcode:
             raise ValueError(f"line {instruction.line}: {instruction.text}: not known here")
 
         def load(block: Block, mask_N: np.ndarray | None) -> None:
             first = block.whole(mask_N, WARP, "ldmatrix")
-            rows = self._row_addresses(block, addresses(block), first)
+            rows = self._row_addresses(block, addresses(block), first, len(writes))
             where = rows[..., None] + 2 * np.arange(8)
             numbers = block.shared.load(where.reshape(-1), 2).reshape(where.shape)
             for i, write in enumerate(writes):
@@ -590,13 +626,14 @@ class Machine:
 
     def _op_stmatrix(self, instruction: Instruction) -> Step:
         transposed, (to, source) = "trans" in instruction.opcode, instruction.operands
-        reads, addresses = [self._read(x, "b32") for x in source.parts], self._addresses(to)
-        if "x4" not in instruction.opcode:
+        parts = source.parts if isinstance(source, Vector) else (source,)
+        reads, addresses = [self._read(x, "b32") for x in parts], self._addresses(to)
+        if f"x{len(parts)}" not in instruction.opcode:
             raise ValueError(f"line {instruction.line}: {instruction.text}: not known here")
 
         def store(block: Block, mask_N: np.ndarray | None) -> None:
             first = block.whole(mask_N, WARP, "stmatrix")
-            rows = self._row_addresses(block, addresses(block), first)
+            rows = self._row_addresses(block, addresses(block), first, len(reads))
             for i, read in enumerate(reads):
                 numbers = tensor.rows_from_matrix(self._warps(read, block, first), transposed)
                 where = rows[:, i, :, None] + 2 * np.arange(8)
@@ -611,7 +648,7 @@ class Machine:
         if what == "commit_group":
             return self._commit_products
         if what == "wait_group":
-            pending = int(instruction.operands[0].text)
+            pending = int(instruction.operands[0].text, 0)
             return lambda block, mask_N: self._wait_products(block, mask_N, pending)
         return self._product(instruction)
 
@@ -630,9 +667,7 @@ class Machine:
         b_transposed = bool(flags[-1])
 
         def multiply(block: Block, mask_N: np.ndarray | None) -> None:
-            # accumulators need not have been written where nothing is added to them
-            nothing = np.full(block.num_threads, 0xFFFFFFFF, np.uint32)
-            results = [block.registers.get(x.name, nothing).view(np.float32).copy() for x in d.parts]
+            results = [block.registers[x.name].view(np.float32).copy() for x in d.parts]
             for start in block.whole(mask_N, WARPGROUP, "wgmma"):
                 threads = np.arange(start, start + WARPGROUP)
                 product = _Product(block.committed.get(int(start), 0), [], [], instruction.text)
@@ -692,6 +727,8 @@ def _check(_: np.ndarray) -> None:
 def _constant(text: str, kind: str) -> Any:
     """A number as PTX writes it."""
     if text.startswith(("0f", "0F")) and len(text) == 10:
+        if not kind.startswith("f"):  # mov.b32 takes the bits
+            return int(text[2:], 16)
         return np.float32(struct.unpack(">f", bytes.fromhex(text[2:]))[0])
     if text.startswith(("0d", "0D")) and len(text) == 18:
         return struct.unpack(">d", bytes.fromhex(text[2:]))[0]

@@ -18,9 +18,9 @@ import torch
 from hedgehog.kernels.cuda.build import FOLDER, HOPPER_UNITS, NVCC_FLAGS, find_nvcc
 from hedgehog.kernels.cuda.library import Library, SeenLaunch
 
-from .machine import Machine
-from .memory import Memory
-from .program import Program, read_programs
+from ..ptx.machine import Machine
+from ..ptx.memory import Memory
+from ..ptx.program import Program, read_programs
 
 
 @dataclass(frozen=True)

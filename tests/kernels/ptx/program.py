@@ -87,13 +87,15 @@ def read_programs(text: str) -> dict[str, Program]:
     header = ""
     for number, raw in enumerate(lines, 1):
         line = raw.strip()
-        if not line:
+        if not line or line.startswith(".loc"):  # which ends with the line
             continue
         if current is None:
             header += " " + line
             found = _SHARED.search(line)
             if found:
                 shared_by_all[found[2]] = (int(found[1]), int(found[3]) if found[3] else None)
+            if line == "{" and not _ENTRY.search(header):  # what a debugger reads
+                break
             if line == "{":
                 name = _ENTRY.findall(header)[-1]
                 current = programs[name] = Program(name, shared=dict(shared_by_all))
@@ -144,7 +146,7 @@ def _take(program: Program, statement: str, line: int) -> None:
                 program.kinds[name.split("<")[0].strip()] = registers[1]
         elif found:
             program.shared[found[2]] = (int(found[1]), int(found[3]) if found[3] else None)
-        elif not statement.startswith((".pragma", ".loc")):
+        elif not statement.startswith(".pragma"):
             raise ValueError(f"line {line}: {statement}: not known here")
         return
     text, guard, negated = statement, None, False

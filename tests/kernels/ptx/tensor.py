@@ -67,18 +67,19 @@ def rows_from_matrix(register: np.ndarray, transposed: bool) -> np.ndarray:
 def operand_addresses(descriptor: int, num_rows: int, transposed: bool) -> np.ndarray:
     """Where wgmma's operand in shared memory lies: (rows, 16), the sixteen being k. Not transposed: k is contiguous.
 
-    PTX ISA, 9.7.15.5.1: matrix descriptor and the canonical layouts, here with the swizzle of 128 bytes.
+    PTX ISA, 9.7.15.5.1: matrix descriptor and the canonical layouts with a swizzle of 128, 64 or 32 bytes.
     """
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    if descriptor >> 62 != 1 or descriptor >> 49 & 7:
-        raise ValueError(f"descriptor {descriptor:#x}: only the 128-byte swizzle without base offset is known here")
+    if descriptor >> 62 == 0 or descriptor >> 49 & 7:
+        raise ValueError(f"descriptor {descriptor:#x}: only swizzles without base offset are known here")
+    wide = 256 >> (descriptor >> 62)  # bytes of a row: 128, 64, 32
     row, k = np.arange(num_rows)[:, None], np.arange(16)[None, :]
-    if transposed:  # columns of 64 rows are contiguous, k steps by 128 bytes
-        linear = row % 64 * 2 + row // 64 * leading + k % 8 * 128 + k // 8 * stride
+    if transposed:  # as many rows as fit are contiguous, k steps by their bytes
+        linear = row % (wide // 2) * 2 + row // (wide // 2) * leading + k % 8 * wide + k // 8 * stride
     else:
-        linear = row % 8 * 128 + row // 8 * stride + k * 2
+        linear = row % 8 * wide + row // 8 * stride + k * 2
     address = start + linear
-    return address ^ ((address >> 7 & 7) << 4)
+    return address ^ ((address >> 7 & (wide // 16 - 1)) << 4)
 
 
 def warpgroup_product(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
