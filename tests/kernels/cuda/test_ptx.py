@@ -1,7 +1,7 @@
 """What nvcc makes of the kernels gives what the emulation gives: its PTX, inline assembly included, is run on this CPU.
 
-The emulation replaces inline assembly by functions of its own; a wrong operand there would show only on a GPU. tests/kernels/ptx has
-the machine that runs it, written from the manual for this purpose. Runs in `make compiles` and `make cuda`.
+The emulation replaces inline assembly by functions of its own; a wrong operand there would show only on a GPU.
+tests/kernels/ptx has the machine that runs it, written from the manual. Runs in `make compiles` and `make cuda`.
 """
 
 from __future__ import annotations
