@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .distill_loss import DistillLoss, attention_distillation_loss
+from .faults import first_line
 from .feature_maps import FeatureMap
 
 DISTILL_BACKENDS = ("auto", "torch")
@@ -97,7 +98,7 @@ def _compare(
         # with its own log-sum-exp, and with a teacher's
         found = run(kernel) + run(kernel, logits.masked_fill(above, -torch.inf).logsumexp(dim=-1))
     except Exception as error:  # whatever the compiler or the driver says: there is another way
-        return f"the kernel fails here ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        return f"the kernel fails here ({first_line(error)})"
     for ours, right in zip(found, 2 * run(attention_distillation_loss), strict=True):
         error = float((ours.double() - right.double()).norm() / right.double().norm().clamp_min(1e-12))
         if not error <= TOLERANCE:

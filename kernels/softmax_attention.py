@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from .faults import first_line
+
 LOG_SUM_TOLERANCE_NATS = 5e-4
 """Largest error of L at which an operator counts as right. bfloat16 operands leave 6e-5; the KL takes up ten times L's
 error, and is some hundredths of a nat at best."""
@@ -116,7 +118,7 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
         with torch.no_grad():
             errors = [_errors(_OPERATORS[name], device, dtype, head_dim, grouped, length) for length in (1, 70, 200)]
     except (RuntimeError, AttributeError, TypeError, ValueError) as fault:
-        found = f"it fails ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
+        found = f"it fails ({first_line(fault)})"
     else:
         of_sum, of_out = (max(kind) for kind in zip(*errors, strict=True))
         if of_sum <= LOG_SUM_TOLERANCE_NATS and of_out <= OUTPUT_TOLERANCE:

@@ -149,7 +149,7 @@ class FeatureMapDistillation(nn.Module):
         cache, entering = self.hidden_states, {}
         if cache is not None:
             entering = {"entering_BLE": cache.lookup(batch), "keep_entering": lambda states: cache.store(batch, states)}
-        self._teacher[0](batch, self._config.packing, learn, **entering)
+        self._run_teacher(batch, self._config.packing, learn, **entering)
         shares = {
             "kl_LH": torch.stack(kl),
             "loss_L": torch.stack(losses),
@@ -169,7 +169,7 @@ class FeatureMapDistillation(nn.Module):
         for batch in batches:
             kl: list[torch.Tensor] = []
             visibility = _visibility(batch, False, None)
-            self._teacher[0](batch, False, lambda seen, b=batch, v=visibility, kl=kl: kl.append(self._kl(seen, b, v)))
+            self._run_teacher(batch, False, lambda seen, b=batch, v=visibility, kl=kl: kl.append(self._kl(seen, b, v)))
             tokens = int(batch["mask"].sum()) if batch["counted"] else 0
             part = torch.stack(kl).double() * tokens
             kl_LH = part if kl_LH is None else kl_LH + part
@@ -185,7 +185,11 @@ class FeatureMapDistillation(nn.Module):
             real = seen.o_BHLV.float().transpose(1, 2)[batch["mask"]]
             self.output_variance[seen.layer_index] = max(float(real.var(correction=0)), 1e-12)
 
-        self._teacher[0](batch, False, see)
+        self._run_teacher(batch, False, see)
+
+    def _run_teacher(self, batch: Batch, packed: bool, visit: Callable[[TeacherLayer], None], **entering: Any) -> None:
+        # a dict of its own: ZeRO-3 puts other tensors in the places of those in a dict that goes through a module
+        self._teacher[0](dict(batch), packed, visit, **entering)
 
     def _kl(self, seen: TeacherLayer, batch: Batch, visibility: Visibility) -> torch.Tensor:
         map_q, map_k = self._maps(seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,12 +54,14 @@ class World:
             return
         from .deepspeed_import import import_deepspeed
 
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(self.device)
 
         os.environ.setdefault("RANK", str(self.rank))
         os.environ.setdefault("WORLD_SIZE", str(self.world_size))
         # DeepSpeed takes it for the number of the device
         os.environ["LOCAL_RANK"] = str(self.local_rank if self.device.index is None else self.device.index)
+        # torch guesses, rightly, the device that DeepSpeed's barriers are for, and would say so
+        warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
         timeout = timedelta(minutes=self.timeout_minutes)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.world_size == 1:

@@ -8,6 +8,7 @@ saved and cut again when loaded.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -193,7 +194,8 @@ def shard_frozen(module: nn.Module, layers: nn.ModuleList, *, config: EngineConf
 
 def release_deepspeed() -> None:
     """Undo what ZeRO-3 leaves behind in the process: references to every root module, and its own F.linear."""
-    import_deepspeed()
+    if "deepspeed" not in sys.modules:  # the stage did not come that far
+        return
     from deepspeed.runtime.zero import parameter_offload, partition_parameters
 
     parameter_offload.FWD_MODULE_STACK.clear()
@@ -227,7 +229,7 @@ def sharded_loading(config: EngineConfig, world: World) -> Iterator[None]:
 
 
 def _start_deepspeed(world: World) -> ModuleType:
-    deepspeed = import_deepspeed()
+    deepspeed = import_deepspeed(world.device)
     # DeepSpeed calls collectives whose names torch is about to change, and would be told so at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     world.ensure_process_group()

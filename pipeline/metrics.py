@@ -38,9 +38,11 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak since `reset_peak_memory`: allocated GPU memory where this process uses a GPU, else resident memory."""
+    """Peak since `reset_peak_memory`: allocated GPU memory, or resident memory where nothing was allocated on a GPU."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated()
+        if peak:
+            return peak
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..chunked_attention import chunked_linear_attention
 from ..conventions import run_index_BL
+from ..faults import first_line
 from ..feature_maps import Side, make_feature_map
 from .build import BuildError
 from .gradients import backward_obstacle
@@ -81,7 +82,7 @@ def disagreement(device: torch.device, num_features: int, head_dim: int, feature
     except torch.OutOfMemoryError:  # says nothing of the kernels: asked again next time
         raise
     except RuntimeError as fault:
-        return f"the kernels fail here ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
+        return f"the kernels fail here ({first_line(fault)})"
     for error in errors:
         if not error <= TOLERANCE:
             return f"the kernels differ from PyTorch here by {error:.1%}; please report it"

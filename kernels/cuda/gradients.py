@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..attention_state import LinearAttentionState
 from ..chunked_attention import chunked_linear_attention
+from ..faults import first_line
 from ..feature_maps import Side, make_feature_map
 from .arguments import forward_arguments, loadable, token_strides
 from .backward_choice import KERNEL_NUMBERS, choose_backward
@@ -139,7 +140,7 @@ def gradient_disagreement(
     except torch.OutOfMemoryError:  # says nothing of the kernels: asked again next time
         raise
     except RuntimeError as fault:
-        return f"they fail here ({(str(fault).strip() or type(fault).__name__).splitlines()[0]})"
+        return f"they fail here ({first_line(fault)})"
     return None if error <= GRADIENT_TOLERANCE else f"they differ from PyTorch here by {error:.1%}; please report it"
 
 
