@@ -1,4 +1,7 @@
-"""Builds the stand-in, and gives the environment of processes that have it."""
+"""Builds the stand-in, and gives the environment of processes that have it.
+
+python tests/stand_in_gpu/build.py COMMAND …      runs a command where there is that GPU
+"""
 
 from __future__ import annotations
 
@@ -61,3 +64,10 @@ def environment(library: Path, capacity: int | None = None) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles where it has no kernel of the device's
     }
+
+
+if __name__ == "__main__":
+    reason = why_not()
+    if reason is not None:
+        sys.exit(f"no stand-in for a GPU: {reason}")
+    os.execvpe(sys.argv[1], sys.argv[1:], environment(build(Path(tempfile.gettempdir(), "stand-in-gpu"))))
