@@ -54,8 +54,9 @@ def load_base(
     }
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
-        if device is not None:
-            options["device_map"] = {"": str(device)}
+    if device is not None and (quantization is not None or torch.device(device).type != "cpu"):
+        # file by file to where it belongs: eight ranks of a node would else hold eight copies in its memory
+        options["device_map"] = {"": str(device)}
     if revision is not None:
         options["revision"] = revision
     try:
@@ -75,8 +76,6 @@ def load_base(
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
-    if device is not None and quantization is None:
-        llama = llama.to(device)
     if quantization == "nf4":
         _keep_weights_differentiable(llama)
     llama.model.rotary_emb = HedgehogLlamaRotaryEmbedding(llama.config).to(llama.model.norm.weight.device)
