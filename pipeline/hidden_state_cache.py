@@ -22,7 +22,7 @@ from .checkpoints import KEPT
 from .errors import ResourceError
 from .formatting import format_bytes
 from .hidden_state_files import HiddenStateFiles
-from .hidden_state_size import GIB, KEY, cache_size, without_use
+from .hidden_state_size import KEY, cache_size, without_use
 from .manifest import StageInput, fingerprint
 from .run_folder import HIDDEN_STATES, write_fault
 from .training import sum_over_ranks
@@ -227,8 +227,8 @@ def open_cache(
     if needed > free:
         files.close()
         raise ResourceError(
-            f"{KEY}: needs {needed / GIB:,.2f} GiB in {folder} ({reserve / GIB:,.2f} GiB of them for checkpoints), "
-            f"where {free / GIB:,.2f} GiB are free. Free some space, choose another output_dir, or set {KEY}=false."
+            f"{KEY}: needs {format_bytes(needed)} in {folder} ({format_bytes(reserve)} of them for checkpoints), "
+            f"where {format_bytes(free)} are free. Free some space, choose another output_dir, or set {KEY}=false."
         )
     cache = HiddenStateCache(
         files,

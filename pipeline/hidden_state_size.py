@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .formatting import format_bytes
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from .config import RunConfig
 
-GIB = 2**30
 KEY = "distill.cache_hidden_states"
 
 
@@ -26,7 +26,7 @@ class CacheSize:
     """Tokens x hidden size x bytes of `engine.precision`."""
 
     def __str__(self) -> str:
-        return f"{self.num_bytes / GIB:,.2f} GiB for {self.num_tokens:,} tokens of {self.num_rows:,} rows"
+        return f"{format_bytes(self.num_bytes)} for {self.num_tokens:,} tokens of {self.num_rows:,} rows"
 
 
 def cache_size(config: RunConfig, num_rows: int, num_tokens: int, hidden_size: int) -> CacheSize:
@@ -98,5 +98,5 @@ def _free(folder: Path) -> str:
     """Free space where the run folder is or will be."""
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
-            return f"; {shutil.disk_usage(place).free / GIB:,.2f} GiB are free there"
+            return f"; {format_bytes(shutil.disk_usage(place).free)} are free there"
     return ""

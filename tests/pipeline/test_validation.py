@@ -299,9 +299,9 @@ def test_settings_that_deserve_a_look_are_noted(folder, overrides, expected):
     [
         (
             ["distill.layers=1"],
-            "enter layer 1 take at most 0.00 GiB for 6,400 tokens of 50 rows",
+            "enter layer 1 take at most 1.6 MiB for 6,400 tokens of 50 rows",
         ),
-        (["distill.layers=1", "engine.precision=bfloat16", "data.max_length_tokens=8192"], "0.05 GiB for 409,600 tok"),
+        (["distill.layers=1", "engine.precision=bfloat16", "data.max_length_tokens=8192"], "50.0 MiB for 409,600 tok"),
         (["distill.layers=1"], "GiB are free there"),
         ([], "each element of `submit`'s array above the first takes"),
         (["distill.layers=0-1"], "has no effect: layer 0 is trained"),
@@ -330,7 +330,7 @@ def test_kept_hidden_states_are_reckoned_from_what_prepare_counted(folder):
     ).write(folder / "runs" / "trial" / "prepare")
     overrides = ["distill.cache_hidden_states=true", "distill.layers=1", "distill.epochs=2"]
     notes = validate_config(folder / "config.yaml", [*overrides, f"output_dir={folder}/runs"]).notes
-    assert any("layer 1 take 4.00 GiB for 16,777,216 tokens of 40 rows" in note for note in notes)
+    assert any("layer 1 take 4.0 GiB for 16,777,216 tokens of 40 rows" in note for note in notes)
 
 
 def test_json_has_every_term_with_its_formula(folder, capsys):
