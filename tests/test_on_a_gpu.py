@@ -21,7 +21,7 @@ HERE = Path(__file__).parent / "stand_in_gpu"
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 sys.path.append(str(HERE))
-import build as stand_in  # noqa: E402
+import stand_in  # noqa: E402
 
 pytestmark = pytest.mark.skipif(stand_in.why_not() is not None, reason=str(stand_in.why_not()))
 

@@ -1,6 +1,6 @@
 """Builds the stand-in, and gives the environment of processes that have it.
 
-python tests/stand_in_gpu/build.py COMMAND …      runs a command where there is that GPU
+python tests/stand_in_gpu/stand_in.py COMMAND …      runs a command where there is that GPU
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def why_not() -> str | None:
     """Why there can be no stand-in here, or None."""
     import torch
 
+    if sys.platform != "linux":
+        return "it is made for Linux"
     if torch.version.cuda is not None or torch.version.hip is not None:
         return "this torch has CUDA of its own"
     return None if shutil.which("g++") else "g++ was not found"
