@@ -155,6 +155,7 @@ def test_where_memory_ends_a_gpu_says_which_estimate_to_change(new_run, run_stag
     run = new_run(engine__device="cuda")
     said = run_stages((run, "distill"), capacity=200_000, fails=True)
     assert "out of GPU memory (CUDA out of memory" in said and "What lowers it" in said
+    assert "other processes hold 80.0 GiB" in said
 
 
 def test_the_benchmarks_of_a_gpu_run(on_gpu: OnGpu, tmp_path: Path) -> None:

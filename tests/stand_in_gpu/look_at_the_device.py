@@ -1,5 +1,7 @@
 """Asserts that the stand-in is a device: it does what a CPU does to the bit, and refuses what a GPU refuses."""
 
+import os
+
 import torch
 import torch_cuda
 
@@ -82,4 +84,5 @@ for value in (1.0, 2.0):
     held.fill_(value)
     graph.replay()
 assert made.tolist() == [6.0] * 3 and total.tolist() == [9.0] * 3
-print("a device")
+print("a device", flush=True)
+os._exit(0)  # autograd's thread may still hold the last graph: to let go of it while Python ends stops the process

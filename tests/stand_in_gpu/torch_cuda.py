@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_flatten
 CAPABILITY = (9, 0)
 NUM_MULTIPROCESSORS = 4
 SHARED_BYTES = 227 * 1024
+TOTAL_BYTES = 80 << 30
+"""Others may hold some of it (`set_capacity`). transformers loads no model where there is less than 1.2 GiB in all."""
 _device = ctypes.CDLL(os.environ["STAND_IN_GPU"])
 for _name in ("allocated", "peak", "capacity"):
     getattr(_device, f"stand_in_{_name}").restype = ctypes.c_int64
@@ -32,7 +34,7 @@ if "STAND_IN_GPU_BYTES" in os.environ:
 
 
 def set_capacity(num_bytes: int) -> None:
-    """The device's memory from here on."""
+    """How much of the device's memory others leave from here on."""
     _device.stand_in_set_capacity(num_bytes)
 
 
@@ -156,7 +158,7 @@ def dress_torch() -> None:
         minor=CAPABILITY[1],
         multi_processor_count=NUM_MULTIPROCESSORS,
         shared_memory_per_block_optin=SHARED_BYTES,
-        total_memory=_device.stand_in_capacity(),
+        total_memory=TOTAL_BYTES,
         L2_cache_size=50 << 20,
         warp_size=32,
     )
@@ -165,8 +167,7 @@ def dress_torch() -> None:
         return lambda *_, **__: value
 
     def free_and_total(device: Any = None) -> tuple[int, int]:
-        capacity = _device.stand_in_capacity()
-        return capacity - _device.stand_in_allocated(), capacity
+        return _device.stand_in_capacity() - _device.stand_in_allocated(), TOTAL_BYTES
 
     answers: dict[str, Any] = {
         "_is_compiled": constant(True),
