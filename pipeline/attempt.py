@@ -87,7 +87,7 @@ def describe(
 ) -> Attempt:
     module = stage_module(stage)
     run_folder = RunFolder.of(effective)
-    inputs = {name: _open_input(run_folder, name, variant) for name in module.CONSUMES}
+    inputs = {name: open_input(run_folder, name, variant) for name in module.CONSUMES}
     variants: dict[str, VariantInputs] = {}
     if stage == "evaluate":
         variants = _open_variants(config, run_folder, module.CONSUMES, inputs)
@@ -143,7 +143,7 @@ def _under(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
 
 
-def _open_input(run_folder: RunFolder, stage: str, variant: str | None) -> StageInput:
+def open_input(run_folder: RunFolder, stage: str, variant: str | None) -> StageInput:
     folder = run_folder.stage(stage, variant)
     manifest = read_manifest(folder)
     if manifest is None or manifest.status != "done":
@@ -160,7 +160,7 @@ def _open_variants(
 ) -> dict[str, VariantInputs]:
     opened = {"main": VariantInputs("main", config.label or "main", config, main_inputs)}
     for name, variant in config.variants.items():
-        inputs = {stage: _open_input(run_folder, stage, name) for stage in consumes}
+        inputs = {stage: open_input(run_folder, stage, name) for stage in consumes}
         opened[name] = VariantInputs(name, variant.label or name, apply_variant(config, name), inputs)
     return opened
 

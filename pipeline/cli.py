@@ -195,6 +195,48 @@ def export(
 
 
 @app.command()
+def generate(
+    run: Run,
+    overrides: Overrides = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="TEXT", help="The dialogue; without it and --file: standard input.")
+    ] = None,
+    file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="A text file with the dialogue.")] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="NAME", help="`main`, or a variant of the config; may be given again."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The text is the whole prompt: no data.prompt_template.")] = False,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Draw the tokens; 0: the most likely ones.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With another one, --temperature draws others.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per variant.")] = False,
+) -> None:
+    """Let a finetuned model summarize a dialogue of yours.
+
+    Prints the summary as it comes, and what it took on standard error. `evaluate.*` says how, as for `evaluate`.
+
+    \b
+    Example: hedgehog generate runs/tiny --text "Ann: Lunch at one? Bob: Gladly."
+             hedgehog generate runs/tiny --variant main --variant softmax --file dialogue.txt evaluate.max_new_tokens=40
+    """
+    with _errors_shown():
+        from .answer_screen import print_answers, read_text
+
+        print_answers(
+            run,
+            read_text(text, file),
+            raw=raw,
+            variants=variants or [],
+            overrides=overrides or [],
+            temperature=temperature,
+            seed=seed,
+            as_json=json_output,
+        )
+
+
+@app.command()
 def validate(
     arguments: Annotated[
         list[str],
