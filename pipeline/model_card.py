@@ -48,17 +48,21 @@ def write_model_card(folder: Path, config: RunConfig, facts: CardFacts) -> None:
     atomic_write(folder / "README.md", "\n\n".join(sections) + "\n")
 
 
-def _base_name(facts: CardFacts) -> str:
-    """A hub id as it is; of a local folder only its name, because its path means nothing elsewhere."""
-    if facts.base_model is None:
+def base_name(base_model: str | None) -> str:
+    """A hub id as it is; of a local folder only its name, because its path means nothing elsewhere.
+
+    Args:
+        base_model: as in `CardFacts`.
+    """
+    if base_model is None:
         return "a small Llama pretrained on generated dialogues"
-    folder = Path(facts.base_model).expanduser()
-    return folder.resolve().name if folder.is_dir() else facts.base_model
+    folder = Path(base_model).expanduser()
+    return folder.resolve().name if folder.is_dir() else base_model
 
 
 def _front_matter(facts: CardFacts, linear: bool) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    name = _base_name(facts)
+    name = base_name(facts.base_model)
     if len(name.split("/")) == _HUB_ID_PARTS:
         lines.append(f"base_model: {name}")
     if facts.base_model is not None:
@@ -70,7 +74,7 @@ def _front_matter(facts: CardFacts, linear: bool) -> str:
 
 
 def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
-    base = _base_name(facts)
+    base = base_name(facts.base_model)
     if not linear:
         return (
             f"# {config.name}\n\n{base} with its softmax attention, finetuned with LoRA to summarize dialogues: the "
@@ -185,7 +189,7 @@ def _drift(facts: CardFacts) -> str:
 def _licence(facts: CardFacts) -> str:
     if facts.base_model is None:
         return "## Licence\n\nMade from generated data only: no base model's licence applies."
-    base = _base_name(facts)
+    base = base_name(facts.base_model)
     text = (
         f"## Licence\n\nThe weights derive from {base}: its licence stays with them (for Llama 2 the Llama 2 Community "
         "License and its Acceptable Use Policy)."

@@ -1,9 +1,9 @@
-"""From predictions and losses of all variants to rouge.json, the table on the terminal and results.md."""
+"""From predictions and losses of all variants to the figures of rouge.json; score_table.py shows them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,24 +11,9 @@ import torch
 from torch import Tensor
 
 from . import rouge
-from .metrics import format_bytes
 
 POINTS = 100
 """ROUGE is reported in points, as papers do: F1 x 100."""
-
-TABLE_COLUMNS = (
-    "variant",
-    "ROUGE-1",
-    "ROUGE-2",
-    "ROUGE-L",
-    "loss",
-    "perplexity",
-    "mean KL",
-    "train min",
-    "peak memory",
-)
-NARROW_COLUMNS = ("variant", "ROUGE-1", "R-2", "R-L", "loss", "ppl", "KL", "min", "memory")
-"""The same for 80 columns, where a row of four figures before the point still takes one line."""
 
 
 @dataclass(frozen=True)
@@ -108,74 +93,3 @@ def _subset_figures(
 
 def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
-
-
-def table_rows(figures: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Cells under `TABLE_COLUMNS`, one row a variant; – where there is no figure.
-
-    Args:
-        figures: what `summarize_scores` gave.
-        training: per variant `minutes` (or None) and `peak_memory_bytes` (or None) of its training stages.
-    """
-    rows = []
-    for name, variant in figures.items():
-        scores = variant["all"]
-        minutes, memory = training[name]["minutes"], training[name]["peak_memory_bytes"]
-        rows.append(
-            [
-                variant["label"],
-                _with_half_width(scores["rouge1"]),
-                f"{scores['rouge2']['value']:.2f}",
-                f"{scores['rougeL']['value']:.2f}",
-                _number(scores.get("loss_nats_per_token"), ".4f"),
-                _number(scores.get("perplexity"), ".2f"),
-                "–" if variant.get("kl_mean_nats") is None else f"{variant['kl_mean_nats']:.4f}",
-                "–" if minutes is None else f"{minutes:.1f}",
-                "–" if memory is None else format_bytes(memory),
-            ]
-        )
-    return rows
-
-
-def _with_half_width(figure: Mapping[str, float | None]) -> str:
-    if figure["low"] is None or figure["high"] is None:
-        return f"{figure['value']:.2f}"
-    return f"{figure['value']:.2f} ± {(figure['high'] - figure['low']) / 2:.2f}"
-
-
-def _number(figure: Mapping[str, float] | None, form: str) -> str:
-    return "–" if figure is None else f"{figure['value']:{form}}"
-
-
-def comparison_lines(figures: Mapping[str, Any], reference: str | None) -> list[str]:
-    """One sentence for every variant: its ROUGE-1 over the softmax baseline's, and its gap in loss."""
-    if reference is None:
-        return []
-    lines = []
-    against = figures[reference]["label"]
-    for name, variant in figures.items():
-        ratio = (variant["all"] or {}).get("rouge1_ratio")
-        if name == reference or ratio is None:
-            continue
-        line = f"{variant['label']}: ROUGE-1 is {ratio['value']:.1%} of {against}'s"
-        if ratio["low"] is not None:
-            line += f" (95 % interval {ratio['low']:.1%} to {ratio['high']:.1%})"
-        gap = variant["all"].get("loss_gap_nats_per_token")
-        if gap is not None:
-            line += f", loss {gap['value']:+.4f} nats a token"
-            if gap["low"] is not None:
-                line += f" ({gap['low']:+.4f} to {gap['high']:+.4f})"
-        lines.append(line)
-    return lines
-
-
-def markdown_report(title: str, rows: Sequence[Sequence[str]], comparisons: Sequence[str], notes: Sequence[str]) -> str:
-    """results.md: the table, how each variant compares with the baseline, and how it was measured."""
-    header = "| " + " | ".join(TABLE_COLUMNS) + " |"
-    rule = "|" + "|".join(":--" if index == 0 else "--:" for index in range(len(TABLE_COLUMNS))) + "|"
-    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    blocks = [f"# {title}", "\n".join([header, rule, *body])]
-    if comparisons:
-        blocks.append("\n".join(f"- {line}" for line in comparisons))
-    blocks.append("\n".join(notes))
-    return "\n\n".join(blocks) + "\n"

@@ -35,15 +35,8 @@ from ..pipeline.manifest import read_manifest
 from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, UNSCORABLE, num_unscorable, score_rouge
 from ..pipeline.row_log import RowLog, read_complete_rows
 from ..pipeline.run_folder import atomic_write, check_shard, write_json
-from ..pipeline.score_report import (
-    NARROW_COLUMNS,
-    TABLE_COLUMNS,
-    VariantScores,
-    comparison_lines,
-    markdown_report,
-    summarize_scores,
-    table_rows,
-)
+from ..pipeline.score_report import VariantScores, summarize_scores
+from ..pipeline.score_table import NARROW_COLUMNS, TABLE_COLUMNS, comparison_lines, markdown_report, table_rows
 from ..pipeline.stage_context import StageContext, StageResult, VariantInputs
 from ..pipeline.variants import load_variant_model, softmax_reference
 

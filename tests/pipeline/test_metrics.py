@@ -130,7 +130,7 @@ def test_a_terminal_shows_step_loss_speed_eta_and_memory(drawn: Callable[..., st
 
 
 def test_the_table_of_scores_is_whole_in_80_columns() -> None:
-    from hedgehog.pipeline.score_report import TABLE_COLUMNS
+    from hedgehog.pipeline.score_table import TABLE_COLUMNS
 
     row = ["Hedgehog + LoRA", "63.22 ± 4.63", "47.53", "60.23", "0.8124", "405.06", "0.2171", "146.7", "905.1 MiB"]
     assert len(row) == len(TABLE_COLUMNS)
@@ -144,7 +144,7 @@ def test_the_table_of_scores_is_whole_in_80_columns() -> None:
 
 
 def test_a_row_of_scores_takes_one_line_of_80() -> None:
-    from hedgehog.pipeline.score_report import NARROW_COLUMNS, TABLE_COLUMNS
+    from hedgehog.pipeline.score_table import NARROW_COLUMNS, TABLE_COLUMNS
 
     row = ["Hedgehog + LoRA", "63.22 ± 4.63", "47.53", "60.23", "0.8124", "405.06", "0.2171", "146.7", "905.1 MiB"]
     assert len(NARROW_COLUMNS) == len(TABLE_COLUMNS)

@@ -1,4 +1,4 @@
-"""rouge.json's figures and the table, from scores made by hand."""
+"""rouge.json's figures, from scores made by hand."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ import torch
 
 from hedgehog.pipeline.config import FinetuneConfig, ModelConfig, RunConfig
 from hedgehog.pipeline.rouge import score_rouge
-from hedgehog.pipeline.score_report import (
-    TABLE_COLUMNS,
-    VariantScores,
-    comparison_lines,
-    markdown_report,
-    summarize_scores,
-    table_rows,
-)
+from hedgehog.pipeline.score_report import VariantScores, summarize_scores
+from hedgehog.pipeline.score_table import comparison_lines
 from hedgehog.pipeline.variants import softmax_reference
 
 REFERENCES = ["ann eats pizza", "bob runs home", "cem sings songs", "dee sleeps late"]
@@ -78,28 +72,6 @@ def test_the_baseline_is_not_compared_with_itself_nor_anything_without_one():
     assert "rouge1_ratio" not in summarize()["softmax"]["all"]
     assert "rouge1_ratio" not in summarize(reference=None)["main"]["all"]
     assert comparison_lines(summarize(reference=None), None) == []
-
-
-def test_table_and_sentences():
-    figures = summarize()
-    training = {
-        "main": {"minutes": 2.25, "peak_memory_bytes": 3 << 20},
-        "softmax": {"minutes": 1.0, "peak_memory_bytes": 1 << 20},
-        "plain": {"minutes": None, "peak_memory_bytes": None},
-    }
-    rows = table_rows(figures, training)
-    half_width = (figures["main"]["all"]["rouge1"]["high"] - figures["main"]["all"]["rouge1"]["low"]) / 2
-    assert rows[0] == [
-        "hedgehog", f"37.50 ± {half_width:.2f}", "25.00", "37.50", "2.0000", "7.39", "0.5000", "2.2", "3.0 MiB",
-    ]  # fmt: skip
-    assert rows[2][4:] == ["–", "–", "–", "–", "–"]
-    assert all(len(row) == len(TABLE_COLUMNS) for row in rows)
-    lines = comparison_lines(figures, "softmax")
-    assert [line.split(":")[0] for line in lines] == ["hedgehog", "plain"]
-    assert "37.5% of softmax + LoRA's" in lines[0] and "+0.5000 nats" in lines[0]
-    report = markdown_report("title", rows, lines, ["note"])
-    assert report.startswith("# title\n\n| variant | ROUGE-1 |") and report.endswith("note\n")
-    assert report.count("\n| ") == 4
 
 
 def test_softmax_reference_is_the_finetuned_softmax_variant():
