@@ -54,7 +54,8 @@ def read_progress(
     if manifest.stage == "evaluate" and config is not None:
         step, total, remaining_s = _summaries(folder, config, manifest, place, shard, records)
     else:
-        step = max((int(record.get("step", 0)) for record in records), default=None)
+        steps = (record.get("step", 0) for record in records)
+        step = max((step for step in steps if isinstance(step, int)), default=None)
         total = None if config is None else _planned_steps(folder, config, manifest)
         remaining_s = None
         times = _step_times(records)[-_ETA_STEPS:]

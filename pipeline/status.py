@@ -102,7 +102,7 @@ def read_status(run: str) -> RunStatus:
         CheckpointError: a manifest cannot be read.
     """
     folder = RunFolder(find_run_folder(run))
-    config = _resolved_config(folder)
+    config = resolved_config(folder)
     jobs, notes, records = view_jobs(folder)
     stages = tuple(_stages(folder, config, jobs))
     measured = None if config is None else measured_trained_layer_cost(folder, config)
@@ -116,6 +116,15 @@ def read_status(run: str) -> RunStatus:
     if not status.finished and (waits_for_a_failure or not status.live):
         status = replace(status, commands=(shown(records.command),))
     return status
+
+
+def stages_on_disk(folder: RunFolder, config: RunConfig | None) -> tuple[StageStatus, ...]:
+    """All stages in order, by their files alone: Slurm is not asked.
+
+    Raises:
+        CheckpointError: a manifest cannot be read.
+    """
+    return tuple(_stages(folder, config, []))
 
 
 def find_run_folder(run: str) -> Path:
@@ -137,7 +146,12 @@ def find_run_folder(run: str) -> Path:
     raise ConfigError(f"{path}: no run folder (it has neither config.resolved.yaml nor a stage's folder).{known}")
 
 
-def _resolved_config(folder: RunFolder) -> RunConfig | None:
+def resolved_config(folder: RunFolder) -> RunConfig | None:
+    """The config of the newest command on the run, or None where there was none yet.
+
+    Raises:
+        CheckpointError: the file is none of this version.
+    """
     if not folder.config_file.is_file():
         return None
     try:

@@ -106,6 +106,12 @@ def test_an_unfinished_stage_shows_how_far_it_is(run):
     assert stage.detail == "last wrote 10 min ago"
 
 
+def test_a_record_whose_step_is_no_number_counts_for_none(run):
+    records = [{"step": 2, "loss_nats": 3.0, "step_s": 60.0}, {"step": None}, {"step": "x"}, {"step": [3]}]
+    add_stage(run, "distill", status="running", records=records)
+    assert read_status(str(run)).stages[1].step == 2
+
+
 def test_packed_rows_are_counted_as_training_packs_them(run):
     drawn = random.Random(0)
     lengths = [drawn.randint(5, 60) for _ in range(101)]
