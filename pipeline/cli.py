@@ -329,6 +329,29 @@ def status(
 
 
 @app.command()
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write it; report.html in the run folder if not."),
+    ] = None,
+) -> None:
+    """Write one HTML file that shows a run to others.
+
+    Scores, charts, what each stage took, sample summaries, how it was made; of an unfinished run, what there is. The
+    file needs nothing beside it. An earlier one is replaced.
+
+    \b
+    Example: hedgehog report runs/tiny
+             hedgehog report runs/llama2-7b-samsum --output samsum.html
+    """
+    with _errors_shown():
+        from .report.writing import write_report
+
+        print(write_report(run, output))
+
+
+@app.command()
 def cancel(run: Run) -> None:
     """Take a run's jobs out of Slurm. What they saved stays; `submit` goes on from it.
 

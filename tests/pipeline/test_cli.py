@@ -69,7 +69,7 @@ def test_help_shows_every_command_and_imports_nothing_heavy():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "imported"
     assert result.stdout.startswith("Usage: hedgehog ") and "..." not in result.stdout.partition("Commands:")[2]
-    for command in ("run", *STAGES, "merge", "validate", "status", "env"):
+    for command in ("run", *STAGES, "merge", "validate", "status", "report", "env"):
         assert f"\n  {command} " in result.stdout
 
 
@@ -81,7 +81,7 @@ def test_the_module_runs_as_a_program():
     assert result.stderr == "error: /nowhere/x.yaml: no such config file.\n"
 
 
-@pytest.mark.parametrize("command", ["run", *STAGES, "merge", "validate", "status", "env"])
+@pytest.mark.parametrize("command", ["run", *STAGES, "merge", "validate", "status", "report", "env"])
 def test_every_commands_help_has_an_example(command):
     result = invoke(command, "--help")
     assert result.exit_code == 0

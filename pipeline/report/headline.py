@@ -1,0 +1,104 @@
+"""The top of the page: what was converted, what came of it in one sentence, what is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..model_card import base_name
+from ..run_folder import STAGES
+from ..score_table import TABLE_COLUMNS, comparison_lines, table_rows
+from ..status import StageStatus
+from .blocks import prose
+from .markup import Markup, joined, tag
+from .run_files import MAIN, RunFiles
+from .scores import Scores
+
+_SIGNS = {"done": "✓", "skipped": "✓", "unfinished": "…", "not started": "–"}
+
+
+def headline(run: RunFiles, scores: Scores | str) -> Markup:
+    """Name, result, facts, stages, and the commands that go on where the run is not finished."""
+    facts = _facts(run)
+    return tag(
+        "header",
+        tag("p", "Hedgehog-Llama conversion", class_="kicker"),
+        tag("h1", run.folder.root.resolve().name if run.config is None else run.config.name),
+        tag("p", _result(scores), class_="lead") if isinstance(scores, Scores) else None,
+        tag("dl", *(joined(tag("dt", name), tag("dd", value)) for name, value in facts.items())) if facts else None,
+        tag("ol", *(_stage(run, stage) for stage in STAGES), class_="stages"),
+        *(tag("p", f"{title}: {error}", class_="warning") for title, error in _errors(run)),
+        _to_go_on(run),
+    )
+
+
+def _to_go_on(run: RunFiles) -> Markup | None:
+    if len(run.commands) < 2:
+        return prose(f"Not finished. To go on: `{run.commands[0]}`") if run.commands else None
+    listed = tag("ol", *(tag("li", tag("code", command)) for command in run.commands))
+    return joined(prose("Not finished. To go on, in this order:"), listed)
+
+
+def _facts(run: RunFiles) -> dict[str, str]:
+    if run.config is None:
+        return {}
+    model, data = run.config.model, run.config.data
+    facts = {"Base model": base_name(None if run.config.tiny is not None else model.base)}
+    if model.attention == "softmax":
+        facts["Attention"] = "softmax, as in the base model"
+    else:
+        width = "as wide as a head" if model.feature_dim is None else f"{model.feature_dim} wide"
+        facts["Attention"] = f"linear, feature map {model.feature_map}, {width}"
+    source = data.train_file or data.dataset
+    if source is not None and run.config.tiny is None:
+        facts["Data"] = base_name(source) if data.train_file is None else source.rpartition("/")[2]
+    others = [label for name, label in run.labels.items() if name != MAIN]
+    if others:
+        facts["Compared with"] = ", ".join(others)
+    return facts
+
+
+def _result(scores: Scores) -> str:
+    """How the main conversion compares with the softmax baseline, or what it scores where there is none."""
+    main = {name: scores.figures[name] for name in (MAIN, scores.reference) if name in scores.figures}
+    if scores.reference != MAIN:
+        for line in comparison_lines(main, scores.reference):
+            return f"{line}."
+    if MAIN not in main:
+        return ""
+    nothing = {name: {"minutes": None, "peak_memory_bytes": None} for name in main}
+    row = dict(zip(TABLE_COLUMNS, table_rows(main, nothing)[0], strict=True))
+    loss = "" if row["loss"] == "–" else f", loss {row['loss']} nats a token"
+    return f"{row['variant']}: ROUGE-1 is {row['ROUGE-1']}{loss}."
+
+
+def _stage(run: RunFiles, stage: str) -> Markup:
+    whole = [status for status in run.statuses if status.stage == stage and not status.layers and not status.shard]
+    main = next(status for status in whole if status.variant is None)
+    others = Counter(status.state in ("done", "skipped") for status in whole if status.variant is not None)
+    parts = [
+        s.state == "done" for s in run.statuses if s.stage == stage and s.variant is None and (s.layers or s.shard)
+    ]
+    said, state = _state(main), main.state
+    if state == "not started" and parts:
+        said, state = f"in parts, {sum(parts)} of {len(parts)} done", "unfinished"
+    beside = f"; {others[True]} of {others.total()} variants done" if others else ""
+    return tag(
+        "li",
+        tag("span", _SIGNS[state], class_="sign", aria_hidden="true"),
+        tag("strong", stage),
+        f" {said}{beside}",
+        class_=state.replace(" ", "-"),
+    )
+
+
+def _state(status: StageStatus) -> str:
+    if status.state == "skipped":
+        return "had nothing to do"
+    if status.state != "unfinished" or status.step is None:
+        return status.state
+    what = "summaries" if status.stage == "evaluate" else "steps"
+    return f"unfinished, {status.step:,} of {status.total_steps:,} {what}" if status.total_steps else status.state
+
+
+def _errors(run: RunFiles) -> list[tuple[str, str]]:
+    return [(status.title, " ".join(status.error.split())[:500]) for status in run.statuses if status.error]

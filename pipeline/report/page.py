@@ -1,0 +1,48 @@
+"""The whole page: the sections in the order in which a colleague would ask."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from .cost import cost
+from .headline import headline
+from .markup import raw, tag
+from .provenance import provenance
+from .results import results
+from .run_files import RunFiles
+from .scores import read_scores
+from .style import STYLE
+from .summaries import summaries
+from .training import stage_one, stage_two
+
+
+def page(run: RunFiles, written_at: datetime) -> str:
+    """One HTML file that needs no other: style and charts are in it, and nothing in it is a script or a link outward.
+
+    Args:
+        written_at: for the foot of the page; UTC.
+    """
+    scores = read_scores(run.folder.stage("evaluate") / "rouge.json")
+    name = run.folder.root.resolve().name
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name_="viewport", content_="width=device-width, initial-scale=1"),
+        tag("title", f"{name}: a Hedgehog-Llama conversion"),
+        tag("style", raw(STYLE)),
+    )
+    body = tag(
+        "body",
+        headline(run, scores),
+        tag(
+            "main",
+            results(run, scores),
+            stage_one(run),
+            stage_two(run),
+            cost(run),
+            summaries(run),
+            provenance(run),
+        ),
+        tag("footer", f"Written by hedgehog report on {written_at:%Y-%m-%d %H:%M} UTC."),
+    )
+    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"

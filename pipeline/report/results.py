@@ -1,0 +1,115 @@
+"""The scores: results.md's table, and ROUGE-1 and the loss with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..score_table import TABLE_COLUMNS, comparison_lines, table_rows
+from .blocks import figure, notes, prose, section, table
+from .interval_chart import Estimate, interval_chart
+from .markup import Markup, tag
+from .run_files import RunFiles
+from .scale import is_drawable
+from .scores import Scores
+
+
+def results(run: RunFiles, scores: Scores | str) -> Markup:
+    """The section; where there are no scores, why, and what makes them."""
+    if isinstance(scores, str):
+        cure = run.what_makes("it") or " `hedgehog evaluate CONFIG --force` makes it anew."
+        return section("results", "Results", prose(f"No scores: {scores}.{cure}"))
+    comparisons = comparison_lines(scores.figures, scores.reference)
+    rows = table_rows(scores.figures, _training(run, scores))
+    return section(
+        "results",
+        "Results",
+        *(prose(line, "warning") for line in _outdated(run)),
+        table(TABLE_COLUMNS, rows, caption="Scores of all variants"),
+        tag("ul", *(tag("li", line) for line in comparisons)) if comparisons else None,
+        tag(
+            "div",
+            _chart(run, scores, "rouge1", "ROUGE-1 of every variant", "ROUGE-1, points; more is better", 2),
+            _chart(
+                run, scores, "loss_nats_per_token", "Loss of every variant", "loss, nats a token; less is better", 3
+            ),
+            class_="panels",
+        ),
+        notes(list(_how_measured(scores))),
+    )
+
+
+def _chart(run: RunFiles, scores: Scores, key: str, title: str, unit: str, decimals: int) -> Markup | None:
+    estimates = {
+        name: Estimate(variant["label"], _style(run, name), **variant["all"][key])
+        for name, variant in scores.figures.items()
+        if variant["all"][key] is not None
+    }
+    reference = estimates.get(scores.reference) if scores.reference is not None else None
+    chart = interval_chart(
+        f"chart-{key}", list(estimates.values()), title=title, unit=unit, decimals=decimals, reference=reference
+    )
+    if chart is None:
+        return None
+    note = [] if reference is None else [f"Dashed: {reference.label}."]
+    num_bad = sum(not is_drawable(estimate.value) for estimate in estimates.values())
+    note += [f"{num_bad} not finite."] * bool(num_bad)
+    return figure(title, chart, note=note)
+
+
+def _style(run: RunFiles, name: str) -> int:
+    return run.style(name) if name in run.labels else len(run.labels)
+
+
+def _training(run: RunFiles, scores: Scores) -> dict[str, dict[str, Any]]:
+    """What evaluate noted of the training of each variant when it scored them."""
+    evaluate = run.whole("evaluate")
+    noted = {} if evaluate is None else evaluate.manifest.summary.get("training", {})
+    unknown = {"minutes": None, "peak_memory_bytes": None}
+    return {name: {**unknown, **noted.get(name, {})} for name in scores.figures}
+
+
+def _outdated(run: RunFiles) -> Iterator[str]:
+    """What was made anew since evaluate scored it."""
+    evaluate = run.whole("evaluate")
+    if evaluate is None:
+        return
+    anew = []
+    for source, digest in evaluate.manifest.consumed.items():
+        name, _, stage = source.rpartition("/")
+        files = run.whole(stage, name) if name else None  # without a name it is main's, which has a line with one too
+        if files is not None and (files.status.state == "unfinished" or files.manifest.output_fingerprint != digest):
+            anew.append(files.status.title)
+    if anew:
+        yield (
+            f"These are scores of earlier weights: {', '.join(sorted(set(anew)))} ran anew since. "
+            "`hedgehog evaluate CONFIG --force` scores them again."
+        )
+
+
+def _how_measured(scores: Scores) -> Iterator[str]:
+    file = scores.file
+    generation = file.settings.generation
+    search = "greedy" if generation.num_beams == 1 else f"{generation.num_beams} beams"
+    seen = file.num_examples_seen_in_train
+    yield (
+        f"{file.num_examples} test dialogues, {seen} of which stand word for word in train; {search}, at most "
+        f"{generation.max_new_tokens} new tokens, {file.settings.precision}."
+    )
+    without = [
+        f"{variant['label']} {variant['unseen']['rouge1']['value']:.2f}"
+        for variant in scores.figures.values()
+        if variant["unseen"] is not None
+    ]
+    if seen and without:
+        yield f"ROUGE-1 without those: {', '.join(without)}."
+    yield "ROUGE: F1 × 100 with stemming."
+    if file.settings.intervals.samples:
+        yield "± is half of a 95 % bootstrap interval, which the charts show as a line."
+    yield (
+        "Loss and perplexity: per token of the reference summaries. KL, in nats: of the distilled from the softmax "
+        "attention, after stage one. Train: minutes of distill and finetune; memory: the peak of one process."
+    )
+    unscorable = file.num_references_that_rouge_cannot_score
+    if unscorable:
+        yield f"{unscorable} of the references have neither a letter a-z nor a digit, and score 0 in any case."

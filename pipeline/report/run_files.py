@@ -1,0 +1,151 @@
+"""What a run's folder holds of what a report shows. Only looks; what is not there, or torn, is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..errors import ConfigError
+from ..go_on import commands_to_finish, shown
+from ..manifest import Manifest, read_manifest
+from ..row_log import read_complete_rows
+from ..run_folder import RunFolder
+from ..stage_progress import read_metrics
+from ..status import StageStatus, find_run_folder, resolved_config, stages_on_disk
+
+MAIN = "main"
+"""The main conversion's name beside those of variants, as in rouge.json."""
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """A stage that has begun, or a part of one: a subset of layers, a shard of test rows."""
+
+    status: StageStatus
+    place: Path
+    manifest: Manifest
+
+    @property
+    def variant(self) -> str:
+        """`main`, or the variant's name."""
+        return self.status.variant or MAIN
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a subset of layers or a shard of rows."""
+        return self.status.layers is not None or self.status.shard is not None
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of its metrics.jsonl."""
+        return read_metrics(self.place / "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run of which at least one stage has begun."""
+
+    folder: RunFolder
+    config: RunConfig | None
+    """None where the folder has no config.resolved.yaml."""
+    statuses: tuple[StageStatus, ...]
+    """All stages in order, also those that have not begun."""
+    begun: tuple[StageFiles, ...]
+    commands: tuple[str, ...]
+    """What finishes the run."""
+    labels: dict[str, str]
+    """Name to label, `main` first; the place in it is a variant's colour in every chart."""
+
+    def style(self, name: str) -> int:
+        """Place in the palette of `main` or a variant."""
+        return list(self.labels).index(name)
+
+    def of_stage(self, stage: str) -> Iterator[StageFiles]:
+        """A stage of `main` and every variant, and its parts, as far as they have begun."""
+        return (files for files in self.begun if files.status.stage == stage)
+
+    def whole(self, stage: str, name: str = MAIN) -> StageFiles | None:
+        """A stage itself, not its parts, or None where it has not begun."""
+        return next((files for files in self.of_stage(stage) if files.variant == name and not files.is_part), None)
+
+    def what_makes(self, missing: str) -> str:
+        """The sentence that names the command by which something comes about; empty where the run is finished."""
+        if not self.commands:
+            return ""
+        if len(self.commands) == 1:
+            return f" `{self.commands[0]}` makes {missing}."
+        return f" The commands at the top of the page make {missing}."
+
+
+def read_run(run: str) -> RunFiles:
+    """Look at a run.
+
+    Args:
+        run: a run folder, its name under `runs/`, or a YAML that names it.
+
+    Raises:
+        ConfigError: no such run, or no stage of it has begun.
+        CheckpointError: a manifest or the resolved config cannot be read.
+    """
+    folder = RunFolder(find_run_folder(run))
+    config = resolved_config(folder)
+    statuses = stages_on_disk(folder, config)
+    commands = tuple(shown(command) for command in commands_to_finish(folder, config, statuses))
+    begun = []
+    for status in statuses:
+        place = _place(folder, status)
+        manifest = read_manifest(place)
+        if manifest is not None:
+            begun.append(StageFiles(status, place, manifest))
+    if not begun:
+        cure = f" `{commands[0]}` begins it." if commands else ""
+        raise ConfigError(f"{folder.root}: nothing to report yet, no stage of this run has begun.{cure}")
+    return RunFiles(folder, config, statuses, tuple(begun), commands, _labels(config, statuses))
+
+
+def read_predictions(evaluate: Path, name: str) -> dict[int, dict[str, Any]]:
+    """Summaries of `main` or a variant that can be shown, by the test row's index."""
+    return {
+        row["index"]: row
+        for row in read_complete_rows(evaluate / "predictions" / f"{name}.jsonl")
+        if isinstance(row["index"], int) and isinstance(row.get("prediction"), str)
+    }
+
+
+def read_dialogues(prepare: StageFiles | None) -> list[Mapping[str, Any]]:
+    """The test split's rows (`id`, `dialogue`, …) in order; a line that is torn is an empty row."""
+    entry = None if prepare is None else prepare.manifest.artifacts.get("examples_test")
+    if prepare is None or entry is None:
+        return []
+    try:
+        lines = (prepare.place / entry.path).read_bytes().splitlines()
+    except OSError:
+        return []
+    return [_object(line) for line in lines]
+
+
+def _object(line: bytes) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _place(folder: RunFolder, status: StageStatus) -> Path:
+    if status.shard is not None:
+        return folder.shard(status.shard)
+    return folder.stage(status.stage, status.variant, status.layers)
+
+
+def _labels(config: RunConfig | None, statuses: tuple[StageStatus, ...]) -> dict[str, str]:
+    """Of all conversions: those of the config, then those that only lie on the disk."""
+    labels = {MAIN: MAIN if config is None else config.label or MAIN}
+    for status in statuses:
+        if status.variant is not None and status.variant not in labels:
+            variant = None if config is None else config.variants.get(status.variant)
+            labels[status.variant] = status.variant if variant is None else variant.label or status.variant
+    return labels

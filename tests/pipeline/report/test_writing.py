@@ -1,0 +1,350 @@
+"""The whole page, of runs in every state, through the command line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from hedgehog.pipeline import cli
+from hedgehog.pipeline.report.writing import write_report
+
+SECTIONS = ["results", "stage-one", "stage-two", "cost", "summaries", "provenance"]
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["report", *(str(argument) for argument in arguments)])
+
+
+def read(file: Path) -> ElementTree.Element:
+    """The page, which is well-formed XML behind its first line."""
+    first, _, rest = file.read_text().partition("\n")
+    assert first == "<!DOCTYPE html>"
+    return ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", rest))
+
+
+def text(element: ElementTree.Element | None) -> str:
+    assert element is not None
+    return " ".join(" ".join(element.itertext()).split())
+
+
+def section(page: ElementTree.Element, name: str) -> ElementTree.Element:
+    found = next((e for e in page.iter("section") if e.get("id") == name), None)
+    assert found is not None, name
+    return found
+
+
+def rows(element: ElementTree.Element) -> list[list[str]]:
+    return [[text(cell) for cell in row] for row in element.iter("tr")]
+
+
+def test_the_command_says_where_the_page_is(finished):
+    result = invoke("trial")
+    assert (result.exit_code, result.stdout) == (0, "runs/trial/report.html\n")
+    other = invoke("runs/trial", "--output", "elsewhere/my.html")
+    assert (other.exit_code, other.stdout) == (0, "elsewhere/my.html\n")
+    without_time = [re.sub(r"on [-0-9 :]+ UTC", "", file.read_text()) for file in map(Path, other.stdout.split())]
+    assert without_time == [re.sub(r"on [-0-9 :]+ UTC", "", Path("runs/trial/report.html").read_text())]
+
+
+def test_an_earlier_page_is_replaced_and_nothing_else_is_left(finished):
+    file = Path("runs/trial/report.html")
+    file.write_text("old")
+    before = {path for path in Path("runs").rglob("*")}
+    assert invoke("trial").exit_code == 0
+    assert file.read_text() != "old" and {path for path in Path("runs").rglob("*")} == before
+
+
+def test_a_finished_run_shows_everything_in_order(finished):
+    page = read(write_report("trial"))
+    assert [e.get("id") for e in page.iter("section")] == SECTIONS
+    header = text(page.find("body/header"))
+    assert "trial Hedgehog & LoRA: ROUGE-1 is 95.0% of softmax <b>'s (95 % interval 90.0% to 100.0%)" in header
+    assert "loss +0.1000 nats a token (+0.0500 to +0.1500)." in header
+    assert "some/llama" in header and "feature map hedgehog_softmax" in header
+    assert "✓ distill done; 2 of 2 variants done" in header and "To go on" not in header
+
+    table = rows(section(page, "results"))
+    assert table[1] == [
+        "Hedgehog & LoRA", "40.00 ± 2.00", "40.00", "40.00", "1.2500", "3.49", "–", "3.0", "3.0 GiB",
+    ]  # fmt: skip
+    titles = [e.text for e in section(page, "results").iter("title")]
+    assert "ROUGE-1 of every variant" in titles and "Loss of every variant" in titles
+
+    one = section(page, "stage-one")
+    assert "axes differ" not in text(one)
+    assert "T2R mean 0.5000; not trained" in text(one) and "Hedgehog & LoRA mean 0.2500 " in text(one)
+    assert sum(e.get("class") == "bar" for e in one.iter("rect")) == 4
+    two = section(page, "stage-two")
+    wide = next(e for e in two.iter("div") if e.get("class") == "wide")
+    assert len([e for e in wide.iter("polyline") if e.get("class") == "line"]) == 3
+    assert len([e for e in wide.iter() if e.get("class") == "mark"]) == 3 * 6
+
+    cost = rows(section(page, "cost"))
+    assert cost[2] == ["distill", "Hedgehog & LoRA", "done", "1.5", "2,000", "3.0 GiB", "1"]
+    assert ["distill", "softmax <b>"] not in [row[:2] for row in cost], "it had nothing to do"
+    assert len(cost) == 1 + 8 and "12.0 minutes, 0.20 process-hours" in text(section(page, "cost"))
+
+    samples = section(page, "summaries")
+    assert len(list(samples.iter("article"))) == 5
+    assert "Dialogue d0" not in text(samples), "it stands in train"
+    assert "Ann: hello number 1 Bob: hi Reference reference 1 Hedgehog & LoRA main says 1" in text(samples)
+
+    made = text(section(page, "provenance"))
+    assert "hedgehog run c.yaml all stages" in made and "feature_map: hedgehog_softmax" in made
+    assert "f" * 64 in made and "torch 2.11" in made
+
+
+def test_the_page_needs_no_other_and_runs_nothing(finished):
+    """No script, and nothing that a browser would fetch."""
+
+    class Finder(HTMLParser):
+        seen: set[str] = set()
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.seen.add(tag)
+            for name, _ in attrs:
+                assert name not in ("src", "href", "srcset", "data", "action") and not name.startswith("on")
+
+    content = write_report("trial").read_text()
+    Finder().feed(content)
+    assert Finder.seen.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
+    assert "url(" not in content and "@import" not in content
+
+
+def test_ids_are_unique(finished):
+    finished.stage("distill/layers-0", [{"step": 1, "kl_nats": 1.0}], summary={"layers": [0], "kl_per_layer": [0.1]})
+    ids = [e.attrib["id"] for e in read(write_report("trial")).iter() if "id" in e.attrib]
+    assert len(ids) == len(set(ids)) > 10
+
+
+HOSTILE = '</style></title><script>alert("x")</script> & \x00\x1b[31m \ud800 ]]> <!--'
+
+
+def test_nothing_of_the_data_becomes_markup(new_folder):
+    run = new_folder
+    storable = " ".join(re.sub("[\x00\x1b\ud800]", "", HOSTILE).split())  # in YAML and manifests
+    run.config(label=storable)
+    run.dialogues(["seen", HOSTILE, "c"])
+    run.stage(
+        "finetune", [{"step": 1, "loss_nats": 2.0}], status="running", error=storable, versions={storable: storable}
+    )
+    run.stage("evaluate", summary={}, command=["hedgehog", storable])
+    run.scores(main={})
+    content = json.loads((run.root / "evaluate/rouge.json").read_text())
+    content["variants"]["main"]["label"] = content["settings"]["precision"] = HOSTILE
+    (run.root / "evaluate/rouge.json").write_text(json.dumps(content))
+    run.predictions("main", ["a", HOSTILE, HOSTILE * 500])
+    file = write_report("trial")
+    page = read(file)
+    assert not list(page.iter("script")) and "<script" not in file.read_text()
+    shown = HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd").replace("\ud800", "\ufffd")
+    for place in ("results", "summaries"):
+        assert shown in text(section(page, place)), place
+    for element in (page.find("body/header"), section(page, "cost"), section(page, "provenance")):
+        assert storable in text(element)
+
+
+def test_a_run_that_has_just_begun(new_folder):
+    new_folder.config()
+    new_folder.stage("prepare", status="running")
+    page = read(write_report("trial"))
+    assert [e.get("id") for e in page.iter("section")] == SECTIONS
+    command = "hedgehog run runs/trial/config.resolved.yaml"
+    header = text(page.find("body/header"))
+    assert f"Not finished. To go on: {command}" in header
+    assert "… prepare unfinished" in header and "– distill not started; 0 of 2 variants done" in header
+    for name, said in (
+        ("results", "No scores: there is no rouge.json yet."),
+        ("stage-one", "No KL per layer: distill has not begun."),
+        ("stage-two", "No losses: finetune has not begun."),
+        ("summaries", "None yet: evaluate has written no predictions."),
+    ):
+        assert f"{said} {command} makes" in text(section(page, name))
+    assert not [e for e in page.iter("svg") if e.get("role") == "img"]
+
+
+def test_a_stage_that_is_being_done_shows_what_it_has(new_folder, training_records):
+    new_folder.config(distill={"max_steps": 200})
+    folder = new_folder.stage("distill", training_records(80, "kl_nats", "validation_kl_nats"), status="running")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 81, "kl_na')  # torn by a kill
+    page = read(write_report("trial"))
+    assert "… distill unfinished, 80 of 200 steps" in text(page.find("body/header"))
+    one = section(page, "stage-one")
+    assert "No KL per layer: distill has recorded none." in text(one)
+    assert "at step 80" in next(e.text or "" for e in one.iter("desc"))
+
+
+def test_a_run_without_variants_compares_with_nothing(finished):
+    finished.config(variants={})
+    for name in ("soft", "t2r"):
+        for stage in ("distill", "finetune"):
+            for file in (finished.root / "variants" / name / stage).iterdir():
+                file.unlink()
+    finished.scores(main={})
+    content = json.loads((finished.root / "evaluate/rouge.json").read_text())
+    (finished.root / "evaluate/rouge.json").write_text(json.dumps({**content, "softmax_reference": None}))
+    page = read(write_report("trial"))
+    header = text(page.find("body/header"))
+    assert "Hedgehog & LoRA: ROUGE-1 is 40.00 ± 2.00, loss 1.2500 nats a token." in header
+    assert "Dashed" not in text(section(page, "results")) and len(rows(section(page, "results"))) == 2
+
+
+def test_subsets_of_layers_are_shown_before_they_are_merged(new_folder):
+    new_folder.config()
+    new_folder.stage("prepare")
+    for first, kl in ((0, 0.5), (8, 0.25)):
+        layers = [first, first + 1]
+        new_folder.stage(
+            f"distill/layers-{first}-{first + 1}",
+            [{"step": step, "kl_nats": kl, "step_s": 1.0} for step in (1, 2)],
+            summary={"layers": layers, "kl_per_layer": [kl, kl], "kl_per_head": [[kl], [kl]], "steps": 2},
+        )
+    page = read(write_report("trial"))
+    header = text(page.find("body/header"))
+    assert "… distill in parts, 2 of 2 done" in header
+    assert "To go on, in this order: hedgehog merge runs/trial/config.resolved.yaml hedgehog run " in header
+    assert "No losses: finetune has not begun. The commands at the top of the page make them." in text(page)
+    one = section(page, "stage-one")
+    hints = [text(e) for e in one.iter("title")]
+    assert [hint for hint in hints if hint.startswith("layer ")] == [
+        f"layer {layer}: {kl} (heads {kl} to {kl})" for layer, kl in ((0, 0.5), (1, 0.5), (8, 0.25), (9, 0.25))
+    ]
+    legend = next(e for e in one.iter("ul") if e.get("class") == "legend")
+    assert [text(item) for item in legend] == ["Hedgehog & LoRA, layers 0-1", "Hedgehog & LoRA, layers 8-9"]
+
+
+def test_a_folder_without_a_config(finished):
+    (finished.root / "config.resolved.yaml").unlink()
+    page = read(write_report("trial"))
+    assert text(next(page.iter("h1"))) == "trial"
+    assert "t2r" in text(section(page, "cost")) and "Config" not in text(section(page, "provenance"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"variants": {"main": ', "rouge.json cannot be read (Expecting value"),
+        ("[]", "rouge.json cannot be read (: Input should be a valid dictionary"),
+        ('{"variants": {"main": {"label": "x", "all": null}}}', "rouge.json cannot be read (settings: Field required"),
+    ],
+)
+def test_scores_that_cannot_be_read_are_told_of(finished, content, said):
+    (finished.root / "evaluate/rouge.json").write_text(content)
+    page = read(write_report("trial"))
+    assert f"No scores: {said}" in text(section(page, "results"))
+    assert "hedgehog evaluate CONFIG --force makes it anew." in text(section(page, "results"))
+    assert len(list(section(page, "summaries").iter("article"))) == 5
+
+
+def test_torn_and_wrong_lines_cost_only_themselves(finished):
+    with open(finished.root / "distill/metrics.jsonl", "ab") as file:
+        file.write(b'\n[1]\nnull\n{"step": null, "kl_nats": 1}\n{"step": "x", "step_s": "y", "tokens": []}\n')
+        file.write(
+            b'{"step": 61, "kl_nats": NaN}\n{"step": 62, "kl_nats": Infinity, "step_s": NaN}\n\xff\xfe{"step": 6'
+        )
+    for name in ("main", "soft", "t2r"):
+        with open(finished.root / f"evaluate/predictions/{name}.jsonl", "a") as file:
+            file.write('{"index": "9"}\n{"index": 3, "prediction": null}\n{"index": 2, "predi')
+    with open(finished.root / "prepare/examples_test.jsonl", "a") as file:
+        file.write("[]\n{")
+    page = read(write_report("trial"))
+    one = section(page, "stage-one")
+    assert "3 values left out: no finite number." in text(one)
+    assert "at step 60" in " ".join(e.text or "" for e in one.iter("desc")) and len(list(one.iter("polyline"))) == 4
+    assert len(list(section(page, "summaries").iter("article"))) == 5
+
+
+def test_a_dialogue_of_another_prepare_is_not_shown(finished):
+    (finished.root / "prepare/examples_test.jsonl").write_text('{"id": "other", "dialogue": "SECRET"}\n' * 8)
+    samples = text(section(read(write_report("trial")), "summaries"))
+    assert "SECRET" not in samples and "The dialogue is not in prepare's folder." in samples
+
+
+def test_scores_of_earlier_weights_are_called_that(finished):
+    manifest = json.loads((finished.root / "evaluate/manifest.json").read_text())
+    from hedgehog.pipeline.manifest import read_manifest
+
+    tuned = read_manifest(finished.root / "variants/t2r/finetune")
+    assert tuned is not None
+    for digest, expected in ((tuned.output_fingerprint, False), ("0" * 64, True)):
+        manifest["consumed"] = {"t2r/finetune": digest, "data": "1" * 64}
+        (finished.root / "evaluate/manifest.json").write_text(json.dumps(manifest))
+        said = text(section(read(write_report("trial")), "results"))
+        assert ("scores of earlier weights: t2r/finetune ran anew since" in said) == expected
+
+
+def test_thousands_of_steps_make_a_small_file_that_says_so(new_folder, training_records):
+    new_folder.config(variants={f"v{number}": {} for number in range(8)})
+    new_folder.dialogues(["x" * 100_000] * 8)
+    places = ["", *(f"variants/v{number}/" for number in range(8))]
+    for place in places:
+        kl = {"kl_per_layer": [0.1] * 80, "kl_per_head": [[0.1] * 64] * 80, "layers": list(range(80)), "steps": 1}
+        records = training_records(20_000, "kl_nats", "validation_kl_nats")
+        new_folder.stage(f"{place}distill", records, summary=kl)
+        records = training_records(5_000, "loss_nats", "validation_loss_nats")
+        new_folder.stage(f"{place}finetune", records)
+    new_folder.stage("evaluate")
+    new_folder.predictions("main", ["y" * 100_000] * 8)
+    file = write_report("trial")
+    assert file.stat().st_size < 2_000_000
+    page = read(file)
+    assert max(map(len, re.findall("x+|y+", file.read_text()))) == 2000
+    assert "… [cut here]" in text(section(page, "summaries"))
+    assert "mean over 67 recorded steps" in text(section(page, "stage-one"))
+    assert "mean over 17 recorded steps" in text(section(page, "stage-two"))
+    assert "at most 16 marks are shown, evenly chosen" in text(section(page, "stage-two"))
+
+
+def test_mistakes_are_one_message_with_a_cure(new_folder, tmp_path):
+    missing = invoke("nowhere")
+    assert missing.exit_code == 2 and "nowhere: no run folder" in missing.stderr
+    new_folder.config()
+    nothing = invoke("trial")
+    assert nothing.exit_code == 2 and not list(Path("runs").rglob("*.html"))
+    assert nothing.stderr == (
+        "error: runs/trial: nothing to report yet, no stage of this run has begun. "
+        "`hedgehog run runs/trial/config.resolved.yaml` begins it.\n"
+    )
+    new_folder.stage("prepare")
+    folder = invoke("trial", "--output", tmp_path)
+    assert folder.exit_code == 2 and f"{tmp_path} is a folder: name a file in it" in folder.stderr
+    (tmp_path / "file").write_text("x")
+    below = invoke("trial", "--output", tmp_path / "file" / "report.html")
+    assert below.exit_code == 2 and "cannot be written" in below.stderr
+    assert "hedgehog report trial --output FILE" in below.stderr
+
+
+def test_a_folder_that_may_not_be_written_in(finished, monkeypatch):
+    """As root every folder may be, so the refusal is the operating system's word, not its deed."""
+    earlier = write_report("trial").read_text()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("hedgehog.pipeline.run_folder.os.replace", refuse)
+    result = invoke("trial")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: runs/trial/report.html: cannot be written (Read-only file system).")
+    assert Path("runs/trial/report.html").read_text() == earlier
+    assert not list(Path("runs").rglob("*.partial"))
+
+
+def test_a_login_node_without_torch_writes_it(finished):
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom hedgehog.pipeline.cli import app\n"
+        "app(['report', 'trial'], standalone_mode=False)\nprint('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "runs/trial/report.html\nFalse\n"), done.stderr
