@@ -19,6 +19,7 @@ from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from hedgehog.pipeline.manifest import describe_artifact
+from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.rouge import UNSCORABLE, score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
 from hedgehog.pipeline.runner import run_stage
@@ -81,6 +82,12 @@ def test_scores_are_those_of_the_written_predictions(copied_run: RunConfig, caps
     assert "sample d0:" in shown and "reference: Ann and Bob have lunch at 1." in shown
     assert (folder(copied_run) / "results.md").read_text().count("\n| ") == 4
     assert set(manifest.artifacts) == {"rouge", "predictions"}
+    (folder(copied_run).parent / "config.resolved.yaml").unlink()  # names no base model, which a user's has to
+    page = write_report(str(folder(copied_run).parent)).read_text()
+    assert "No scores" not in page and "7 test dialogues, 1 of which stand word for word in train" in page
+    for figures in report["variants"].values():
+        assert f'<td class="number">{figures["all"]["rouge2"]["value"]:.2f}</td>' in page
+    assert page.count("<article>") == 5 and "have lunch at 1." in page
 
 
 def test_loss_of_the_untrained_softmax_model_is_llamas_own(finished_run: RunConfig, uninterrupted: dict[str, str]):
