@@ -26,6 +26,7 @@ from .config import RunConfig
 from .config_loading import apply_variant, dump_resolved
 from .distributed import World, discover_world
 from .errors import CheckpointError, ConfigError, HedgehogError, Interrupted, LeaseError
+from .go_on import shown
 from .interrupts import listening, stopping_together
 from .lease import leased
 from .manifest import Manifest, describe_artifact, read_manifest
@@ -93,12 +94,15 @@ def _say_where_things_are(config: RunConfig) -> None:
     """The last lines of a whole run: what there is now, and what to do with it."""
     root = RunFolder.of(config)
     exported = (root.stage("export") / "model").resolve()
+    generate = ("hedgehog", "generate", str(root.root), "--text", "Ann: Lunch at one? Bob: Gladly.")
     remote_code = "" if config.model.attention == "softmax" else ", trust_remote_code=True"
     reporter = Reporter("run", None, is_main=int(os.environ.get("RANK", 0)) == 0)
     reporter.info("finished.")
     reporter.info(f"scores   {root.stage('evaluate') / 'results.md'}")
     reporter.info(f"model    {exported}")
-    reporter.info(f'use it   AutoModelForCausalLM.from_pretrained("{exported}"{remote_code})')
+    reporter.info(f'load it  AutoModelForCausalLM.from_pretrained("{exported}"{remote_code})')
+    reporter.info(f"try it   {shown(generate)}")
+    reporter.info(f"show it  {shown(('hedgehog', 'report', str(root.root)))}")
 
 
 def run_stage(

@@ -9,6 +9,8 @@ library, and time.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,6 +140,11 @@ def test_every_stage_with_the_kernels_of_a_gpu(on_gpu: OnGpu, tmp_path: Path) ->
     assert "loads with plain transformers" in said
     for words in ("by PyTorch", "log-sum-exp of torch", "differs", "Error", "UserWarning", "peak memory 0 B"):
         assert words not in said, said
+    (command,) = re.findall(r"try it +hedgehog (.*)", said)
+    answered = on_gpu("-m", "hedgehog.pipeline.cli", *shlex.split(command), cwd=tmp_path)
+    assert (
+        "linear attention: cuda (" in answered and "3 made" in answered and "Kept between tokens: 132.0 KiB" in answered
+    )
 
 
 def test_memory_on_a_gpu_is_what_was_estimated(on_gpu: OnGpu, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import sys
 import time
@@ -108,6 +109,17 @@ def test_a_stage_runs_where_the_table_has_it(
         monkeypatch.setattr(runner, kind, (*getattr(runner, kind), "count"))
     run_pipeline(config)
     assert stages.calls[2 : 2 + len(expected)] == expected
+
+
+def test_the_last_lines_are_commands_for_what_was_made(
+    stages: FakeStages, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config.model_copy(update={"output_dir": f"{config.output_dir}/two words"})
+    run_pipeline(config)
+    told = {line[5:13].strip(): shlex.split(line[13:]) for line in capsys.readouterr().out.splitlines()[-5:]}
+    assert told["try it"][:4] == ["hedgehog", "generate", f"{config.output_dir}/r", "--text"]
+    assert told["show it"] == ["hedgehog", "report", f"{config.output_dir}/r"]
+    assert " ".join(told["scores"]) == f"{config.output_dir}/r/evaluate/results.md"
 
 
 def test_a_finished_run_does_nothing_and_says_so(
