@@ -58,7 +58,7 @@ format: install
 	$(BIN)/ruff format .
 
 compiles: install
-	$(BIN)/python -m pytest -n 2 -m compiles tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m compiles tests/kernels
 
 cuda: compiles
 	$(BIN)/python -m hedgehog.kernels.cuda.compile_check
