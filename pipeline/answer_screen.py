@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 
 from .errors import ConfigError
@@ -18,25 +19,35 @@ def read_text(text: str | None, file: str | None) -> str:
     Raises:
         ConfigError: both were given, or the file cannot be read or is not UTF-8.
     """
-    if text is not None and file is not None:
-        raise ConfigError("--text and --file: give one of them")
     if text is not None:
+        if file is not None:
+            raise ConfigError("--text and --file: give one of them")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of the command line that no character is made of
+            raise ConfigError("--text: is not UTF-8 text") from None
         return text
+    from_stdin = file in (None, "-")
+    source = "standard input" if from_stdin else f"--file {file}"
     try:
-        if file is not None and file != "-":
+        if file is not None and not from_stdin:
             return Path(file).expanduser().read_text(encoding="utf-8-sig")
+        if sys.stdin is None:
+            return ""
         if sys.stdin.isatty():
             print("Type or paste the dialogue; end it with Ctrl-D on a line of its own.", file=sys.stderr)
         return sys.stdin.buffer.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
-        raise ConfigError(f"--file {file or '-'}: {reason}; give a text file in UTF-8") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: is not UTF-8 text; give a text file in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read ({error.strerror})") from None
 
 
 def print_answers(
     run: str,
-    text: str,
     *,
+    text: str | None,
+    file: str | None,
     raw: bool,
     variants: Sequence[str],
     overrides: Sequence[str],
@@ -44,28 +55,33 @@ def print_answers(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Print what each variant makes of `text`; with several, each under its label.
+    """Print what each variant makes of a text; with several, each under its label.
 
     Raises:
-        ConfigError, CheckpointError, ModelError, ResourceError: see `answers.answer`.
+        ConfigError, CheckpointError, ModelError, ResourceError: see `read_text`, and `open_variants` and `answer` in
+            answers.py.
     """
-    from .answers import Answer, Question, answer
+    from .answers import Answer, Question, answer, open_variants
 
-    several = len(set(variants)) > 1
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal of another encoding shows what it can
+        sys.stdout.reconfigure(errors="backslashreplace")
+    opened = open_variants(run, variants, overrides)
+    question = Question(read_text(text, file), raw=raw, temperature=temperature, seed=seed)
+    several = len(opened) > 1
 
     def begin(_: str, label: str) -> None:
         if several and not as_json:
             print(f"{label}:", flush=True)
 
     def say(piece: str) -> None:
-        if not as_json:
-            print(piece, end="", flush=True)
+        print(piece, end="", flush=True)
 
     def facts(found: Answer) -> str:
         took = f"{found.seconds:.2f} s"
-        if found.first_token_s is not None and found.num_new_tokens > 1:
-            rate = (found.num_new_tokens - 1) / max(1e-9, found.seconds - found.first_token_s)
-            took += f", {found.first_token_s:.2f} s of it to read; {rate:.0f} tokens/s"
+        if found.first_token_s is not None:
+            took += f", {found.first_token_s:.2f} s of it to read"
+        if found.tokens_per_s is not None:
+            took += f"; {found.tokens_per_s:.0f} tokens/s"
         cut = " (cut at evaluate.max_new_tokens)" if found.truncated else ""
         tokens = f"{found.num_prompt_tokens} tokens read, {found.num_new_tokens} made{cut}"
         return f"{found.label}: {tokens} in {took}. Kept between tokens: {format_bytes(found.state_bytes)}"
@@ -73,10 +89,13 @@ def print_answers(
     def report(message: str) -> None:
         print(for_stream(message, sys.stderr), file=sys.stderr, flush=True)
 
-    question = Question(text, raw=raw, temperature=temperature, seed=seed)
-    for found in answer(run, question, variants=variants, overrides=overrides, begin=begin, say=say, report=report):
+    for found in answer(question, opened, begin=begin, say=None if as_json else say, report=report):
         if as_json:
-            print(json.dumps(asdict(found), ensure_ascii=False), flush=True)
+            print(json.dumps(asdict(found), ensure_ascii=not _holds_unicode()), flush=True)
         else:
             print("\n" if several else "", flush=True)
             report(facts(found))
+
+
+def _holds_unicode() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"

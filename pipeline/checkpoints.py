@@ -214,7 +214,7 @@ class Checkpoints:
 def read_checkpoint(folder: Path, *, verify: bool) -> tuple[Checkpoint | None, str | None]:
     """(checkpoint, None), or (None, what is wrong with it). `verify` also reads the files and compares hashes."""
     try:
-        content = json.loads((folder / "checkpoint.json").read_text())
+        content = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             return None, f"format {content['format']}, this version reads {FORMAT}"
         for name, facts in content["files"].items():

@@ -197,7 +197,14 @@ def export(
 @app.command()
 def generate(
     run: Run,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="section.key=value",
+            help="How it answers: evaluate.max_new_tokens=40, engine.device=cpu; model.base where the base was moved.",
+            show_default=False,
+        ),
+    ] = None,
     text: Annotated[
         str | None, typer.Option("--text", metavar="TEXT", help="The dialogue; without it and --file: standard input.")
     ] = None,
@@ -208,9 +215,9 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The text is the whole prompt: no data.prompt_template.")] = False,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Draw the tokens; 0: the most likely ones.")
+        float, typer.Option("--temperature", metavar="T", help="Draw the tokens; 0: the most likely ones.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="With another one, --temperature draws others.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="With another one, --temperature draws others.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per variant.")] = False,
 ) -> None:
     """Let a finetuned model summarize a dialogue of yours.
@@ -218,15 +225,17 @@ def generate(
     Prints the summary as it comes, and what it took on standard error. `evaluate.*` says how, as for `evaluate`.
 
     \b
-    Example: hedgehog generate runs/tiny --text "Ann: Lunch at one? Bob: Gladly."
-             hedgehog generate runs/tiny --variant main --variant softmax --file dialogue.txt evaluate.max_new_tokens=40
+    Example: hedgehog generate runs/tiny --file dialogue.txt
+             hedgehog generate runs/tiny --variant main --variant softmax --text "Ann: Lunch at one?
+             Bob: Gladly."
     """
-    with _errors_shown():
-        from .answer_screen import print_answers, read_text
+    with _errors_shown(), _interrupted_for_good():
+        from .answer_screen import print_answers
 
         print_answers(
             run,
-            read_text(text, file),
+            text=text,
+            file=file,
             raw=raw,
             variants=variants or [],
             overrides=overrides or [],
@@ -477,6 +486,16 @@ def _tell_how_to_go_on(what: str, by_itself: bool = False) -> None:
 def _rank() -> int:
     """Asked for when there is something to say: under srun the rank is found out on the way."""
     return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def _interrupted_for_good() -> Iterator[None]:
+    """For what keeps nothing: after Ctrl-C there is nothing to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
 @contextmanager

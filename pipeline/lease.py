@@ -276,7 +276,7 @@ def _file(leases: Path, token: int) -> Path:
 def _read(leases: Path, token: int) -> Holder | None:
     """None where the file is gone or not whole."""
     try:
-        return Holder(**json.loads(_file(leases, token).read_text()))
+        return Holder(**json.loads(_file(leases, token).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

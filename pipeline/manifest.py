@@ -89,9 +89,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     file = folder / "manifest.json"
     try:
-        return Manifest.model_validate(json.loads(file.read_text()))
+        return Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); whose run is it?") from error
     except (ValueError, ValidationError) as error:
         raise CheckpointError(
             f"{file}: not a manifest of format {FORMAT} ({str(error).splitlines()[0]}). "

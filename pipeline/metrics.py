@@ -60,7 +60,7 @@ def rewind_metrics(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:

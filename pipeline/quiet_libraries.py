@@ -16,3 +16,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # on a CPU with AVX512-BF16 it asks at import for an operator that `load_base` keeps NF4 weights from
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # int8 weights: for every layer and token, that its input goes through float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -242,7 +242,7 @@ def _run_held(attempt: Attempt, previous: Manifest | None, function: Callable[[S
             begin_anew(folder, attempt.quiet)
     if world.is_main:
         config_file, resolved = attempt.run_folder.config_file, dump_resolved(attempt.given)
-        if not config_file.is_file() or config_file.read_text() != resolved:
+        if not config_file.is_file() or config_file.read_text(encoding="utf-8") != resolved:
             atomic_write(config_file, resolved, several_writers=True)
     previous = world.broadcast(previous)
 

@@ -134,13 +134,18 @@ def find_run_folder(run: str) -> Path:
         ConfigError: there is none; the message lists the runs that there are.
     """
     path = Path(run)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        config = load_config(path)
-        path = Path(config.output_dir) / config.name
-    candidates = [path, Path("runs") / run]
-    for candidate in candidates:
-        if RunFolder(candidate).config_file.is_file() or any((candidate / stage).is_dir() for stage in STAGES):
-            return candidate
+    try:
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            config = load_config(path)
+            path = Path(config.output_dir) / config.name
+        for candidate in (path, Path("runs") / run):
+            if RunFolder(candidate).config_file.is_file() or any((candidate / stage).is_dir() for stage in STAGES):
+                return candidate
+    except (OSError, ValueError) as error:  # no permission, or a text that can be no path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"{str(path)[:200]}: cannot be looked into ({reason}); give a run folder or its name"
+        ) from None
     runs = sorted(file.parent.name for file in Path("runs").glob("*/config.resolved.yaml"))
     known = f" Runs here: {', '.join(runs)}." if runs else ""
     raise ConfigError(f"{path}: no run folder (it has neither config.resolved.yaml nor a stage's folder).{known}")

@@ -245,6 +245,8 @@ def merge_shards(shards: list[tuple[Path, Manifest]], target: Path) -> dict[str,
         "steps": max(steps),
         "tokens": max(tokens),
         "merged_from": [folder.name for folder, _ in shards],
+        "parts_duration_s": sum(manifest.duration_s for _, manifest in shards),
+        "parts_peak_memory_bytes": max(manifest.peak_memory_bytes for _, manifest in shards),
     }
 
 

@@ -379,12 +379,15 @@ def _score(ctx: StageContext, variant: VariantInputs) -> VariantScores:
 
 
 def _training_facts(variant: VariantInputs) -> dict[str, float | int | None]:
-    """Minutes of distill and finetune together, and the larger of their memory peaks."""
+    """Minutes of distill and finetune together, and the larger of their memory peaks; of merged layers all parts'."""
     trained = [variant.inputs[stage].manifest for stage in ("distill", "finetune") if not variant.inputs[stage].skipped]
-    return {
-        "minutes": sum(manifest.duration_s for manifest in trained) / 60 if trained else None,
-        "peak_memory_bytes": max((manifest.peak_memory_bytes for manifest in trained), default=None),
-    }
+    if not trained:
+        return {"minutes": None, "peak_memory_bytes": None}
+    seconds = [manifest.duration_s + manifest.summary.get("parts_duration_s", 0) for manifest in trained]
+    peaks = [
+        max(manifest.peak_memory_bytes, manifest.summary.get("parts_peak_memory_bytes", 0)) for manifest in trained
+    ]
+    return {"minutes": sum(seconds) / 60, "peak_memory_bytes": max(peaks)}
 
 
 def _headline(variant: dict[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _earlier_summary(ctx: StageContext, folder: Path, record: Path) -> dict[str,
     """The summary of an export that was complete when an earlier attempt ended (while uploading), or None."""
     if not (folder.is_dir() and record.is_file()):
         return None
-    earlier = json.loads(record.read_text())
+    earlier = json.loads(record.read_text(encoding="utf-8"))
     return earlier["summary"] if earlier["fingerprint"] == ctx.fingerprint else None
 
 

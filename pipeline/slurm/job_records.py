@@ -134,7 +134,7 @@ def read_records(folder: RunFolder) -> JobRecords:
     if not file.is_file():
         return JobRecords()
     try:
-        return JobRecords.model_validate(json.loads(file.read_text()))
+        return JobRecords.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, ValidationError) as error:
         raise CheckpointError(
             f"{file}: not a list of jobs of format {FORMAT} ({str(error).splitlines()[0]}). Remove it, after "

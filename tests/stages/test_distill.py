@@ -11,6 +11,8 @@ import torch
 from hedgehog.pipeline import distillation
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError
 from hedgehog.pipeline.feature_map_file import read_feature_maps
+from hedgehog.pipeline.manifest import read_manifest
+from hedgehog.pipeline.run_folder import RunFolder
 from hedgehog.pipeline.runner import merge_layers
 
 MAPS = "distill/feature_maps.safetensors"
@@ -72,6 +74,10 @@ def test_a_subset_of_layers_learns_the_same_alone(finished: Run, new_run: Callab
     assert_equal(run, finished)
     expected = finished.stage("distill").summary
     assert merged.summary["kl_per_head"] == expected["kl_per_head"]
+    parts = [read_manifest(folder) for folder in RunFolder(run.root).subsets()]
+    assert len(parts) == 2 and merged.duration_s < min(part.duration_s for part in parts)
+    assert merged.summary["parts_duration_s"] == sum(part.duration_s for part in parts)
+    assert merged.summary["parts_peak_memory_bytes"] == max(part.peak_memory_bytes for part in parts)
     assert read_feature_maps(run.root / MAPS)[1] == read_feature_maps(finished.root / MAPS)[1]
 
 

@@ -18,7 +18,7 @@ from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError
-from hedgehog.pipeline.manifest import describe_artifact
+from hedgehog.pipeline.manifest import describe_artifact, read_manifest
 from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.rouge import UNSCORABLE, score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
@@ -53,6 +53,11 @@ def uninterrupted(finished_run: RunConfig, tmp_path_factory: pytest.TempPathFact
 
 
 def test_scores_are_those_of_the_written_predictions(copied_run: RunConfig, capsys: pytest.CaptureFixture[str]):
+    finetune = folder(copied_run).parent / "variants" / "softmax" / "finetune"
+    merged = read_manifest(finetune)
+    assert merged is not None
+    merged.summary |= {"parts_duration_s": 600.0, "parts_peak_memory_bytes": 5 << 20}  # as of merged layers
+    merged.write(finetune)
     manifest = run_stage(copied_run, "evaluate")
     report = json.loads((folder(copied_run) / "rouge.json").read_text())
     assert list(report["variants"]) == list(VARIANTS)
@@ -75,6 +80,7 @@ def test_scores_are_those_of_the_written_predictions(copied_run: RunConfig, caps
     assert report["variants"]["main"]["kl_mean_nats"] == 0.25
     assert report["variants"]["zero_shot"]["kl_mean_nats"] is None
     assert manifest.summary["training"]["main"] == {"minutes": 3.0, "peak_memory_bytes": 3 << 20}
+    assert manifest.summary["training"]["softmax"] == {"minutes": 11.5, "peak_memory_bytes": 5 << 20}
     assert manifest.summary["training"]["zero_shot"] == {"minutes": None, "peak_memory_bytes": None}
     shown = capsys.readouterr().out
     line = "linear attention: torch (no compiled kernel for cpu, float32, F=16, V=8: it needs a CUDA GPU)"
