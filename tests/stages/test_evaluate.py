@@ -362,8 +362,6 @@ def test_a_model_that_gives_nan_is_named(copied_run: RunConfig, monkeypatch: pyt
 def test_an_adapter_of_another_model_is_refused(copied_run: RunConfig):
     from safetensors.torch import load_file, save_file
 
-    from hedgehog.pipeline.manifest import describe_artifact, read_manifest
-
     finetune = Path(copied_run.output_dir) / "run" / "finetune"
     file = finetune / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
