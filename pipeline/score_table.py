@@ -7,6 +7,9 @@ from typing import Any
 
 from .formatting import format_bytes
 
+_PLAIN_BELOW = 1e7
+"""From here on a cell has four significant digits and an exponent: a perplexity may have hundreds of digits."""
+
 TABLE_COLUMNS = (
     "variant",
     "ROUGE-1",
@@ -41,7 +44,7 @@ def table_rows(figures: Mapping[str, Any], training: Mapping[str, Mapping[str, A
                 f"{scores['rougeL']['value']:.2f}",
                 _number(scores.get("loss_nats_per_token"), ".4f"),
                 _number(scores.get("perplexity"), ".2f"),
-                "–" if variant.get("kl_mean_nats") is None else f"{variant['kl_mean_nats']:.4f}",
+                "–" if variant.get("kl_mean_nats") is None else _short(variant["kl_mean_nats"], ".4f"),
                 "–" if minutes is None else f"{minutes:.1f}",
                 "–" if memory is None else format_bytes(memory),
             ]
@@ -56,7 +59,11 @@ def _with_half_width(figure: Mapping[str, float | None]) -> str:
 
 
 def _number(figure: Mapping[str, float] | None, form: str) -> str:
-    return "–" if figure is None else f"{figure['value']:{form}}"
+    return "–" if figure is None else _short(figure["value"], form)
+
+
+def _short(value: float, form: str) -> str:
+    return f"{value:{form if abs(value) < _PLAIN_BELOW else '.3e'}}"
 
 
 def comparison_lines(figures: Mapping[str, Any], reference: str | None) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
+
+import pytest
 
 from hedgehog.pipeline.score_table import TABLE_COLUMNS, comparison_lines, markdown_report, table_rows
 
@@ -55,6 +58,16 @@ def test_table_and_sentences():
     report = markdown_report("title", rows, lines, ["note"])
     assert report.startswith("# title\n\n| variant | ROUGE-1 |") and report.endswith("note\n")
     assert report.count("\n| ") == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [(9_999_999.0, "9999999.00"), (1e7, "1.000e+07"), (1e300, "1.000e+300"), (math.inf, "inf"), (math.nan, "nan")],
+)
+def test_no_perplexity_makes_a_table_wide(value, cell):
+    figures = {"main": variant("x", 1e300, loss_nats_per_token=figure(690.8), perplexity=figure(value))}
+    row = table_rows(figures, {"main": {"minutes": None, "peak_memory_bytes": None}})[0]
+    assert row[4:7] == ["690.8000", cell, "1.000e+300"]
 
 
 def test_login_nodes_may_show_scores():
