@@ -18,6 +18,8 @@ def cost(run: RunFiles) -> Markup:
     """The section: a row for every stage that did something, and all together."""
     busy = [files for files in run.begun if files.status.state != "skipped"]
     minutes = [files.status.minutes or 0.0 for files in busy]
+    # the manifest holds the time of all attempts, but of the newest alone how many processes it had
+    counted = " at the last attempt's number of processes" if any(f.manifest.num_resumes for f in busy) else ""
     hours = sum(m * files.manifest.world_size for m, files in zip(minutes, busy, strict=True)) / 60
     return section(
         "cost",
@@ -25,8 +27,8 @@ def cost(run: RunFiles) -> Markup:
         table(_COLUMNS, [_row(run, files) for files in busy], caption="Time and memory of every stage", num_texts=3),
         notes(
             [
-                f"Together {sum(minutes):,.1f} minutes, {hours:,.2f} process-hours, all attempts counted; stages that "
-                "had nothing to do are left out.",
+                f"Together {sum(minutes):,.1f} minutes, {hours:,.2f} process-hours{counted}, all attempts "
+                "counted; stages that had nothing to do are left out.",
                 "Tokens/s: over all processes, in the recorded steps without validation and saving; of evaluate the "
                 "generated tokens. Peak memory: of one process, allocated on its GPU, or resident where it has none.",
                 *_resumed(busy),

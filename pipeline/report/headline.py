@@ -22,7 +22,8 @@ def headline(run: RunFiles, scores: Scores | str) -> Markup:
     return tag(
         "header",
         tag("p", "Hedgehog-Llama conversion", class_="kicker"),
-        tag("h1", run.folder.root.resolve().name if run.config is None else run.config.name),
+        tag("h1", run.name),
+        tag("p", f"made as {run.config.name}", class_="note") if run.config and run.config.name != run.name else None,
         tag("p", _result(scores), class_="lead") if isinstance(scores, Scores) else None,
         tag("dl", *(joined(tag("dt", name), tag("dd", value)) for name, value in facts.items())) if facts else None,
         tag("ol", *(_stage(run, stage) for stage in STAGES), class_="stages"),

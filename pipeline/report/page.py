@@ -23,12 +23,11 @@ def page(run: RunFiles, written_at: datetime) -> str:
         written_at: for the foot of the page; UTC.
     """
     scores = read_scores(run.folder.stage("evaluate") / "rouge.json")
-    name = run.folder.root.resolve().name
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name_="viewport", content_="width=device-width, initial-scale=1"),
-        tag("title", f"{name}: a Hedgehog-Llama conversion"),
+        tag("title", f"{run.name}: a Hedgehog-Llama conversion"),
         tag("style", raw(STYLE)),
     )
     body = tag(

@@ -59,6 +59,11 @@ class RunFiles:
     labels: dict[str, str]
     """Name to label, `main` first; the place in it is a variant's colour in every chart."""
 
+    @property
+    def name(self) -> str:
+        """The folder's, by which commands know it; the config's is another where the folder was renamed."""
+        return self.folder.root.resolve().name
+
     def style(self, name: str) -> int:
         """Place in the palette of `main` or a variant."""
         return list(self.labels).index(name)

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hedgehog.pipeline import cli
+from hedgehog.pipeline.manifest import read_manifest
 from hedgehog.pipeline.report.writing import write_report
 
 SECTIONS = ["results", "stage-one", "stage-two", "cost", "summaries", "provenance"]
@@ -232,6 +233,23 @@ def test_a_folder_without_a_config(finished):
     assert "t2r" in text(section(page, "cost")) and "Config" not in text(section(page, "provenance"))
 
 
+def test_a_renamed_run_has_one_name(finished):
+    assert "made as" not in text(read(write_report("trial")).find("body/header"))
+    finished.root.rename("runs/other")
+    page = read(write_report("other"))
+    assert text(page.find("head/title")) == "other: a Hedgehog-Llama conversion"
+    assert text(next(page.iter("h1"))) == "other" and "made as trial" in text(page.find("body/header"))
+
+
+def test_process_hours_of_several_attempts_say_what_they_count(finished):
+    said = "process-hours at the last attempt's number of processes, all attempts counted"
+    assert said not in text(section(read(write_report("trial")), "cost"))
+    manifest = read_manifest(finished.root / "finetune")
+    assert manifest is not None
+    manifest.model_copy(update={"num_resumes": 1}).write(finished.root / "finetune")
+    assert said in text(section(read(write_report("trial")), "cost"))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -274,8 +292,6 @@ def test_a_dialogue_of_another_prepare_is_not_shown(finished):
 
 def test_scores_of_earlier_weights_are_called_that(finished):
     manifest = json.loads((finished.root / "evaluate/manifest.json").read_text())
-    from hedgehog.pipeline.manifest import read_manifest
-
     tuned = read_manifest(finished.root / "variants/t2r/finetune")
     assert tuned is not None
     for digest, expected in ((tuned.output_fingerprint, False), ("0" * 64, True)):
