@@ -72,7 +72,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     for line in _read_bytes(file).decode("utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -108,10 +108,13 @@ def _step_times(records: Sequence[dict[str, Any]]) -> list[float]:
 def _result(manifest: Manifest) -> tuple[str, float] | None:
     """Name and value of what a finished stage is judged by, as the tables show it."""
     summary = manifest.summary if manifest.status == "done" else {}
+    main_loss: Any = summary.get("variants")
+    for key in ("main", "loss_nats_per_token"):
+        main_loss = main_loss.get(key) if isinstance(main_loss, dict) else None
     found = {
         "distill": ("validation_kl_nats", summary.get("kl_mean")),
         "finetune": ("validation_loss_nats", summary.get("validation_loss")),
-        "evaluate": ("reference_loss_nats", summary.get("variants", {}).get("main", {}).get("loss_nats_per_token")),
+        "evaluate": ("reference_loss_nats", main_loss),
     }
     name, value = found.get(manifest.stage, ("", None))
     return (name, float(value)) if isinstance(value, (int, float)) else None

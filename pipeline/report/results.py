@@ -20,11 +20,14 @@ def results(run: RunFiles, scores: Scores | str) -> Markup:
         cure = run.what_makes("it") or " `hedgehog evaluate CONFIG --force` makes it anew."
         return section("results", "Results", prose(f"No scores: {scores}.{cure}"))
     comparisons = comparison_lines(scores.figures, scores.reference)
-    rows = table_rows(scores.figures, _training(run, scores))
+    training = _training(run)
+    unknown = {"minutes": None, "peak_memory_bytes": None}
+    rows = table_rows(scores.figures, {name: (training or {}).get(name, unknown) for name in scores.figures})
     return section(
         "results",
         "Results",
         *(prose(line, "warning") for line in _outdated(run)),
+        prose("What evaluate noted of the training cannot be read.", "warning") if training is None else None,
         table(TABLE_COLUMNS, rows, caption="Scores of all variants"),
         tag("ul", *(tag("li", line) for line in comparisons)) if comparisons else None,
         tag(
@@ -61,12 +64,20 @@ def _style(run: RunFiles, name: str) -> int:
     return run.style(name) if name in run.labels else len(run.labels)
 
 
-def _training(run: RunFiles, scores: Scores) -> dict[str, dict[str, Any]]:
-    """What evaluate noted of the training of each variant when it scored them."""
+def _training(run: RunFiles) -> dict[str, dict[str, Any]] | None:
+    """What evaluate noted of the training of each variant when it scored them; None where it is something else."""
     evaluate = run.whole("evaluate")
     noted = {} if evaluate is None else evaluate.manifest.summary.get("training", {})
-    unknown = {"minutes": None, "peak_memory_bytes": None}
-    return {name: {**unknown, **noted.get(name, {})} for name in scores.figures}
+    if not isinstance(noted, dict):
+        return None
+    found = {}
+    for name, entry in noted.items():
+        if not isinstance(entry, dict):
+            return None
+        found[name] = {key: entry.get(key) for key in ("minutes", "peak_memory_bytes")}
+        if not all(value is None or is_drawable(value) for value in found[name].values()):
+            return None
+    return found
 
 
 def _outdated(run: RunFiles) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, ResourceError
 from ..go_on import commands_to_finish, shown
 from ..manifest import Manifest, read_manifest
 from ..row_log import read_complete_rows
@@ -94,7 +94,15 @@ def read_run(run: str) -> RunFiles:
     Raises:
         ConfigError: no such run, or no stage of it has begun.
         CheckpointError: a manifest or the resolved config cannot be read.
+        ResourceError: the operating system refuses to have one read.
     """
+    try:
+        return _read_run(run)
+    except OSError as error:
+        raise ResourceError(f"{error.filename or run}: cannot be read ({error.strerror}).") from error
+
+
+def _read_run(run: str) -> RunFiles:
     folder = RunFolder(find_run_folder(run))
     config = resolved_config(folder)
     statuses = stages_on_disk(folder, config)
@@ -111,31 +119,36 @@ def read_run(run: str) -> RunFiles:
     return RunFiles(folder, config, statuses, tuple(begun), commands, _labels(config, statuses))
 
 
-def read_predictions(evaluate: Path, name: str) -> dict[int, dict[str, Any]]:
-    """Summaries of `main` or a variant that can be shown, by the test row's index."""
+def read_predictions(evaluate: Path, name: str) -> dict[int, dict[str, Any]] | str:
+    """Summaries of `main` or a variant that can be shown, by the test row's index, or why they cannot be read."""
+    file = evaluate / "predictions" / f"{name}.jsonl"
+    try:
+        rows = read_complete_rows(file)
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror})"
     return {
-        row["index"]: row
-        for row in read_complete_rows(evaluate / "predictions" / f"{name}.jsonl")
-        if isinstance(row["index"], int) and isinstance(row.get("prediction"), str)
+        row["index"]: row for row in rows if isinstance(row["index"], int) and isinstance(row.get("prediction"), str)
     }
 
 
-def read_dialogues(prepare: StageFiles | None) -> list[Mapping[str, Any]]:
-    """The test split's rows (`id`, `dialogue`, …) in order; a line that is torn is an empty row."""
+def read_dialogues(prepare: StageFiles | None) -> list[Mapping[str, Any]] | str:
+    """The test split's rows (`id`, `dialogue`, …) in order, or why there are none; a torn line is an empty row."""
     entry = None if prepare is None else prepare.manifest.artifacts.get("examples_test")
     if prepare is None or entry is None:
-        return []
+        return "prepare has not written it"
     try:
         lines = (prepare.place / entry.path).read_bytes().splitlines()
-    except OSError:
-        return []
+    except (FileNotFoundError, NotADirectoryError):
+        return f"there is no {entry.path} in prepare's folder"
+    except OSError as error:
+        return f"{entry.path} cannot be read ({error.strerror})"
     return [_object(line) for line in lines]
 
 
 def _object(line: bytes) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
 

@@ -80,8 +80,12 @@ def read_scores(file: Path) -> Scores | str:
     """The scores, or why there are none: no such file, or its first fault."""
     try:
         read = _File.model_validate(json.loads(file.read_bytes()))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return "there is no rouge.json yet"
+    except OSError as error:
+        return f"rouge.json cannot be read ({error.strerror})"
+    except RecursionError:
+        return "rouge.json cannot be read (brackets in brackets without end)"
     except ValidationError as error:
         first = error.errors()[0]
         return f"rouge.json cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})"

@@ -19,10 +19,12 @@ _MAX_SUMMARY = 1500
 def summaries(run: RunFiles) -> Markup:
     """The section; where there are no summaries, what makes them."""
     evaluate = run.folder.stage("evaluate")
-    predictions = {name: rows for name in run.labels if (rows := read_predictions(evaluate, name))}
+    found = {name: read_predictions(evaluate, name) for name in run.labels}
+    unreadable = [prose(f"{why}.", "warning") for why in found.values() if isinstance(why, str)]
+    predictions = {name: rows for name, rows in found.items() if rows and not isinstance(rows, str)}
     if not predictions:
-        said = f"None yet: evaluate has written no predictions.{run.what_makes('them')}"
-        return section("summaries", "Summaries", prose(said))
+        none = prose(f"None yet: evaluate has written no predictions.{run.what_makes('them')}")
+        return section("summaries", "Summaries", *(unreadable or [none]))
     common = set.intersection(*(set(rows) for rows in predictions.values()))
     first = next(iter(predictions.values()))
     chosen = choose([first[index] for index in sorted(common)], NUM_DIALOGUES)
@@ -30,6 +32,7 @@ def summaries(run: RunFiles) -> Markup:
     return section(
         "summaries",
         "Summaries",
+        *unreadable,
         *(_article(run, row, _dialogue(dialogues, row), predictions) for row in chosen),
         notes([_how_chosen(chosen, len(common))]),
     )
@@ -50,15 +53,25 @@ def _how_chosen(chosen: Sequence[dict[str, Any]], num_rows: int) -> str:
     return f"{len(chosen)} of {num_rows:,} test dialogues, evenly spaced whatever came out{which}."
 
 
-def _dialogue(dialogues: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str | None:
-    """The row's dialogue, where prepare's file still is the one that evaluate saw."""
+def _dialogue(dialogues: Sequence[Mapping[str, Any]] | str, row: Mapping[str, Any]) -> Markup:
+    """The row's dialogue, where prepare's file still holds what evaluate saw; else why it is not shown.
+
+    An id alone proves nothing: many data sets number their rows, so that another one has the same.
+    """
+    if isinstance(dialogues, str):
+        return prose(f"The dialogue is not shown: {dialogues}.", "note")
     example = dialogues[row["index"]] if 0 <= row["index"] < len(dialogues) else {}
     text = example.get("dialogue")
-    return text if isinstance(text, str) and example.get("id") == row.get("id") else None
+    if not isinstance(text, str):
+        return prose("The dialogue is not shown: prepare's file of test rows does not have it.", "note")
+    if (example.get("id"), example.get("summary")) != (row.get("id"), row.get("reference")):
+        why = "prepare's test row of this number has another id or summary than the one that evaluate saw"
+        return prose(f"The dialogue is not shown: {why}.", "note")
+    return _shortened(text)
 
 
 def _article(
-    run: RunFiles, row: Mapping[str, Any], dialogue: str | None, predictions: Mapping[str, Mapping[int, dict[str, Any]]]
+    run: RunFiles, row: Mapping[str, Any], dialogue: Markup, predictions: Mapping[str, Mapping[int, dict[str, Any]]]
 ) -> Markup:
     seen = " (stands in train)" if row.get("seen_in_train") else ""
     entries = [joined(tag("dt", "Reference"), _text(row.get("reference"), "dd"))]
@@ -69,11 +82,10 @@ def _article(
             "dt", tag("span", class_="patch", aria_hidden="true"), run.labels[name], class_=colour(run.style(name))
         )
         entries.append(joined(label, _text(prediction["prediction"], "dd", cut)))
-    shown = prose("The dialogue is not in prepare's folder.", "note") if dialogue is None else _shortened(dialogue)
     return tag(
         "article",
         tag("h3", f"Dialogue {row.get('id', row['index'])}{seen}"),
-        tag("div", shown, tag("dl", *entries), class_="dialogue-and-summaries"),
+        tag("div", dialogue, tag("dl", *entries), class_="dialogue-and-summaries"),
     )
 
 

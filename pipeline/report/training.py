@@ -25,7 +25,7 @@ _MANY_LAYERS = 40
 
 def stage_one(run: RunFiles) -> Markup:
     """KL per layer of every variant that has maps, and the KL by step of those that were trained."""
-    panels, same_axis = _layers(run)
+    panels, same_axis, faults = _layers(run)
     curves = _curves(run, "distill", "kl_nats", "validation_kl_nats")
     content: list[Markup | None] = [
         prose(
@@ -37,8 +37,9 @@ def stage_one(run: RunFiles) -> Markup:
         note = ["A bar is the mean over a layer's heads, its thin line goes from the best head to the worst."]
         note += [] if same_axis else ["The vertical axes differ: small values are enlarged."]
         content.append(figure("KL per layer on validation rows", tag("div", *panels, class_="panels"), note=note))
-    else:
+    elif not faults:
         content.append(_missing(run, "distill", "No KL per layer"))
+    content += [prose(fault, "warning") for fault in faults]
     content.append(_by_step("kl-by-step", curves, "KL by step", _KL, from_zero=True))
     if panels and not any(not curve.is_empty for curve in curves):
         content.append(prose("No steps were recorded: no maps were trained.", "note"))
@@ -115,17 +116,19 @@ def _how_to_read(curves: Sequence[Curve]) -> list[str]:
     return said
 
 
-def _layers(run: RunFiles) -> tuple[list[Markup], bool]:
-    """A panel for every variant that has layers, and whether all have the same axis.
+def _layers(run: RunFiles) -> tuple[list[Markup], bool, list[str]]:
+    """A panel for every variant that has layers, whether all have the same axis, and what cannot be shown.
 
     They have, but where a variant's values would be too low to be told apart.
     """
     found = {name: _bars(run, name) for name in run.labels}
-    tops = {name: max((v for bar in bars for v in bar.values()), default=0.0) for name, (bars, _) in found.items()}
+    tops = {name: max((v for bar in bars for v in bar.values()), default=0.0) for name, (bars, *_) in found.items()}
     highest = max(tops.values())
-    enlarged = {name for name, (bars, _) in found.items() if bars and tops[name] < _LOW * highest}
-    panels = []
-    for name, (bars, trained) in found.items():
+    drawn = {name for name, (bars, *_) in found.items() if any(is_drawable(bar.value) for bar in bars)}
+    enlarged = {name for name in drawn if tops[name] < _LOW * highest}
+    panels, faults = [], []
+    for name, (bars, trained, unreadable) in found.items():
+        faults += unreadable
         width = 400.0 if len(bars) <= _MANY_LAYERS else 832.0
         label = run.labels[name]
         chart = bar_chart(
@@ -137,34 +140,44 @@ def _layers(run: RunFiles) -> tuple[list[Markup], bool]:
             highest=tops[name] if name in enlarged else highest,
             width=width,
         )
-        if chart is not None:
-            means = [bar.value for bar in bars if is_drawable(bar.value)]
-            mean = f"mean {sum(means) / len(means):.4f}{'' if trained else '; not trained'}"
-            panels.append(tag("div", tag("p", tag("strong", label), f" {mean}", class_="panel-title"), chart))
-    return panels, not enlarged
+        if bars:
+            num_bad = sum(not is_drawable(bar.value) for bar in bars)
+            mean = f"mean {sum(bar.value for bar in bars) / len(bars):.4f}"
+            said = f"{count(num_bad, 'layer')} not finite" if num_bad else mean
+            said += "" if trained else "; not trained"
+            panels.append(tag("div", tag("p", tag("strong", label), f" {said}", class_="panel-title"), chart))
+    return panels, not enlarged, faults
 
 
-def _bars(run: RunFiles, name: str) -> tuple[list[Bar], bool]:
-    """A variant's layers, of the whole stage or else of the subsets that are done; and whether its maps learnt."""
+def _bars(run: RunFiles, name: str) -> tuple[list[Bar], bool, list[str]]:
+    """A variant's layers, of the whole stage or else of the subsets that are done; whether its maps learnt; faults."""
     whole = run.whole("distill", name)
     places = [files for files in run.of_stage("distill") if files.variant == name and files.is_part]
-    if whole is not None and whole.manifest.summary.get("kl_per_layer"):
+    if whole is not None and "kl_per_layer" in whole.manifest.summary:
         places = [whole]
     bars: dict[int, Bar] = {}
+    faults = []
     for files in places:
-        for bar in _of_summary(files):
-            bars[bar.layer] = bar
+        try:
+            bars |= {bar.layer: bar for bar in _of_summary(files)}
+        except (TypeError, ValueError):  # edited, or of another version
+            faults.append(f"The KL per layer in the manifest of {files.status.title} cannot be read.")
     trained = any(files.manifest.summary.get("steps") for files in places)
-    return [bars[layer] for layer in sorted(bars)], trained
+    return [bars[layer] for layer in sorted(bars)], trained, faults
 
 
 def _of_summary(files: StageFiles) -> list[Bar]:
+    """The layers that a stage noted; what is no finite number stays in, not to be drawn.
+
+    Raises:
+        TypeError, ValueError: the manifest holds something else there.
+    """
     summary: dict[str, Any] = files.manifest.summary
     means = summary.get("kl_per_layer", [])
     layers = summary.get("layers", range(len(means)))  # a merged stage has them all
     heads = summary.get("kl_per_head", [[] for _ in means])
     bars = []
-    for layer, mean, kl_H in zip(layers, means, heads, strict=False):
+    for layer, mean, kl_H in zip(layers, means, heads, strict=True):
         known = [kl for kl in kl_H if is_drawable(kl)]
-        bars.append(Bar(layer, mean, min(known, default=None), max(known, default=None)))
+        bars.append(Bar(int(layer), mean, min(known, default=None), max(known, default=None)))
     return bars

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -254,6 +256,7 @@ def test_process_hours_of_several_attempts_say_what_they_count(finished):
     ("content", "said"),
     [
         ('{"variants": {"main": ', "rouge.json cannot be read (Expecting value"),
+        ("[" * 100_000, "rouge.json cannot be read (brackets in brackets without end)"),
         ("[]", "rouge.json cannot be read (: Input should be a valid dictionary"),
         ('{"variants": {"main": {"label": "x", "all": null}}}', "rouge.json cannot be read (settings: Field required"),
     ],
@@ -285,9 +288,17 @@ def test_torn_and_wrong_lines_cost_only_themselves(finished):
 
 
 def test_a_dialogue_of_another_prepare_is_not_shown(finished):
-    (finished.root / "prepare/examples_test.jsonl").write_text('{"id": "other", "dialogue": "SECRET"}\n' * 8)
+    """Nor where only the ids are the same, as they are in two data sets that number their rows."""
+    file = finished.root / "prepare/examples_test.jsonl"
+    for changes in ({"id": "other"}, {"summary": "another"}):
+        lines = [json.loads(line) | changes | {"dialogue": "SECRET"} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        samples = section(read(write_report("trial")), "summaries")
+        assert "SECRET" not in text(samples) and len(list(samples.iter("article"))) == 5
+        assert "another id or summary than the one that evaluate saw" in text(samples)
+    file.unlink()
     samples = text(section(read(write_report("trial")), "summaries"))
-    assert "SECRET" not in samples and "The dialogue is not in prepare's folder." in samples
+    assert "The dialogue is not shown: there is no examples_test.jsonl in prepare's folder." in samples
 
 
 def test_scores_of_earlier_weights_are_called_that(finished):
@@ -299,6 +310,88 @@ def test_scores_of_earlier_weights_are_called_that(finished):
         (finished.root / "evaluate/manifest.json").write_text(json.dumps(manifest))
         said = text(section(read(write_report("trial")), "results"))
         assert ("scores of earlier weights: t2r/finetune ran anew since" in said) == expected
+
+
+def change_summary(folder: Path, **values: Any) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    content["summary"] |= values
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_a_layer_that_is_not_finite_is_told_of(finished):
+    change_summary(finished.root / "distill", kl_per_layer=[0.2, math.nan], kl_per_head=[[0.2], [math.nan]])
+    one = text(section(read(write_report("trial")), "stage-one"))
+    assert "Hedgehog & LoRA 1 layer not finite" in one and "Hedgehog & LoRA mean" not in one
+    assert "T2R mean 0.5000" in one
+    change_summary(finished.root / "distill", kl_per_layer=[math.nan, math.nan])
+    one = text(section(read(write_report("trial")), "stage-one"))
+    assert "Hedgehog & LoRA 2 layers not finite" in one and "axes differ" not in one
+
+
+@pytest.mark.parametrize(
+    ("place", "values", "name", "said"),
+    [
+        ("evaluate", {"training": None}, "results", "What evaluate noted of the training cannot be read."),
+        ("evaluate", {"training": {"main": None}}, "results", "noted of the training cannot be read."),
+        ("evaluate", {"training": {"main": {"minutes": "x"}}}, "results", "noted of the training cannot be read."),
+        ("evaluate", {"variants": None}, "results", "40.00 ± 2.00"),
+        ("distill", {"kl_per_head": [None, [0.3]]}, "stage-one", "KL per layer in the manifest of distill cannot"),
+        ("distill", {"kl_per_layer": None}, "stage-one", "KL per layer in the manifest of distill cannot be read."),
+        ("distill", {"layers": [None, "x"]}, "stage-one", "KL per layer in the manifest of distill cannot be read."),
+    ],
+)
+def test_a_damaged_summary_costs_only_what_it_holds(finished, place, values, name, said):
+    change_summary(finished.root / place, **values)
+    page = read(write_report("trial"))
+    assert said in text(section(page, name)) and "T2R mean 0.5000" in text(page)
+
+
+def test_rows_of_brackets_cost_only_themselves(finished):
+    for place in ("distill/metrics.jsonl", "evaluate/predictions/main.jsonl", "prepare/examples_test.jsonl"):
+        with open(finished.root / place, "a") as file:
+            file.write("[" * 100_000 + "\n")
+    assert len(list(section(read(write_report("trial")), "summaries").iter("article"))) == 5
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the operating system refuse a file, or all in a folder; root, as whom tests may run, may read any."""
+
+    def forbid(name: str) -> None:
+        def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Any, *arguments: Any, **options: Any) -> Any:
+                if isinstance(path, (str, Path)) and name in Path(path).parts:
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return function(path, *arguments, **options)
+
+            return call
+
+        monkeypatch.setattr("io.open", refusing(open))  # what pathlib calls
+        monkeypatch.setattr("pathlib.Path.stat", refusing(Path.stat))
+        monkeypatch.setattr("pathlib.Path.mkdir", refusing(Path.mkdir))
+
+    return forbid
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "said"),
+    [
+        ("rouge.json", "results", "No scores: rouge.json cannot be read (Permission denied)."),
+        ("main.jsonl", "summaries", "main.jsonl cannot be read (Permission denied)."),
+        ("examples_test.jsonl", "summaries", "not shown: examples_test.jsonl cannot be read (Permission denied)."),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_not_called_missing(finished, forbid, name, place, said):
+    forbid(name)
+    assert said in text(section(read(write_report("trial")), place))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trial"])
+def test_a_run_that_may_not_be_read(finished, forbid, name):
+    forbid(name)
+    result = invoke("trial")
+    assert result.exit_code == 2 and result.stderr.startswith("error: "), result.output
+    assert "cannot be read (Permission denied)." in result.stderr
 
 
 def test_thousands_of_steps_make_a_small_file_that_says_so(new_folder, training_records):
