@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hedgehog.pipeline import cli
+from hedgehog.pipeline.errors import ConfigError
 from hedgehog.pipeline.manifest import read_manifest
 from hedgehog.pipeline.report.writing import write_report
 
@@ -433,6 +436,46 @@ def test_mistakes_are_one_message_with_a_cure(new_folder, tmp_path):
     below = invoke("trial", "--output", tmp_path / "file" / "report.html")
     assert below.exit_code == 2 and "cannot be written" in below.stderr
     assert "hedgehog report trial --output FILE" in below.stderr
+
+
+def test_output_in_a_folder_that_may_not_be_entered(finished, forbid):
+    Path("private").mkdir()
+    Path("runs/trial").rename("runs/my trial")
+    forbid("private")
+    result = invoke("my trial", "--output", "private/report.html")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: private/report.html: cannot be written (Permission denied). "
+        "Give another place: hedgehog report 'my trial' --output FILE\n"
+    )
+
+
+def test_output_follows_a_link(finished):
+    Path("elsewhere").mkdir()
+    Path("elsewhere/real.html").write_text("old")
+    Path("link.html").symlink_to("elsewhere/real.html")
+    Path("new.html").symlink_to("elsewhere/new.html")
+    for name in ("link", "new"):
+        assert invoke("trial", "--output", f"{name}.html").stdout == f"{name}.html\n"
+        assert Path(f"{name}.html").is_symlink()
+    assert read(Path("elsewhere/real.html")).tag == read(Path("elsewhere/new.html")).tag == "html"
+    Path("loop").symlink_to("loop")
+    assert "cannot be written (Too many levels of symbolic links)" in invoke("trial", "--output", "loop").stderr
+
+
+def test_output_is_no_folder_and_no_device(finished):
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for name in ("pipe", "socket", "/dev/null"):
+            result = invoke("trial", "--output", name)
+            assert result.exit_code == 2 and f"{name} is no ordinary file" in result.stderr
+    assert "goes to a file, not to the terminal" in invoke("trial", "--output", "-").stderr
+    for name in ("new/", "new folder/"):
+        with pytest.raises(ConfigError, match="is a folder: name a file in it") as error:
+            write_report("trial", name)
+        assert str(error.value).endswith(f"--output {shlex.quote(name + 'report.html')}")
+    assert sorted(path.name for path in Path().iterdir()) == ["pipe", "runs", "socket"]
 
 
 def test_a_folder_that_may_not_be_written_in(finished, monkeypatch):
