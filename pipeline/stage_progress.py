@@ -25,6 +25,8 @@ from .run_folder import RunFolder
 
 _LIVELY_S = 120
 """A stage that wrote metrics this recently is taken to be running."""
+JUST_NOW = "wrote just now"
+"""What `last_sign` says of it."""
 _ETA_STEPS = 50
 """Newest steps whose mean time says how long the rest will take."""
 
@@ -90,7 +92,7 @@ def last_sign(place: Path) -> str:
         return ""
     age_s = time.time() - max(times)
     if age_s < _LIVELY_S:
-        return "wrote just now"
+        return JUST_NOW
     return f"last wrote {age_s / 60:.0f} min ago" if age_s < 7200 else f"last wrote {age_s / 3600:.0f} h ago"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..go_on import shown
 from ..model_card import base_name
 from ..run_folder import STAGES
 from ..score_table import TABLE_COLUMNS, comparison_lines, table_rows
 from ..status import StageStatus
 from .blocks import prose
 from .markup import Markup, joined, tag
-from .run_files import MAIN, RunFiles
+from .run_files import MAIN, RunFiles, status_command
 from .scores import Scores
 
 _SIGNS = {"done": "✓", "skipped": "✓", "unfinished": "…", "not started": "–"}
@@ -33,10 +34,18 @@ def headline(run: RunFiles, scores: Scores | str) -> Markup:
 
 
 def _to_go_on(run: RunFiles) -> Markup | None:
+    running = [files.status.title for files in run.begun if files.may_run]
+    said = "Not finished."
+    if running:
+        said += f" {' and '.join(running)} may be running: files were written there just before this page."
+    if run.submitted is not None:
+        said += f" Submitted to Slurm: `{status_command(run.folder)}` says what its jobs do"
+        return prose(said + (f"; `{shown(run.submitted)}` submits what is missing." if run.submitted else "."))
+    to_go_on = "Where nothing runs any more, to go on" if running else "To go on"
     if len(run.commands) < 2:
-        return prose(f"Not finished. To go on: `{run.commands[0]}`") if run.commands else None
+        return prose(f"{said} {to_go_on}: `{run.commands[0]}`") if run.commands else None
     listed = tag("ol", *(tag("li", tag("code", command)) for command in run.commands))
-    return joined(prose("Not finished. To go on, in this order:"), listed)
+    return joined(prose(f"{said} {to_go_on}, in this order:"), listed)
 
 
 def _facts(run: RunFiles) -> dict[str, str]:

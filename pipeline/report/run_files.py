@@ -14,7 +14,8 @@ from ..go_on import commands_to_finish, shown
 from ..manifest import Manifest, read_manifest
 from ..row_log import read_complete_rows
 from ..run_folder import RunFolder
-from ..stage_progress import read_metrics
+from ..slurm.job_records import read_records
+from ..stage_progress import JUST_NOW, read_metrics
 from ..status import StageStatus, find_run_folder, resolved_config, stages_on_disk
 
 MAIN = "main"
@@ -39,6 +40,15 @@ class StageFiles:
         """Whether it is a subset of layers or a shard of rows."""
         return self.status.layers is not None or self.status.shard is not None
 
+    @property
+    def may_run(self) -> bool:
+        """Whether a process may be working on it right now: it wrote just now, and has not said since that it stopped.
+
+        A process that was killed says nothing, so that this is no more than possible.
+        """
+        stopped = self.manifest.interrupted or self.manifest.error
+        return self.status.state == "unfinished" and self.status.detail == JUST_NOW and not stopped
+
     def records(self) -> list[dict[str, Any]]:
         """Of its metrics.jsonl."""
         return read_metrics(self.place / "metrics.jsonl")
@@ -55,7 +65,10 @@ class RunFiles:
     """All stages in order, also those that have not begun."""
     begun: tuple[StageFiles, ...]
     commands: tuple[str, ...]
-    """What finishes the run."""
+    """What finishes the run, where Slurm has no jobs of it."""
+    submitted: tuple[str, ...] | None
+    """The newest `hedgehog submit …` of a run that is not finished, or None where it was never submitted or is done.
+    Whether its jobs wait, run or failed is not known here: Slurm is not asked."""
     labels: dict[str, str]
     """Name to label, `main` first; the place in it is a variant's colour in every chart."""
 
@@ -78,6 +91,8 @@ class RunFiles:
 
     def what_makes(self, missing: str) -> str:
         """The sentence that names the command by which something comes about; empty where the run is finished."""
+        if self.submitted is not None or any(files.may_run for files in self.begun):
+            return " The top of the page says how the run goes on."
         if not self.commands:
             return ""
         if len(self.commands) == 1:
@@ -93,7 +108,7 @@ def read_run(run: str) -> RunFiles:
 
     Raises:
         ConfigError: no such run, or no stage of it has begun.
-        CheckpointError: a manifest or the resolved config cannot be read.
+        CheckpointError: a manifest, the resolved config or the list of jobs cannot be read.
         ResourceError: the operating system refuses to have one read.
     """
     try:
@@ -113,10 +128,26 @@ def _read_run(run: str) -> RunFiles:
         manifest = read_manifest(place)
         if manifest is not None:
             begun.append(StageFiles(status, place, manifest))
+    submitted = _submitted(folder, statuses)
     if not begun:
         cure = f" `{commands[0]}` begins it." if commands else ""
+        if submitted is not None:
+            cure = f" It was submitted to Slurm: `{status_command(folder)}` says what its jobs do."
         raise ConfigError(f"{folder.root}: nothing to report yet, no stage of this run has begun.{cure}")
-    return RunFiles(folder, config, statuses, tuple(begun), commands, _labels(config, statuses))
+    return RunFiles(folder, config, statuses, tuple(begun), commands, submitted, _labels(config, statuses))
+
+
+def status_command(folder: RunFolder) -> str:
+    """What says how far the run is, and what its jobs do."""
+    return shown(("hedgehog", "status", str(folder.root)))
+
+
+def _submitted(folder: RunFolder, statuses: tuple[StageStatus, ...]) -> tuple[str, ...] | None:
+    records = read_records(folder)
+    whole = (status for status in statuses if status.layers is None and status.shard is None)
+    if not records.jobs or all(status.state in ("done", "skipped") for status in whole):
+        return None
+    return tuple(records.command)
 
 
 def read_predictions(evaluate: Path, name: str) -> dict[int, dict[str, Any]] | str:

@@ -26,7 +26,7 @@ def write_report(run: str, output: Path | str | None = None) -> Path:
 
     Raises:
         ConfigError: no such run, no stage of it has begun, or `output` is a folder or no file that can be replaced.
-        CheckpointError: a manifest or the resolved config cannot be read.
+        CheckpointError: a manifest, the resolved config or the list of jobs cannot be read.
         ResourceError: the file cannot be written, or the run not be read.
     """
     files = read_run(run)

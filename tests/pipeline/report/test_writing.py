@@ -24,6 +24,8 @@ from hedgehog.pipeline import cli
 from hedgehog.pipeline.errors import ConfigError
 from hedgehog.pipeline.manifest import read_manifest
 from hedgehog.pipeline.report.writing import write_report
+from hedgehog.pipeline.run_folder import RunFolder
+from hedgehog.pipeline.slurm.job_records import JobRecord, JobRecords, write_records
 
 SECTIONS = ["results", "stage-one", "stage-two", "cost", "summaries", "provenance"]
 
@@ -164,6 +166,7 @@ def test_nothing_of_the_data_becomes_markup(new_folder):
 def test_a_run_that_has_just_begun(new_folder):
     new_folder.config()
     new_folder.stage("prepare", status="running")
+    new_folder.age()
     page = read(write_report("trial"))
     assert [e.get("id") for e in page.iter("section")] == SECTIONS
     command = "hedgehog run runs/trial/config.resolved.yaml"
@@ -178,6 +181,47 @@ def test_a_run_that_has_just_begun(new_folder):
     ):
         assert f"{said} {command} makes" in text(section(page, name))
     assert not [e for e in page.iter("svg") if e.get("role") == "img"]
+
+
+def test_what_may_be_running_is_called_that(new_folder):
+    """Someone who is told to go on would run a second process beside the first."""
+    new_folder.config()
+    new_folder.stage("prepare", status="running")
+    command = "hedgehog run runs/trial/config.resolved.yaml"
+    header = text(read(write_report("trial")).find("body/header"))
+    said = "Not finished. prepare may be running: files were written there just before this page. "
+    assert f"{said}Where nothing runs any more, to go on: {command}" in header
+    manifest = read_manifest(new_folder.root / "prepare")
+    assert manifest is not None
+    manifest.model_copy(update={"interrupted": "SIGINT"}).write(new_folder.root / "prepare")
+    assert f"Not finished. To go on: {command}" in text(read(write_report("trial")).find("body/header"))
+
+
+def submit(root: Path, *command: str) -> None:
+    job = JobRecord(name="distill", stage="distill", job_id="7", script="x", submitted_at="2026-01-01T00:00:00+00:00")
+    write_records(RunFolder(root), JobRecords(command=list(command), jobs=[job]))
+
+
+def test_a_submitted_run_goes_on_in_slurm_which_is_not_asked(new_folder, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    new_folder.config()
+    submit(new_folder.root, "hedgehog", "submit", "my config.yaml")
+    status = "hedgehog status runs/trial"
+    assert f"It was submitted to Slurm: `{status}` says what its jobs do." in invoke("trial").stderr
+    new_folder.stage("prepare")
+    page = read(write_report("trial"))
+    header = text(page.find("body/header"))
+    said = f"Not finished. Submitted to Slurm: {status} says what its jobs do; "
+    assert f"{said}hedgehog submit 'my config.yaml' submits what is missing." in header
+    assert "hedgehog run" not in header and "To go on" not in text(page)
+    assert "evaluate has written no predictions. The top of the page says how the run goes on." in text(page)
+    submit(new_folder.root)
+    assert f"{status} says what its jobs do." in text(read(write_report("trial")).find("body/header"))
+
+
+def test_a_finished_run_that_was_submitted_has_nothing_to_submit(finished):
+    submit(finished.root, "hedgehog", "submit", "c.yaml")
+    assert "Slurm" not in text(read(write_report("trial")).find("body/header"))
 
 
 def test_a_stage_that_is_being_done_shows_what_it_has(new_folder, training_records):
