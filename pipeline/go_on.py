@@ -47,13 +47,8 @@ def commands_to_finish(
         if any(stage.state in _TO_DO for stage in stages):
             yield ("hedgehog", "run", "CONFIG")
         return
-    where, moved = [str(folder.config_file)], False
-    if Path(config.output_dir) != folder.root.parent:
-        where.append(f"output_dir={folder.root.parent}")
-        moved = True
-    if config.name != folder.root.name:
-        where.append(f"name={folder.root.name}")
-        moved = True
+    where = _where(folder, config)
+    moved = len(where) > 1
 
     def recorded(stage: StageStatus) -> tuple[str, ...]:
         return () if moved or stage.directory != str(Path.cwd()) else stage.command
@@ -73,6 +68,28 @@ def commands_to_finish(
     if any(stage.state in _TO_DO and stage not in single for stage in others):
         newest = next((recorded(stage) for stage in (*begun, *reversed(others)) if recorded(stage)), ())
         yield newest if _runs_everything(newest) else _command("run", where, [], None)
+
+
+def commands_to_renew(
+    folder: RunFolder, config: RunConfig | None, stages: Sequence[StageStatus]
+) -> Iterator[tuple[str, ...]]:
+    """What makes stages and subsets of layers anew, each by itself, in the order given."""
+    where = ["CONFIG"] if config is None else _where(folder, config)
+    in_parts = {stage.variant for stage in stages if stage.layers is not None}
+    for stage in stages:
+        merges = stage.stage == "distill" and stage.layers is None and stage.variant in in_parts
+        options = [*(["--layers", stage.layers] if stage.layers is not None else []), "--force"]
+        yield _command("merge" if merges else stage.stage, where, options, stage.variant)
+
+
+def _where(folder: RunFolder, config: RunConfig) -> list[str]:
+    """The resolved config, and what makes it mean this folder where that was moved."""
+    where = [str(folder.config_file)]
+    if Path(config.output_dir) != folder.root.parent:
+        where.append(f"output_dir={folder.root.parent}")
+    if config.name != folder.root.name:
+        where.append(f"name={folder.root.name}")
+    return where
 
 
 def _runs_everything(command: Sequence[str]) -> bool:

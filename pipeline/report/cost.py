@@ -10,12 +10,14 @@ from .blocks import count, notes, section, table
 from .markup import Markup
 from .run_files import RunFiles, StageFiles
 from .scale import is_drawable
+from .staleness import find_stale
 
 _COLUMNS = ("stage", "of", "state", "minutes", "tokens/s", "peak memory", "processes")
 
 
 def cost(run: RunFiles) -> Markup:
     """The section: a row for every stage that did something, and all together."""
+    stale = find_stale(run).titles
     busy = [files for files in run.begun if files.status.state != "skipped"]
     minutes = [files.status.minutes or 0.0 for files in busy]
     # the manifest holds the time of all attempts, but of the newest alone how many processes it had
@@ -24,7 +26,12 @@ def cost(run: RunFiles) -> Markup:
     return section(
         "cost",
         "Cost",
-        table(_COLUMNS, [_row(run, files) for files in busy], caption="Time and memory of every stage", num_texts=3),
+        table(
+            _COLUMNS,
+            [_row(run, files, files.status.title in stale) for files in busy],
+            caption="Time and memory of every stage",
+            num_texts=3,
+        ),
         notes(
             [
                 f"Together {sum(minutes):,.1f} minutes, {hours:,.2f} process-hours{counted}, all attempts "
@@ -37,14 +44,14 @@ def cost(run: RunFiles) -> Markup:
     )
 
 
-def _row(run: RunFiles, files: StageFiles) -> list[str]:
+def _row(run: RunFiles, files: StageFiles, is_stale: bool) -> list[str]:
     status, manifest = files.status, files.manifest
     part = status.layers or status.shard
     speed = tokens_per_s(files.records(), generating=status.stage == "evaluate")
     return [
         status.stage + (f" {part}" if part else ""),
         "all" if status.stage in ("prepare", "evaluate") else run.labels[files.variant],
-        status.state,
+        status.state + (", out of date" if is_stale else ""),
         f"{status.minutes or 0.0:,.1f}",
         "–" if speed is None else f"{speed:,.0f}",
         format_bytes(manifest.peak_memory_bytes) if manifest.peak_memory_bytes else "–",

@@ -13,13 +13,17 @@ from .blocks import prose
 from .markup import Markup, joined, tag
 from .run_files import MAIN, RunFiles, status_command
 from .scores import Scores
+from .staleness import Stale, find_stale
 
-_SIGNS = {"done": "✓", "skipped": "✓", "unfinished": "…", "not started": "–"}
+_SIGNS = {"done": "✓", "skipped": "✓", "unfinished": "…", "not started": "–", "stale": "!"}
 
 
 def headline(run: RunFiles, scores: Scores | str) -> Markup:
     """Name, result, facts, stages, and the commands that go on where the run is not finished."""
-    facts = _facts(run)
+    facts, stale = _facts(run), find_stale(run)
+    what_next = [_to_renew(stale), _to_go_on(run)]
+    if stale.input_unfinished:
+        what_next.reverse()
     return tag(
         "header",
         tag("p", "Hedgehog-Llama conversion", class_="kicker"),
@@ -27,10 +31,21 @@ def headline(run: RunFiles, scores: Scores | str) -> Markup:
         tag("p", f"made as {run.config.name}", class_="note") if run.config and run.config.name != run.name else None,
         tag("p", _result(scores), class_="lead") if isinstance(scores, Scores) else None,
         tag("dl", *(joined(tag("dt", name), tag("dd", value)) for name, value in facts.items())) if facts else None,
-        tag("ol", *(_stage(run, stage) for stage in STAGES), class_="stages"),
+        tag("ol", *(_stage(run, stage, stale) for stage in STAGES), class_="stages"),
         *(tag("p", f"{title}: {error}", class_="warning") for title, error in _errors(run)),
-        _to_go_on(run),
+        *what_next,
     )
+
+
+def _to_renew(stale: Stale) -> Markup | None:
+    if not stale.titles:
+        return None
+    said = f"Out of date: {stale.reasons()}."
+    said += f" So is what follows: {', '.join(stale.following)}." if stale.following else ""
+    if len(stale.commands) == 1:
+        return prose(f"{said} To make it again: `{stale.commands[0]}`", "warning")
+    listed = tag("ol", *(tag("li", tag("code", command)) for command in stale.commands))
+    return joined(prose(f"{said} To make them again, in this order:", "warning"), listed)
 
 
 def _to_go_on(run: RunFiles) -> Markup | None:
@@ -81,16 +96,22 @@ def _result(scores: Scores) -> str:
     return f"{row['variant']}: ROUGE-1 is {row['ROUGE-1']}{loss}."
 
 
-def _stage(run: RunFiles, stage: str) -> Markup:
+def _stage(run: RunFiles, stage: str, stale: Stale) -> Markup:
     whole = [status for status in run.statuses if status.stage == stage and not status.layers and not status.shard]
     main = next(status for status in whole if status.variant is None)
-    others = Counter(status.state in ("done", "skipped") for status in whole if status.variant is not None)
+    others = Counter(
+        status.state in ("done", "skipped") and status.title not in stale.titles
+        for status in whole
+        if status.variant is not None
+    )
     parts = [
         s.state == "done" for s in run.statuses if s.stage == stage and s.variant is None and (s.layers or s.shard)
     ]
     said, state = _state(main), main.state
     if state == "not started" and parts:
         said, state = f"in parts, {sum(parts)} of {len(parts)} done", "unfinished"
+    if main.title in stale.titles:
+        said, state = f"{said}, but out of date", "stale"
     beside = f"; {others[True]} of {others.total()} variants done" if others else ""
     return tag(
         "li",

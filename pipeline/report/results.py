@@ -12,6 +12,7 @@ from .markup import Markup, tag
 from .run_files import RunFiles
 from .scale import is_drawable
 from .scores import Scores
+from .staleness import Stale, find_stale
 
 
 def results(run: RunFiles, scores: Scores | str) -> Markup:
@@ -26,7 +27,7 @@ def results(run: RunFiles, scores: Scores | str) -> Markup:
     return section(
         "results",
         "Results",
-        *(prose(line, "warning") for line in _outdated(run)),
+        _outdated(find_stale(run)),
         prose("What evaluate noted of the training cannot be read.", "warning") if training is None else None,
         table(TABLE_COLUMNS, rows, caption="Scores of all variants"),
         tag("ul", *(tag("li", line) for line in comparisons)) if comparisons else None,
@@ -80,22 +81,16 @@ def _training(run: RunFiles) -> dict[str, dict[str, Any]] | None:
     return found
 
 
-def _outdated(run: RunFiles) -> Iterator[str]:
-    """What was made anew since evaluate scored it."""
-    evaluate = run.whole("evaluate")
-    if evaluate is None:
-        return
-    anew = []
-    for source, digest in evaluate.manifest.consumed.items():
-        name, _, stage = source.rpartition("/")
-        files = run.whole(stage, name) if name else None  # without a name it is main's, which has a line with one too
-        if files is not None and (files.status.state == "unfinished" or files.manifest.output_fingerprint != digest):
-            anew.append(files.status.title)
-    if anew:
-        yield (
-            f"These are scores of earlier weights: {', '.join(sorted(set(anew)))} ran anew since. "
-            "`hedgehog evaluate CONFIG --force` scores them again."
-        )
+def _outdated(stale: Stale) -> Markup | None:
+    """What was made anew since evaluate scored it, or since what it scored was made of it."""
+    if "evaluate" not in stale.titles:
+        return None
+    if len(stale.commands) == 1:
+        anew = " and ".join(stale.first["evaluate"])
+        said = f"{anew} ran anew since. `{stale.commands[0]}` scores them again."
+    else:
+        said = f"{stale.reasons()}. The top of the page says what to make again, in which order."
+    return prose(f"These are scores of earlier weights: {said}", "warning")
 
 
 def _how_measured(scores: Scores) -> Iterator[str]:

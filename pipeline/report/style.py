@@ -40,6 +40,7 @@ dd { margin: 0; }
 .stages { list-style: none; margin: 1rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .5rem; }
 .stages li { background: var(--panel); border: 1px solid var(--rule); border-radius: .4rem; padding: .3rem .6rem;
   font-size: .9rem; }
+.stages .stale { color: var(--warn); }
 .stages .not-started { color: var(--soft); border-style: dashed; }
 .sign { display: inline-block; min-width: 1.1em; margin-right: .25em; font-weight: 700; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
