@@ -11,7 +11,7 @@ from .interval_chart import Estimate, interval_chart
 from .markup import Markup, tag
 from .run_files import RunFiles
 from .scale import is_drawable
-from .scores import Scores
+from .scores import Refused, Scores
 from .staleness import Stale, find_stale
 
 
@@ -19,6 +19,7 @@ def results(run: RunFiles, scores: Scores | str) -> Markup:
     """The section; where there are no scores, why, and what makes them."""
     if isinstance(scores, str):
         cure = run.what_makes("it") or " `hedgehog evaluate CONFIG --force` makes it anew."
+        cure = "" if isinstance(scores, Refused) else cure
         return section("results", "Results", prose(f"No scores: {scores}.{cure}"))
     comparisons = comparison_lines(scores.figures, scores.reference)
     training = _training(run)

@@ -76,6 +76,10 @@ class Scores:
         return self.file.softmax_reference if self.file.softmax_reference in self.file.variants else None
 
 
+class Refused(str):
+    """Why the operating system does not hand the file out: making it anew is no cure."""
+
+
 def read_scores(file: Path) -> Scores | str:
     """The scores, or why there are none: no such file, or its first fault."""
     try:
@@ -83,7 +87,7 @@ def read_scores(file: Path) -> Scores | str:
     except (FileNotFoundError, NotADirectoryError):
         return "there is no rouge.json yet"
     except OSError as error:
-        return f"rouge.json cannot be read ({error.strerror})"
+        return Refused(f"rouge.json cannot be read ({error.strerror})")
     except RecursionError:
         return "rouge.json cannot be read (brackets in brackets without end)"
     except ValidationError as error:

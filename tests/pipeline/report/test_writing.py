@@ -452,6 +452,19 @@ def test_scores_of_stale_weights_are_stale_though_made_since(finished):
     assert "Out of date: finetune (distill ran anew since). So is what follows: evaluate, export." in header
 
 
+def test_subsets_are_made_again_before_they_are_merged(finished):
+    prepare = read_manifest(finished.root / "prepare")
+    assert prepare is not None
+    consumed = {"prepare": prepare.output_fingerprint}
+    for layers in ("0", "1"):
+        finished.stage(f"distill/layers-{layers}", consumed=consumed, summary={"layers": [int(layers)]})
+    link_inputs(finished.root)
+    make_anew(finished.root / "prepare")
+    header = text(read(write_report("trial")).find("body/header"))
+    subsets = " ".join(f"hedgehog distill {C} --layers {layers} --force" for layers in ("0", "1"))
+    assert f"{AGAIN} {subsets} hedgehog merge {C} --force hedgehog distill {C} --force --variant t2r" in header
+
+
 def test_an_input_that_is_being_made_anew_comes_first(finished):
     link_inputs(finished.root)
     make_anew(finished.root / "distill", status="running")
@@ -531,7 +544,8 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 )
 def test_a_file_that_may_not_be_read_is_not_called_missing(finished, forbid, name, place, said):
     forbid(name)
-    assert said in text(section(read(write_report("trial")), place))
+    shown = text(section(read(write_report("trial")), place))
+    assert said in shown and "--force" not in shown
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "trial"])
