@@ -341,7 +341,7 @@ def status(
 def report(
     run: Run,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write it; report.html in the run folder if not."),
     ] = None,
 ) -> None:

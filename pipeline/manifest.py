@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); whose run is it?") from error
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: not a manifest of format {FORMAT} ({str(error).splitlines()[0]}). "
             f"Remove the folder {folder} to run the stage anew."

@@ -21,7 +21,6 @@ import pytest
 from typer.testing import CliRunner
 
 from hedgehog.pipeline import cli
-from hedgehog.pipeline.errors import ConfigError
 from hedgehog.pipeline.manifest import Artifact, read_manifest
 from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.run_folder import RunFolder
@@ -553,7 +552,7 @@ def test_a_run_that_may_not_be_read(finished, forbid, name):
     forbid(name)
     result = invoke("trial")
     assert result.exit_code == 2 and result.stderr.startswith("error: "), result.output
-    assert "cannot be read (Permission denied)." in result.stderr
+    assert "(Permission denied)" in result.stderr
 
 
 def test_thousands_of_steps_make_a_small_file_that_says_so(new_folder, training_records):
@@ -631,9 +630,9 @@ def test_output_is_no_folder_and_no_device(finished):
             assert result.exit_code == 2 and f"{name} is no ordinary file" in result.stderr
     assert "goes to a file, not to the terminal" in invoke("trial", "--output", "-").stderr
     for name in ("new/", "new folder/"):
-        with pytest.raises(ConfigError, match="is a folder: name a file in it") as error:
-            write_report("trial", name)
-        assert str(error.value).endswith(f"--output {shlex.quote(name + 'report.html')}")
+        result = invoke("trial", "--output", name)
+        assert result.exit_code == 2 and "is a folder: name a file in it" in result.stderr
+        assert result.stderr.endswith(f"--output {shlex.quote(name + 'report.html')}\n")
     assert sorted(path.name for path in Path().iterdir()) == ["pipe", "runs", "socket"]
 
 
