@@ -19,8 +19,8 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from .attempt import open_input
 from .config_loading import apply_variant, config_differences, flatten, load_config
-from .data.base_fingerprint import fingerprint_tokenizer
-from .data.tokenize import TextEncoder, choose_pad_id, load_tokenizer, render_prompt
+from .data.base_fingerprint import load_prepared_tokenizer
+from .data.tokenize import TextEncoder, choose_pad_id, render_prompt
 from .distributed import discover_world
 from .errors import CheckpointError, ConfigError, ModelError, ResourceError
 from .generation import make_generation_config
@@ -234,12 +234,10 @@ def _answer(
     say: Callable[[str], None] | None,
     report: Callable[[str], None],
 ) -> Answer:
-    config, summary = variant.config, variant.inputs["prepare"].summary
-    tokenizer = load_tokenizer(
-        summary["tokenizer"], revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    config = variant.config
+    tokenizer = load_prepared_tokenizer(
+        variant.inputs["prepare"], config.model, lambda message: report(f"warning: {message}")
     )
-    if summary.get("tokenizer_fingerprint") not in (None, fingerprint_tokenizer(tokenizer)):
-        report(f"warning: {summary['tokenizer']} is another tokenizer than the one that prepare read, or was changed")
     text = question.text.replace("\r\n", "\n").replace("\r", "\n")
     prompt = text if question.raw else render_prompt(variant.prompt_template, text.strip())
     (prompt_ids,) = TextEncoder(tokenizer).prompts([prompt])

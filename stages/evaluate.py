@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..pipeline.data.tokenize import choose_pad_id, load_tokenizer
+from ..pipeline.data.base_fingerprint import load_prepared_tokenizer
+from ..pipeline.data.tokenize import choose_pad_id
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.errors import CheckpointError, DataError, ModelError
 from ..pipeline.generation import (
@@ -145,12 +146,7 @@ def _open_test_split(ctx: StageContext) -> _TestSplit:
 
 
 def _load_generation(ctx: StageContext) -> _Generation:
-    model = ctx.config.model
-    tokenizer = load_tokenizer(
-        ctx.inputs["prepare"].summary["tokenizer"],
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    tokenizer = load_prepared_tokenizer(ctx.inputs["prepare"], ctx.config.model, ctx.reporter.warning)
     pad_id, _ = choose_pad_id(tokenizer)
     ids = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id, "pad_id": pad_id}
     return _Generation(tokenizer, make_generation_config(ctx.config.evaluate, **ids))

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ..pipeline.config import RunConfig
-from ..pipeline.data.tokenize import choose_pad_id, load_tokenizer
+from ..pipeline.data.base_fingerprint import load_prepared_tokenizer
+from ..pipeline.data.tokenize import choose_pad_id
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.drift import Probe, ProbeAnswer, answer_in_clean_process, answer_probe, make_probe, measure_drift
 from ..pipeline.errors import ModelError
@@ -99,11 +100,7 @@ def _earlier_summary(ctx: StageContext, folder: Path, record: Path) -> dict[str,
 def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
     config, prepare = ctx.config, ctx.inputs["prepare"]
     dtype = getattr(torch, config.export.dtype)
-    tokenizer = load_tokenizer(
-        prepare.summary["tokenizer"],
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    tokenizer = load_prepared_tokenizer(prepare, config.model, ctx.reporter.warning)
     pad_id, _ = choose_pad_id(tokenizer)
     with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
         prompts = [json.loads(line)["prompt"] for line in file]

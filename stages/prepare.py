@@ -74,6 +74,7 @@ def _prepare(ctx: StageContext) -> StageResult:
     check_convertible(base, base_config.to_dict(), ctx.config)
     tokenizer_source = model.tokenizer or base
     tokenizer = load_tokenizer(tokenizer_source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)  # before its first use, which sets truncation and padding
     dialogues = [example.dialogue for example in splits["train"].examples]
     for doubt in [*check_vocabulary(tokenizer, base_config), *check_unknown_tokens(tokenizer, dialogues)]:
         ctx.reporter.warning(doubt)
@@ -88,7 +89,7 @@ def _prepare(ctx: StageContext) -> StageResult:
         "revision": model.revision,
         "fingerprint": fingerprint_base(base, model.revision, base_config),
         "tokenizer": tokenizer_source,
-        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
     }
     write_json(ctx.folder / "base_model.json", described)
     artifacts.setdefault("base_model", "base_model.json")

@@ -58,6 +58,11 @@ def test_scores_are_those_of_the_written_predictions(copied_run: RunConfig, caps
     assert merged is not None
     merged.summary |= {"parts_duration_s": 600.0, "parts_peak_memory_bytes": 5 << 20}  # as of merged layers
     merged.write(finetune)
+    prepare = folder(copied_run).parent / "prepare"
+    prepared = read_manifest(prepare)
+    assert prepared is not None
+    prepared.summary["tokenizer_fingerprint"] = "of another"
+    prepared.write(prepare)
     manifest = run_stage(copied_run, "evaluate")
     report = json.loads((folder(copied_run) / "rouge.json").read_text())
     assert list(report["variants"]) == list(VARIANTS)
@@ -83,6 +88,7 @@ def test_scores_are_those_of_the_written_predictions(copied_run: RunConfig, caps
     assert manifest.summary["training"]["softmax"] == {"minutes": 11.5, "peak_memory_bytes": 5 << 20}
     assert manifest.summary["training"]["zero_shot"] == {"minutes": None, "peak_memory_bytes": None}
     shown = capsys.readouterr().out
+    assert "is another tokenizer than the one that prepare read" in shown
     line = "linear attention: torch (no compiled kernel for cpu, float32, F=16, V=8: it needs a CUDA GPU)"
     assert shown.count(line) == 1, "once, with the reason; softmax has none"
     assert "sample d0:" in shown and "reference: Ann and Bob have lunch at 1." in shown

@@ -15,12 +15,13 @@ from transformers import LlamaConfig
 
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data import tiny_pretrain
-from hedgehog.pipeline.data.base_fingerprint import fingerprint_base
+from hedgehog.pipeline.data.base_fingerprint import fingerprint_base, load_prepared_tokenizer
 from hedgehog.pipeline.data.dialogue_corpus import generate_dialogues
 from hedgehog.pipeline.data.tiny_tokenizer import save_tokenizer, train_tokenizer
+from hedgehog.pipeline.data.tokenize import load_tokenizer
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, DataError, ModelError
-from hedgehog.pipeline.manifest import Manifest
+from hedgehog.pipeline.manifest import Manifest, StageInput
 from hedgehog.pipeline.metrics import Reporter
 from hedgehog.pipeline.rouge import UNSCORABLE
 from hedgehog.pipeline.runner import run_stage
@@ -219,6 +220,26 @@ def test_the_base_fingerprint_notices_other_weights(base, tmp_path):
     (other / "model.safetensors").write_bytes(weights)
     changed = prepare(real_config(tmp_path, other), force=True)[1]
     assert changed.summary["base_fingerprint"] != first.summary["base_fingerprint"]
+
+
+def test_later_stages_tell_of_another_tokenizer(base, tmp_path):
+    """Not of one whose file holds a truncation, as those saved after a training do: its first use drops that."""
+    folder = tmp_path / "tokenizer"
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.backend_tokenizer.enable_truncation(512)
+    tokenizer.save_pretrained(folder)
+    assert json.loads((folder / "tokenizer.json").read_text())["truncation"] is not None
+    config = real_config(tmp_path, base)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"tokenizer": str(folder)})})
+    prepared = StageInput(*prepare(config))
+
+    told: list[str] = []
+    assert load_prepared_tokenizer(prepared, config.model, told.append).vocab_size == tokenizer.vocab_size
+    assert told == []
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder)
+    load_prepared_tokenizer(prepared, config.model, told.append)
+    assert told == [f"{folder} is another tokenizer than the one that prepare read, or was changed"]
 
 
 def test_a_base_model_that_cannot_be_used_is_refused_and_its_repair_accepted(base, tmp_path, capsys):
