@@ -19,17 +19,16 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from .attempt import open_input
 from .config_loading import apply_variant, config_differences, flatten, load_config
-from .data.base_fingerprint import load_prepared_tokenizer
-from .data.tokenize import TextEncoder, choose_pad_id, render_prompt
+from .data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer, render_prompt
 from .distributed import discover_world
 from .errors import CheckpointError, ConfigError, ModelError, ResourceError
 from .generation import make_generation_config
 from .llama.hedgehog_cache import CACHE_NAME
 from .manifest import StageInput
-from .run_folder import RunFolder
+from .run_folder import MAIN, RunFolder
 from .status import find_run_folder
+from .text_stream import TextStream
 from .variants import load_variant_model
-from .word_stream import WordStream
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .distributed import World
 
-MAIN = "main"
-"""The name of the conversion itself among its variants."""
 _CONSUMES = ("prepare", "distill", "finetune")
 _TEMPLATE = "data.prompt_template"
 _PLACES = ("model.base", "model.tokenizer")
@@ -247,7 +244,7 @@ def _answer(
     if limit is not None and len(prompt_ids) + config.evaluate.max_new_tokens > limit:
         wanted = f"{len(prompt_ids)} tokens and up to {config.evaluate.max_new_tokens} new ones"
         report(f"warning: {wanted}, but the base model was made for {limit}")
-    stream = WordStream(tokenizer, say) if settings.num_beams == 1 else None
+    stream = TextStream(tokenizer, say) if settings.num_beams == 1 else None
     _warm_up(model, prompt_ids[-1:], settings)
     torch.manual_seed(question.seed)
     made_ids, seconds, state_bytes = _generate(model, prompt_ids, settings, stream)
@@ -298,7 +295,7 @@ def _warm_up(model: PreTrainedModel, token_ids: Sequence[int], settings: Generat
 
 @torch.inference_mode()
 def _generate(
-    model: PreTrainedModel, prompt_ids: Sequence[int], settings: GenerationConfig, stream: WordStream | None
+    model: PreTrainedModel, prompt_ids: Sequence[int], settings: GenerationConfig, stream: TextStream | None
 ) -> tuple[list[int], float, int]:
     """New token ids, seconds, and the bytes that were kept between two tokens at the end."""
     device = next(model.parameters()).device
@@ -337,4 +334,4 @@ def _num_bytes(layer: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (layer.keys, layer.values))
 
 
-__all__ = ["MAIN", "Answer", "Question", "Variant", "answer", "open_variants"]
+__all__ = ["Answer", "Question", "Variant", "answer", "open_variants"]

@@ -27,6 +27,8 @@ STAGES = ("prepare", "distill", "finetune", "evaluate", "export")
 """All stages in the order in which `run` works through them; `hedgehog.stages.<stage>` is the module of each."""
 VARIANT_STAGES = ("distill", "finetune")
 """The stages that every variant runs for itself."""
+MAIN = "main"
+"""The main conversion's name beside those of variants."""
 SHARED_STAGES = ("prepare", "evaluate")
 """Done once for all variants. Neither here nor above: done for the main conversion, for a variant when asked to."""
 

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..pipeline.data.base_fingerprint import load_prepared_tokenizer
-from ..pipeline.data.tokenize import choose_pad_id
+from ..pipeline.data.tokenize import choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.errors import CheckpointError, DataError, ModelError
 from ..pipeline.generation import (

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from ..pipeline.config import RunConfig
-from ..pipeline.data.base_fingerprint import load_prepared_tokenizer
-from ..pipeline.data.tokenize import choose_pad_id
+from ..pipeline.data.tokenize import choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.drift import Probe, ProbeAnswer, answer_in_clean_process, answer_probe, make_probe, measure_drift
 from ..pipeline.errors import ModelError

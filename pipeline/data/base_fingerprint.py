@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,23 +87,6 @@ def check_base_unchanged(prepare: StageInput, revision: str | None) -> None:
             f"{path}: the base model changed since prepare looked at it. Put the earlier files back, or begin with "
             "`hedgehog prepare CONFIG --force`."
         )
-
-
-def load_prepared_tokenizer(prepare: StageInput, model: ModelConfig, report: Callable[[str], None]) -> Any:
-    """The tokenizer that `prepare` read; `report` is told where it is another one by now.
-
-    Not refused: another version of its library may write down the same tokenizer otherwise.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    from .tokenize import load_tokenizer
-
-    source = prepare.summary["tokenizer"]
-    tokenizer = load_tokenizer(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    if prepare.summary.get("tokenizer_fingerprint") not in (None, fingerprint_tokenizer(tokenizer)):
-        report(f"{source} is another tokenizer than the one that prepare read, or was changed")
-    return tokenizer
 
 
 def _fingerprint_files(files: list[Path]) -> str:

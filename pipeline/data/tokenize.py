@@ -8,13 +8,15 @@ that generation starts from. BOS stands where the tokenizer has one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import DataConfig
+from ..config import DataConfig, ModelConfig
 from ..errors import ModelError
 from ..interrupts import stop_if_asked
+from ..manifest import StageInput
+from .base_fingerprint import fingerprint_tokenizer
 from .sources import Example
 from .tokens import TokenizedSplit
 
@@ -54,6 +56,21 @@ def load_tokenizer(path_or_id: str, *, revision: str | None = None, trust_remote
         ) from None
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{path_or_id}: the tokenizer has no EOS token, so a summary would have no end")
+    return tokenizer
+
+
+def load_prepared_tokenizer(prepare: StageInput, model: ModelConfig, report: Callable[[str], None]) -> Any:
+    """The tokenizer that `prepare` read; `report` is told where it is another one by now.
+
+    Not refused: another version of its library may write down the same tokenizer otherwise.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    source = prepare.summary["tokenizer"]
+    tokenizer = load_tokenizer(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    if prepare.summary.get("tokenizer_fingerprint") not in (None, fingerprint_tokenizer(tokenizer)):
+        report(f"{source} is another tokenizer than the one that prepare read, or was changed")
     return tokenizer
 
 

@@ -10,14 +10,13 @@ from .blocks import count, notes, section, table
 from .markup import Markup
 from .run_files import RunFiles, StageFiles
 from .scale import is_drawable
-from .staleness import find_stale
+from .staleness import Stale
 
 _COLUMNS = ("stage", "of", "state", "minutes", "tokens/s", "peak memory", "processes")
 
 
-def cost(run: RunFiles) -> Markup:
+def cost(run: RunFiles, stale: Stale) -> Markup:
     """The section: a row for every stage that did something, and all together."""
-    stale = find_stale(run).titles
     busy = [files for files in run.begun if files.status.state != "skipped"]
     minutes = [files.status.minutes or 0.0 for files in busy]
     # the manifest holds the time of all attempts, but of the newest alone how many processes it had
@@ -28,7 +27,7 @@ def cost(run: RunFiles) -> Markup:
         "Cost",
         table(
             _COLUMNS,
-            [_row(run, files, files.status.title in stale) for files in busy],
+            [_row(run, files, files.status.title in stale.titles) for files in busy],
             caption="Time and memory of every stage",
             num_texts=3,
         ),
@@ -47,7 +46,7 @@ def cost(run: RunFiles) -> Markup:
 def _row(run: RunFiles, files: StageFiles, is_stale: bool) -> list[str]:
     status, manifest = files.status, files.manifest
     part = status.layers or status.shard
-    speed = tokens_per_s(files.records(), generating=status.stage == "evaluate")
+    speed = tokens_per_s(files.records, generating=status.stage == "evaluate")
     return [
         status.stage + (f" {part}" if part else ""),
         "all" if status.stage in ("prepare", "evaluate") else run.labels[files.variant],

@@ -6,21 +6,21 @@ from collections import Counter
 
 from ..go_on import shown
 from ..model_card import base_name
-from ..run_folder import STAGES
+from ..run_folder import MAIN, STAGES
 from ..score_table import TABLE_COLUMNS, comparison_lines, table_rows
 from ..status import StageStatus
 from .blocks import prose
 from .markup import Markup, joined, tag
-from .run_files import MAIN, RunFiles, status_command
+from .run_files import RunFiles, status_command
 from .scores import Scores
-from .staleness import Stale, find_stale
+from .staleness import Stale
 
 _SIGNS = {"done": "✓", "skipped": "✓", "unfinished": "…", "not started": "–", "stale": "!"}
 
 
-def headline(run: RunFiles, scores: Scores | str) -> Markup:
+def headline(run: RunFiles, scores: Scores | str, stale: Stale) -> Markup:
     """Name, result, facts, stages, and the commands that go on where the run is not finished."""
-    facts, stale = _facts(run), find_stale(run)
+    facts = _facts(run)
     what_next = [_to_renew(stale), _to_go_on(run)]
     if stale.input_unfinished:
         what_next.reverse()

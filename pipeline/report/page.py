@@ -11,6 +11,7 @@ from .provenance import provenance
 from .results import results
 from .run_files import RunFiles
 from .scores import read_scores
+from .staleness import find_stale
 from .style import STYLE
 from .summaries import summaries
 from .training import stage_one, stage_two
@@ -22,6 +23,7 @@ def page(run: RunFiles, written_at: datetime) -> str:
     Args:
         written_at: for the foot of the page; UTC.
     """
+    stale = find_stale(run)
     scores = read_scores(run.folder.stage("evaluate") / "rouge.json")
     head = tag(
         "head",
@@ -32,13 +34,13 @@ def page(run: RunFiles, written_at: datetime) -> str:
     )
     body = tag(
         "body",
-        headline(run, scores),
+        headline(run, scores, stale),
         tag(
             "main",
-            results(run, scores),
+            results(run, scores, stale),
             stage_one(run),
             stage_two(run),
-            cost(run),
+            cost(run, stale),
             summaries(run),
             provenance(run),
         ),

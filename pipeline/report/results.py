@@ -12,10 +12,10 @@ from .markup import Markup, tag
 from .run_files import RunFiles
 from .scale import is_drawable
 from .scores import Refused, Scores
-from .staleness import Stale, find_stale
+from .staleness import Stale
 
 
-def results(run: RunFiles, scores: Scores | str) -> Markup:
+def results(run: RunFiles, scores: Scores | str, stale: Stale) -> Markup:
     """The section; where there are no scores, why, and what makes them."""
     if isinstance(scores, str):
         cure = run.what_makes("it") or " `hedgehog evaluate CONFIG --force` makes it anew."
@@ -28,7 +28,7 @@ def results(run: RunFiles, scores: Scores | str) -> Markup:
     return section(
         "results",
         "Results",
-        _outdated(find_stale(run)),
+        _outdated(stale),
         prose("What evaluate noted of the training cannot be read.", "warning") if training is None else None,
         table(TABLE_COLUMNS, rows, caption="Scores of all variants"),
         tag("ul", *(tag("li", line) for line in comparisons)) if comparisons else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,10 @@ from ..errors import ConfigError, ResourceError
 from ..go_on import commands_to_finish, shown
 from ..manifest import Manifest, read_manifest
 from ..row_log import read_complete_rows
-from ..run_folder import RunFolder
+from ..run_folder import MAIN, RunFolder
 from ..slurm.job_records import read_records
 from ..stage_progress import JUST_NOW, read_metrics
 from ..status import StageStatus, find_run_folder, resolved_config, stages_on_disk
-
-MAIN = "main"
-"""The main conversion's name beside those of variants, as in rouge.json."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class StageFiles:
         stopped = self.manifest.interrupted or self.manifest.error
         return self.status.state == "unfinished" and self.status.detail == JUST_NOW and not stopped
 
+    @cached_property
     def records(self) -> list[dict[str, Any]]:
         """Of its metrics.jsonl."""
         return read_metrics(self.place / "metrics.jsonl")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..go_on import commands_to_renew, shown
-from ..run_folder import SHARED_STAGES, STAGES
-from .run_files import MAIN, RunFiles, StageFiles
+from ..run_folder import MAIN, SHARED_STAGES, STAGES
+from .run_files import RunFiles, StageFiles
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _curves(run: RunFiles, stage: str, name: str, mark: str) -> list[Curve]:
     curves = []
     for files in found:
         layers = f", layers {files.status.layers}" if files.status.layers else ""
-        curve = read_curve(run.labels[files.variant] + layers, run.style(files.variant), files.records(), name, mark)
+        curve = read_curve(run.labels[files.variant] + layers, run.style(files.variant), files.records, name, mark)
         if not curve.is_empty or curve.num_left_out:
             curves.append(replace(curve, style=len(curves)) if in_parts else curve)
     return curves

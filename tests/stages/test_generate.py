@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hedgehog.pipeline import answer_screen, answers, cli
+from hedgehog.pipeline import answer_screen, answers, cli, text_stream
 from hedgehog.pipeline.answers import Answer, Question, answer, open_variants
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import dump_resolved, load_config
@@ -26,7 +26,7 @@ from hedgehog.pipeline.manifest import describe_artifact, read_manifest
 from hedgehog.pipeline.row_log import read_complete_rows
 from hedgehog.pipeline.run_folder import RunFolder
 from hedgehog.pipeline.runner import run_stage
-from hedgehog.pipeline.word_stream import WordStream
+from hedgehog.pipeline.text_stream import TextStream
 
 VARIANTS = ("main", "softmax", "zero_shot")
 TEXT = "Ida: Zoë's café opens today 😀 Jon: Let's go"
@@ -114,7 +114,7 @@ def test_a_text_is_said_as_its_tokens_come(run: Path) -> None:
     text = "  Zoë: 😀  a\n b. \n"
     (token_ids,) = tokenizer([text], add_special_tokens=False).input_ids
     pieces: list[str] = []
-    stream = WordStream(tokenizer, pieces.append)
+    stream = TextStream(tokenizer, pieces.append)
     stream.put(torch.tensor([[1, 5, 6]]))
     for token_id in [*token_ids, tokenizer.eos_token_id]:
         stream.put(torch.tensor([token_id]))
@@ -125,7 +125,7 @@ def test_a_text_is_said_as_its_tokens_come(run: Path) -> None:
 def test_a_long_text_costs_no_more_a_token(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(str(run / "prepare" / "base_model"))
     most = []
-    stream = WordStream(tokenizer, lambda piece: None)
+    stream = TextStream(tokenizer, lambda piece: None)
     monkeypatch.setattr(stream, "_decode", lambda ids: most.append(len(ids)) or tokenizer.decode(ids))
     stream.put(torch.tensor([[1]]))
     (token_ids,) = tokenizer(["a b " * 500], add_special_tokens=False).input_ids
@@ -154,24 +154,29 @@ def test_what_is_kept_between_tokens(run: Path) -> None:
 
 
 def test_the_first_answer_of_a_process_is_timed_warm(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the first forward passes of a model take, a kernel to build perhaps, is not called reading."""
-    load, slept = answers.load_variant_model, []
+    """What a model's first pass takes, a kernel to build perhaps, is not called reading. The others take 1 s here."""
+    load, passes, now_s = answers.load_variant_model, [], [0.0]
 
-    def slow_at_first(*arguments: Any) -> Any:
+    def timed(*arguments: Any) -> Any:
         model = load(*arguments)
         forward = model.forward
 
-        def first(*inputs: Any, **named: Any) -> Any:
-            if not slept:
-                time.sleep(0.5)
-                slept.append(True)
+        def one_pass(*inputs: Any, **named: Any) -> Any:
+            now_s[0] += 1.0 if passes else 600.0
+            passes.append(named["input_ids"].shape[1])
             return forward(*inputs, **named)
 
-        model.forward = first
+        model.forward = one_pass
         return model
 
-    monkeypatch.setattr(answers, "load_variant_model", slow_at_first)
-    assert answered(run).seconds < 0.5 and slept
+    clock = SimpleNamespace(perf_counter=lambda: now_s[0])
+    monkeypatch.setattr(answers, "time", clock)
+    monkeypatch.setattr(text_stream, "time", clock)
+    monkeypatch.setattr(answers, "load_variant_model", timed)
+    found = answered(run)
+    num_made = found.num_new_tokens + (not found.truncated)
+    assert passes[-num_made:] == [found.num_prompt_tokens] + [1] * (num_made - 1) and len(passes) > num_made
+    assert (found.seconds, found.first_token_s, found.tokens_per_s) == (num_made, 1.0, 1.0)
 
 
 def test_tokens_are_drawn_from_the_seed(run: Path) -> None:

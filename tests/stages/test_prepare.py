@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data import tiny_pretrain
-from hedgehog.pipeline.data.base_fingerprint import fingerprint_base, load_prepared_tokenizer
+from hedgehog.pipeline.data.base_fingerprint import fingerprint_base
 from hedgehog.pipeline.data.dialogue_corpus import generate_dialogues
 from hedgehog.pipeline.data.tiny_tokenizer import save_tokenizer, train_tokenizer
-from hedgehog.pipeline.data.tokenize import load_tokenizer
+from hedgehog.pipeline.data.tokenize import load_prepared_tokenizer, load_tokenizer
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, DataError, ModelError
 from hedgehog.pipeline.manifest import Manifest, StageInput

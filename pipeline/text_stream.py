@@ -10,11 +10,16 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 
-class WordStream(BaseStreamer):
+class TextStream(BaseStreamer):
     """Says a text as its tokens come, without the blanks around it. Keeps the time of the first token.
 
     Only the newest tokens are decoded, together with those before them that decide their blanks, so that a long text
-    costs no more a token than a short one.
+    costs no more a token than a short one. (transformers' TextStreamer decodes the whole line at each token, which
+    would be in the times that are reported.)
+
+    Args:
+        tokenizer: of the model.
+        say: given each piece; None only takes the time.
     """
 
     def __init__(self, tokenizer: Any, say: Callable[[str], None] | None) -> None:
