@@ -54,9 +54,10 @@ from hedgehog.kernels.distill_loss import materialised_distillation_loss
 from hedgehog.pipeline.allocation_peak import allocation_peak
 from hedgehog.pipeline.distillation import FeatureMapDistillation, Teacher
 from hedgehog.pipeline.distributed import World
+from hedgehog.pipeline.families import HUB_SHAPES
 from hedgehog.pipeline.formatting import format_bytes
-from hedgehog.pipeline.llama.convert import convert_llama, feature_map_modules
-from hedgehog.pipeline.model_shape import HUB_SHAPES, ModelShape
+from hedgehog.pipeline.llama.shape import LlamaShape
+from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules
 from hedgehog.pipeline.slurm.layer_groups import distill_flops
 from hedgehog.pipeline.summary_loss import SummaryLoss
 
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 LLAMA_7B = HUB_SHAPES["meta-llama/Llama-2-7b-hf"]
-NARROW = ModelShape(64, 32, 2, 2, 32, 172, 500, 4096)
+NARROW = LlamaShape(64, 32, 2, 2, 32, 172, 500, 4096)
 """Llama-2 7B at 1/64 of its width; two heads, so that a head is not narrower than a feature map can use."""
 MATERIALISED_LIMIT = {"cuda": 1 << 20, "cpu": 2048}
 """On a GPU the materialised loss runs until memory ends; on a CPU it would only use up the time."""
@@ -95,7 +96,7 @@ class Bench:
     """Sizes, device and clock of one run."""
 
     def __init__(
-        self, shape: ModelShape, device: torch.device, budget_s: float, *, gradient_checkpointing: bool = True
+        self, shape: LlamaShape, device: torch.device, budget_s: float, *, gradient_checkpointing: bool = True
     ) -> None:
         self.shape = shape
         self.gradient_checkpointing = gradient_checkpointing
@@ -370,7 +371,7 @@ def distill_rows(bench: Bench, lengths: list[int]) -> Iterator[dict[str, Any]]:
     teacher = Teacher(llama, layers)
     for products in (None, *MATERIALISED[bench.device.type]):
         kind = FeatureMapDistillation if products is None else MaterialisedDistillation
-        hedgehog = convert_llama(llama, attention="linear", feature_map="hedgehog_softmax")
+        hedgehog = convert_base(llama, attention="linear", feature_map="hedgehog_softmax")
         said: list[str] = []
         module = kind(hedgehog, teacher, layers, bench.settings.distill, report=said.append)
         if products:
@@ -426,10 +427,10 @@ def finetune_rows(bench: Bench, lengths: list[int]) -> Iterator[dict[str, Any]]:
     )
     for attention in ("linear", "softmax"):
         llama = bench.llama()
-        model = convert_llama(llama, attention=attention, feature_map="hedgehog_softmax")
+        model = convert_base(llama, attention=attention, feature_map="hedgehog_softmax")
         del llama
         said = ["softmax: SDPA, as torch chooses it"] if attention == "softmax" else []
-        model.model.report = said.append
+        model.decoder.report = said.append
         adapted = attach_lora(model, lora, seed=0)
         maps = [p for module in feature_map_modules(model).values() for p in module.parameters()]
         for weight in maps:
@@ -491,9 +492,9 @@ def generate_rows(
 ) -> Iterator[dict[str, Any]]:
     features = 2 * bench.shape.head_dim
     for attention in ("linear", "softmax"):
-        model = convert_llama(bench.llama(), attention=attention, feature_map="hedgehog_softmax")
+        model = convert_base(bench.llama(), attention=attention, feature_map="hedgehog_softmax")
         said = ["softmax: SDPA, as torch chooses it"] if attention == "softmax" else []
-        model.model.report = said.append
+        model.decoder.report = said.append
         for batch_size in batch_sizes:
             for position in positions:
                 key = "generate", attention
@@ -561,7 +562,7 @@ def add_estimates(file: Path) -> None:
     """Completes a report that was written where there is no pydantic."""
     report = json.loads(file.read_text())
     device = torch.device("cuda" if report["dtype"] == "torch.bfloat16" else "cpu")
-    bench = Bench(ModelShape(**report["shape"]), device, 0)
+    bench = Bench(LlamaShape(**report["shape"]), device, 0)
     for section, stage in (("distill", "distill"), ("finetune", "finetune"), ("generate", "evaluate")):
         for row in report.get(section, []):
             if "missing" in row.get("estimate", {}):

@@ -69,8 +69,8 @@ def seconds_a_token(positions: tuple[int, ...], *, num_tokens: int, rounds: int)
 def _model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hedgehog.pipeline.llama.convert import convert_llama
+    from hedgehog.pipeline.modeling.convert import convert_base
 
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=None, pad_token_id=0))
-    return convert_llama(llama.eval(), feature_map="hedgehog_exp", feature_dim=64)
+    return convert_base(llama.eval(), feature_map="hedgehog_exp", feature_dim=64)

@@ -24,9 +24,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hedgehog.pipeline.base_folder import known_shape
 from hedgehog.pipeline.config_loading import load_config
 from hedgehog.pipeline.manifest import read_manifest
-from hedgehog.pipeline.model_shape import known_shape
 from hedgehog.pipeline.slurm.layer_groups import balanced_groups, distill_cost, layers_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,7 +33,7 @@ def stage_one_step(length: int, *, materialised: bool, num_layers: int | None = 
     from hedgehog.kernels.distill_loss import materialised_distillation_loss
     from hedgehog.pipeline.config import DistillConfig
     from hedgehog.pipeline.distillation import FeatureMapDistillation, Teacher
-    from hedgehog.pipeline.llama.convert import convert_llama
+    from hedgehog.pipeline.modeling.convert import convert_base
 
     class Materialised(FeatureMapDistillation):
         def _backend(self, seen: Any) -> DistillBackend:
@@ -48,7 +48,7 @@ def stage_one_step(length: int, *, materialised: bool, num_layers: int | None = 
     shape["num_hidden_layers"] = num_layers or SHAPE["num_hidden_layers"]
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=max(2048, length)))
-    hedgehog = convert_llama(
+    hedgehog = convert_base(
         llama, attention="linear", feature_map="hedgehog_softmax", feature_dim=FEATURE_DIM, feature_map_seed=0
     )
     layers = range(shape["num_hidden_layers"])

@@ -22,9 +22,10 @@ from .config_loading import apply_variant, config_differences, flatten, load_con
 from .data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer, render_prompt
 from .distributed import discover_world
 from .errors import CheckpointError, ConfigError, ModelError, ResourceError
-from .generation import make_generation_config
-from .llama.hedgehog_cache import CACHE_NAME
+from .families import table_length
+from .generation import check_room, make_generation_config
 from .manifest import StageInput
+from .modeling.hedgehog_cache import CACHE_NAME
 from .run_folder import MAIN, RunFolder
 from .status import find_run_folder
 from .text_stream import TextStream
@@ -240,6 +241,9 @@ def _answer(
     (prompt_ids,) = TextEncoder(tokenizer).prompts([prompt])
     model = load_variant_model(config, variant.inputs, world.device, config.engine.precision, report)
     settings = _generation_config(config, tokenizer, question.temperature)
+    check_room(
+        table_length(model.config), len(prompt_ids), config.evaluate.max_new_tokens, "the prompt", "a shorter text"
+    )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and len(prompt_ids) + config.evaluate.max_new_tokens > limit:
         wanted = f"{len(prompt_ids)} tokens and up to {config.evaluate.max_new_tokens} new ones"

@@ -1,4 +1,4 @@
-"""A base model's folder on this machine: is it a Llama's, and do its config and its weights belong together?
+"""A base model's folder on this machine: can it be converted, and do its config and its weights belong together?
 
 Reads config.json and the headers of the safetensors files, never a weight; imports neither torch nor transformers.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import ModelError
+from .families import FAMILIES, HUB_SHAPES, family_of
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 
 _SHOWN = 3
 """Tensors that a message names."""
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-def read_llama_config(folder: Path) -> dict[str, Any]:
-    """The fields of a Llama's config.json.
+def read_base_config(folder: Path) -> dict[str, Any]:
+    """The fields of a base model's config.json.
 
     Raises:
-        ModelError: no such file, no JSON, or another kind of model.
+        ModelError: no such file, no JSON, or a kind of model that cannot be converted.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: is a file; a base model is a folder with config.json and model*.safetensors")
@@ -42,16 +42,29 @@ def read_llama_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as JSON ({_one_line(error)})") from error
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
-    if model_type != "llama":
-        raise not_a_llama(str(folder), model_type)
+    family_of(str(folder), model_type)
     return fields
 
 
-def not_a_llama(name: str, model_type: object) -> ModelError:
-    """The error for a model of another kind."""
-    if model_type == "hedgehog_llama":
-        return ModelError(f"{name}: is already a Hedgehog-Llama; a run starts from the Llama that it was made from")
-    return ModelError(f"{name}: is not a Llama but has model_type {model_type!r}; only Llama models can be converted")
+def known_shape(config: RunConfig) -> ModelShape | None:
+    """The base model's shape, or None where only the hub knows it. Reads config.json at most; never the network.
+
+    Raises:
+        ModelError: a local folder that holds no config.json of a model that can be converted, or a path that does not
+            exist.
+    """
+    if config.tiny is not None:
+        return FAMILIES[config.tiny.architecture].of_tiny(config.tiny)
+    assert config.model.base is not None, "load_config requires a base model or the tiny section"
+    base = config.model.base
+    if Path(base).exists():
+        fields = read_base_config(Path(base))
+        return family_of(base, fields["model_type"]).from_fields(fields)
+    if base in HUB_SHAPES:
+        return HUB_SHAPES[base]
+    if base.startswith(("/", ".")) or base.count("/") > 1:
+        raise ModelError(f"{base}: no such folder.")
+    return None
 
 
 def check_not_quantized(name: str, fields: Mapping[str, Any]) -> None:
@@ -69,7 +82,7 @@ def check_not_quantized(name: str, fields: Mapping[str, Any]) -> None:
 
 
 def check_convertible(name: str, fields: Mapping[str, Any], config: RunConfig) -> None:
-    """What linear attention, where the config's conversions have it, asks of a Llama beyond its shape.
+    """What linear attention, where the config's conversions have it, asks of a base beyond its shape.
 
     Raises:
         ModelError: it drops attention weights, of which linear attention has none.
@@ -85,7 +98,7 @@ def check_no_dropout(name: str, fields: Mapping[str, Any]) -> None:
     Raises:
         ModelError: it drops attention weights, of which linear attention has none.
     """
-    dropout = fields.get("attention_dropout")
+    dropout = family_of(name, fields.get("model_type")).attention_dropout(fields)
     if dropout:
         raise ModelError(
             f"{name}: config.json has attention_dropout {dropout}, but linear attention has no attention weights to "
@@ -101,9 +114,11 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
             layer that the config does not have.
     """
     found = read_shapes(folder)
-    if not any(name.startswith("model.") for name in found):  # saved from the model without its output layer
-        found = {name if name.startswith("lm_head.") else f"model.{name}": sizes for name, sizes in found.items()}
-    expected = expected_shapes(shape)
+    prefix = f"{shape.decoder_prefix}."
+    if not any(name.startswith(prefix) for name in found):  # saved from the model without its output layer
+        found = {name if name.startswith("lm_head.") else prefix + name: sizes for name, sizes in found.items()}
+    expected = shape.tensor_shapes()
+    of_layer = re.compile(rf"^{re.escape(shape.layer_prefix)}(\d+)\.")
     wrong = [
         f"{name} has shape {list(found[name])}, config.json makes it {list(sizes)}"
         for name, sizes in expected.items()
@@ -112,33 +127,13 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
     wrong += [
         f"{name} is there, config.json has {shape.num_layers} layers"
         for name in found
-        if (layer := _LAYER.match(name)) and int(layer[1]) >= shape.num_layers
+        if (layer := of_layer.match(name)) and int(layer[1]) >= shape.num_layers
     ]
     if wrong:
         raise ModelError(f"{folder}: config.json and the weights are of different models: {_some(wrong, '; ')}")
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ModelError(f"{folder}: the weights lack {_some(missing, ', ')}; the folder is incomplete: fetch it again")
-
-
-def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor that a LlamaForCausalLM of these sizes saves."""
-    hidden = shape.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not shape.tied_embeddings:
-        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
-    for layer in range(shape.num_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
-        for name, (inputs, outputs) in shape.linears.items():
-            block, biased = ("self_attn", shape.attention_bias) if name[0] in "qkvo" else ("mlp", shape.mlp_bias)
-            shapes[f"model.layers.{layer}.{block}.{name}.weight"] = (outputs, inputs)
-            if biased:
-                shapes[f"model.layers.{layer}.{block}.{name}.bias"] = (outputs,)
-    return shapes
 
 
 def weight_files(folder: Path) -> list[Path]:

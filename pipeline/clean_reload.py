@@ -48,10 +48,16 @@ def main(folder: Path) -> None:
     model = model.to(device).eval()
     # it reads config.json first, so it asks for trust too
     tokenizer = AutoTokenizer.from_pretrained(request["model"], trust_remote_code=request["trust_remote_code"])
+
+    def masked(mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        # positions too: plain models with a table of them count the padding otherwise
+        mask = mask.to(device)
+        return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
     with torch.inference_mode():
         logits = model(
             input_ids=tensors["input_ids"].to(device),
-            attention_mask=tensors["attention_mask"].to(device),
+            **masked(tensors["attention_mask"]),
             use_cache=False,
             logits_to_keep=request["logits_to_keep"],
         ).logits
@@ -65,7 +71,7 @@ def main(folder: Path) -> None:
         prompt_mask, num_new = tensors["prompt_mask"].to(device), request["max_new_tokens"]
         reread = model(
             input_ids=tokens,
-            attention_mask=torch.cat([prompt_mask, prompt_mask.new_ones(len(tokens), num_new)], dim=1),
+            **masked(torch.cat([prompt_mask, prompt_mask.new_ones(len(tokens), num_new)], dim=1)),
             use_cache=False,
             logits_to_keep=num_new + 1,
         ).logits[:, :-1]

@@ -28,7 +28,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 app = typer.Typer(
     name="hedgehog",
-    help="Convert a pretrained Llama into a linear-attention Hedgehog-Llama: distill, finetune, evaluate, export.",
+    help="Convert a pretrained Llama or GPT-2 to linear attention (Hedgehog): distill, finetune, evaluate, export.",
     epilog="Exit codes: 0 done, 2 a mistake or a refusal with its cure, 75 stopped by a signal with all saved (the "
     "same command goes on), 130 likewise by Ctrl-C.",
     no_args_is_help=True,

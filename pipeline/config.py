@@ -22,7 +22,7 @@ class ModelConfig(Section):
     """The base model and the attention that replaces its softmax."""
 
     base: str | None = None
-    """Hub id or local folder of a LlamaForCausalLM. Null only where the `tiny` section builds one."""
+    """Hub id or local folder of a Llama or GPT-2. Null only where the `tiny` section builds one."""
     tokenizer: str | None = None
     """Hub id or local folder of the tokenizer. Null: the base model's own."""
     revision: str | None = None
@@ -89,7 +89,10 @@ class DataConfig(Section):
 
 
 class TinyConfig(Section):
-    """Inputs that `prepare` makes itself: a dialogue corpus, a tokenizer and a small Llama pretrained on it."""
+    """Inputs that `prepare` makes itself: a dialogue corpus, a tokenizer and a small model pretrained on it."""
+
+    architecture: Literal["llama", "gpt2"] = "llama"
+    """Family of the model: `llama` with a sentencepiece tokenizer, or `gpt2` with a byte-level BPE."""
 
     num_train_dialogues: int = Field(default=4000, ge=10)
     """Generated training rows."""
@@ -98,7 +101,7 @@ class TinyConfig(Section):
     num_test_dialogues: int = Field(default=100, ge=1)
     """Generated test rows."""
     vocab_size: int = Field(default=1024, ge=300)
-    """Pieces of the sentencepiece (BPE, byte fallback) tokenizer."""
+    """Pieces of the BPE tokenizer."""
     hidden_size: int = Field(default=128, ge=16)
     """Width of the model."""
     num_layers: int = Field(default=4, ge=1)
@@ -106,7 +109,7 @@ class TinyConfig(Section):
     num_heads: int = Field(default=4, ge=1)
     """Query heads."""
     num_key_value_heads: int = Field(default=2, ge=1)
-    """Key/value heads (fewer than num_heads: grouped-query attention)."""
+    """Key/value heads (fewer than num_heads: grouped-query attention). A GPT-2 has as many as query heads."""
     intermediate_size: int = Field(default=384, ge=16)
     """Width of the MLP."""
     pretrain_steps: int = Field(default=600, ge=1)
@@ -118,7 +121,15 @@ class TinyConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
+        if self.architecture == "gpt2":
+            usual = type(self).model_fields["num_key_value_heads"].default  # what stands there when nobody asked
+            if self.num_key_value_heads not in (usual, self.num_heads):
+                raise combination_error(
+                    "a gpt2 has as many as query heads: leave it out", "num_key_value_heads", "architecture"
+                )
+            if self.hidden_size % self.num_heads:
+                raise combination_error("must be a multiple of num_heads", "hidden_size", "num_heads")
+        elif self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
             raise combination_error(
                 "must be a multiple of num_heads, and num_heads of num_key_value_heads",
                 *("hidden_size", "num_heads", "num_key_value_heads"),
@@ -219,8 +230,9 @@ class LoraConfig(Section):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before A."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Linear modules that get an adapter."""
+    target_modules: tuple[str, ...] | None = None
+    """Linear modules that get an adapter. Null: the attention's projections (a Llama's q_proj, k_proj, v_proj
+    and o_proj, a GPT-2's c_attn and attn.c_proj)."""
 
 
 class FinetuneConfig(ScheduleConfig):

@@ -109,7 +109,7 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
     if model.base is None:
         yield Problem(
             ("model.base", "tiny"),
-            "left open; give the folder or hub id of a Llama, here or on the command line: model.base=…",
+            "left open; give the folder or hub id of a Llama or GPT-2, here or on the command line: model.base=…",
         )
     if data.dataset is None:
         for split in ("train", "test"):

@@ -1,6 +1,6 @@
 """Attention distillation of feature maps: one teacher pass, a loss and a gradient per layer, nothing of a layer kept.
 
-    for each layer of the frozen Llama:   q, k, v → loss of this layer's maps → dW, clipped → next layer
+    for each layer of the frozen base:   q, k, v → loss of this layer's maps → dW, clipped → next layer
 
 Layers are independent: a layer's gradient, its clipping and its update (an optimizer group of its own) never look at
 another layer, so any subset of layers trained alone ends with the same weights, to the bit.
@@ -20,16 +20,16 @@ from ..kernels.distill_loss import output_mse_loss
 from ..kernels.map_training import sampled_row_weights
 from ..kernels.precomputed_gradient import attach_gradient
 from ..kernels.visible_ranges import Visibility
-from .llama.convert import feature_map_modules
-from .llama.modeling_hedgehog_llama import FEATURE_MAP_NAMES
-from .llama.teacher import TeacherForward, TeacherLayer
+from .modeling.convert import feature_map_modules
+from .modeling.hedgehog_attention import FEATURE_MAP_NAMES
+from .modeling.teacher import TeacherForward, TeacherLayer
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
     from .config import DistillConfig
     from .hidden_state_cache import HiddenStateCache
-    from .llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
+    from .modeling.hedgehog_decoder import HedgehogCausalLM
 
 Batch = Mapping[str, Any]
 
@@ -40,11 +40,11 @@ LONG_ROWS_BLOCK = 128
 
 
 class Teacher(nn.Module):
-    """The frozen Llama as a module whose forward pass shows each wanted layer's attention to `visit`."""
+    """The frozen base as a module whose forward pass shows each wanted layer's attention to `visit`."""
 
-    def __init__(self, llama: LlamaForCausalLM, layers: Sequence[int]) -> None:
+    def __init__(self, base: PreTrainedModel, layers: Sequence[int]) -> None:
         super().__init__()
-        self.llama = llama.requires_grad_(False).eval()
+        self.base = base.requires_grad_(False).eval()
         self.layers = tuple(layers)
 
     def forward(
@@ -56,7 +56,7 @@ class Teacher(nn.Module):
         keep_entering: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Run up to the last wanted layer; from the first one on, where the states that enter it are given."""
-        for layer in TeacherForward(self.llama)(
+        for layer in TeacherForward(self.base)(
             batch["input_ids"],
             layers=self.layers,
             mask_BL=batch["mask"],
@@ -82,7 +82,7 @@ class FeatureMapDistillation(nn.Module):
 
     def __init__(
         self,
-        hedgehog: HedgehogLlamaForCausalLM,
+        hedgehog: HedgehogCausalLM,
         teacher: Callable[..., None],
         layers: Sequence[int],
         config: DistillConfig,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .data.tokens import TokenizedSplit
 from .errors import ModelError
-from .generation import left_pad
+from .generation import left_pad, room_for_answers
 from .interrupts import stop_if_asked, stopped_child
 
 PROBE_ROWS = 4
@@ -49,6 +49,8 @@ class Probe:
     prompts: list[str]
     prompt_tokens: list[list[int]]
     """The prompts' tokens as in training: BOS (where there is one) first."""
+    num_new_tokens: int = PROBE_NEW_TOKENS
+    """Generated after each prompt."""
 
     @property
     def num_positions(self) -> int:
@@ -63,8 +65,14 @@ class ProbeAnswer:
     tokens_BL: Tensor
 
 
-def make_probe(split: TokenizedSplit, prompts: Sequence[str], pad_id: int) -> Probe:
-    """The first rows of a split."""
+def make_probe(
+    split: TokenizedSplit, prompts: Sequence[str], pad_id: int, *, num_positions: int | None = None
+) -> Probe:
+    """The first rows of a split.
+
+    Args:
+        num_positions: of the model, where they are a table: no more tokens are generated than it has room for.
+    """
     cpu = torch.device("cpu")
     rows = [split[index] for index in range(min(PROBE_ROWS, len(split)))]
     whole = left_pad([row for row, _ in rows], pad_id, cpu)
@@ -77,6 +85,7 @@ def make_probe(split: TokenizedSplit, prompts: Sequence[str], pad_id: int) -> Pr
         prompt_mask_BL=prompt_batch["attention_mask"],
         prompts=list(prompts[: len(rows)]),
         prompt_tokens=[row.tolist() for row in prompt_rows],
+        num_new_tokens=min(PROBE_NEW_TOKENS, room_for_answers(num_positions, prompt_batch["input_ids"].shape[1])),
     )
 
 
@@ -89,13 +98,14 @@ def answer_probe(model: Any, probe: Probe, *, eos_id: int, pad_id: int) -> Probe
     logits = model(
         input_ids=probe.input_ids_BL.to(device),
         attention_mask=probe.mask_BL.to(device),
+        position_ids=(probe.mask_BL.cumsum(1) - 1).clamp_min(0).to(device),
         use_cache=False,
         logits_to_keep=probe.num_positions,
     ).logits
     model.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=PROBE_NEW_TOKENS,
-        min_new_tokens=PROBE_NEW_TOKENS,
+        max_new_tokens=probe.num_new_tokens,
+        min_new_tokens=probe.num_new_tokens,
         eos_token_id=eos_id,
         pad_token_id=pad_id,
     )
@@ -131,7 +141,7 @@ def answer_in_clean_process(
             "num_threads": torch.get_num_threads(),
             "trust_remote_code": trust_remote_code,
             "logits_to_keep": probe.num_positions,
-            "max_new_tokens": PROBE_NEW_TOKENS,
+            "max_new_tokens": probe.num_new_tokens,
             "texts": probe.prompts,
         }
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")

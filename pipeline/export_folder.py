@@ -76,15 +76,15 @@ def write_configs(
     dtype: torch.dtype,
     tensor_names: Mapping[str, Any],
 ) -> None:
-    """config.json, generation_config.json and the tokenizer; for a Hedgehog-Llama also the modeling files.
+    """config.json, generation_config.json and the tokenizer; for a converted model also the modeling files.
 
-    A plain Llama (softmax attention) is written as a plain Llama. The tokenizer pads on the left with `pad_id`, ready
-    for batched generation; generation is greedy unless the user asks otherwise.
+    A model with softmax attention is written as a plain one of its family. The tokenizer pads on the left with
+    `pad_id` (or EOS, see below), ready for batched generation; generation is greedy unless the user asks otherwise.
     """
     from transformers import GenerationConfig
 
-    from .llama.configuration_hedgehog_llama import HedgehogLlamaConfig
-    from .llama.shipping import ship_modeling_files
+    from .modeling.hedgehog_fields import HedgehogFields
+    from .modeling.shipping import ship_modeling_files
 
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -95,10 +95,16 @@ def write_configs(
     config.tie_word_embeddings = bool(config.tie_word_embeddings) and "lm_head.weight" not in tensor_names
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.save_pretrained(folder)
+    # A plain word must not become a special token, nor stand behind the end of every shorter answer of a batch: where
+    # `prepare` found only such a one, EOS pads here, as is usual for GPT-2.
+    is_special = pad_id in tokenizer.all_special_ids or getattr(
+        tokenizer.added_tokens_decoder.get(pad_id), "special", False
+    )
+    pads = pad_id if is_special else tokenizer.eos_token_id
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad_id,
+        pad_token_id=pads,
         do_sample=False,
         use_cache=True,
     ).save_pretrained(folder)
@@ -106,14 +112,10 @@ def write_configs(
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     for key in ("is_local", "local_files_only"):  # how it was loaded here, nothing about the tokenizer
         tokenizer.init_kwargs.pop(key, None)
-    # a plain word must not become a special token: it would vanish from decoded text
-    is_special = pad_id in tokenizer.all_special_ids or getattr(
-        tokenizer.added_tokens_decoder.get(pad_id), "special", False
-    )
-    if tokenizer.pad_token_id != pad_id and is_special:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    if tokenizer.pad_token_id != pads:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pads)
     tokenizer.save_pretrained(folder)
-    if isinstance(config, HedgehogLlamaConfig):
+    if isinstance(config, HedgehogFields):
         ship_modeling_files(folder)
 
 
@@ -145,7 +147,7 @@ def push_folder(folder: Path, repository: str) -> str:
     try:
         api = huggingface_hub.HfApi()
         url = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Hedgehog-Llama")
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Hedgehog conversion")
     except HFValidationError as error:
         raise ConfigError(f"export.push_to_hub: '{repository}' is not a repository id ({error})") from None
     except (HfHubHTTPError, OSError) as error:

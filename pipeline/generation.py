@@ -6,6 +6,7 @@ the prompts' lengths and the batch size alone, so that a batch that is computed 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -26,6 +29,29 @@ class GeneratedSummary:
 
     token_ids: list[int]
     truncated: bool
+
+
+def room_for_answers(num_positions: int | None, longest_prompt: int) -> int:
+    """New tokens that a model may generate after prompts of that many tokens; the last one is never read.
+
+    Args:
+        num_positions: of a model whose positions are a table; None where any position can be had.
+    """
+    return sys.maxsize if num_positions is None else num_positions - longest_prompt + 1
+
+
+def check_room(num_positions: int | None, longest_prompt: int, max_new_tokens: int, whose: str, cure: str) -> None:
+    """
+    Raises:
+        ConfigError: `evaluate.max_new_tokens` asks for positions that the model does not have.
+    """
+    room = room_for_answers(num_positions, longest_prompt)
+    if max_new_tokens > room:
+        fewer = f"evaluate.max_new_tokens={room}, or " if room >= 1 else ""
+        raise ConfigError(
+            f"evaluate.max_new_tokens: {whose} has {longest_prompt} tokens, with {max_new_tokens} new ones more than "
+            f"the {num_positions} positions that the base model has: {fewer}{cure}."
+        )
 
 
 def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

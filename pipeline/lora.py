@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import CheckpointError, ConfigError
+from .families import FAMILIES, lora_modules
 from .run_folder import atomic_directory
 
 if TYPE_CHECKING:
@@ -24,15 +25,17 @@ CONFIG_FILE = "adapter_config.json"
 
 
 def attach_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:
-    """Freeze `model` and put adapters on `config.target_modules`: float32, B zero, A drawn from `seed`.
+    """Freeze `model` and put adapters on the modules that the config names: float32, B zero, A drawn from `seed`.
 
     Raises:
         ConfigError: a name that no module of the model has.
     """
     import peft
+    from transformers.pytorch_utils import Conv1D
 
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    unknown = [name for name in config.target_modules if name not in names]
+    targets = lora_modules(config, FAMILIES[model.config.model_type.removeprefix("hedgehog_")])
+    names = [name for name, _ in model.named_modules()]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unknown:  # peft only complains where nothing at all matches
         raise ConfigError(f"finetune.lora.target_modules: the model has no module named {', '.join(unknown)}.")
     settings = peft.LoraConfig(
@@ -40,7 +43,11 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Pef
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft annotates int, computes with floats
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
+        target_modules=list(targets),
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) and any(f".{name}".endswith(f".{target}") for target in targets)
+            for name, module in model.named_modules()
+        ),
         bias="none",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -20,6 +20,7 @@ from typing import Literal
 from .assumed_kernels import AttentionKernel, assumed_attention, assumed_loss
 from .config import RunConfig
 from .deepspeed_settings import prefetch_elements
+from .families import lora_modules
 from .feature_map_checks import FeatureMapSize, feature_map_size
 from .model_shape import ModelShape
 
@@ -181,9 +182,13 @@ class _Sizes:
 
     @property
     def num_lora_weights(self) -> int:
-        lora, linears = self.config.finetune.lora, self.shape.linears
-        per_layer = sum(sum(linears[name]) for name in lora.target_modules if name in linears)
-        return self.shape.num_layers * lora.rank * per_layer
+        linears = self.shape.linears
+        per_layer = sum(sum(linears[name]) for name in self.lora_modules if name in linears)
+        return self.shape.num_layers * self.config.finetune.lora.rank * per_layer
+
+    @property
+    def lora_modules(self) -> tuple[str, ...]:
+        return lora_modules(self.config.finetune.lora, type(self.shape))
 
     def base_terms(self, *, sharded: bool, forward_only: bool = False) -> list[Term]:
         """The frozen base, quantized or sharded as the config says; as a teacher it runs forward only."""
@@ -273,15 +278,18 @@ def _teacher_terms(sizes: _Sizes) -> list[Term]:
     shape, distill, p = sizes.shape, sizes.config.distill, sizes.precision_bytes
     tokens = distill.micro_batch_size * sizes.config.data.max_length_tokens
     queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    always = shape.hidden_size + 2 * shape.head_dim  # the hidden states; cosine and sine of the positions
-    seen = tokens * (p * (always + 2 * queries + 2 * keys) + 4 * shape.num_heads)
-    terms = [Term("teacher's layer", seen, "B T (p (E + 2HD + 2KD + 2D) + 4H)"), *_loss_terms(sizes)]
+    positions, of_positions = shape.positions_at_once(p)
+    always = p * shape.hidden_size + of_positions
+    seen = tokens * (always + p * (2 * queries + 2 * keys) + 4 * shape.num_heads)
+    formula = f"B T (Ep + {positions} + (2HD + 2KD) p + 4H)"
+    terms = [Term("teacher's layer", seen, formula), *_loss_terms(sizes)]
     at_the_loss = sum(term.num_bytes for term in terms)
-    mlp = tokens * p * (always + shape.hidden_size + 3 * shape.intermediate_size)
-    rotation = tokens * p * (always + max(4 * queries + 2 * keys, 2 * queries + 5 * keys))
+    (inside, of_mlp), (making, of_heads) = shape.mlp_at_once(p), shape.heads_at_once(p)
+    mlp = tokens * (always + p * shape.hidden_size + of_mlp)
+    heads = tokens * (always + of_heads)
     most, name, formula = max(
-        (mlp, "teacher's MLP", "B T p (2E + 3I + 2D)"),
-        (rotation, "teacher's rotation of q and k", "B T p (E + 2D + max(4HD + 2KD, 2HD + 5KD))"),
+        (mlp, "teacher's MLP", f"B T (2Ep + {positions} + {inside})"),
+        (heads, "making of the teacher's q, k, v", f"B T (Ep + {positions} + {making})"),
     )
     if most > at_the_loss:
         terms.append(Term(name, most - at_the_loss, f"{formula}, less the layer and its loss, which are gone by then"))
@@ -355,9 +363,10 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     if sizes.has_no_features:
         attention, formula = 4 * shape.num_heads * shape.head_dim * p, "4HDp"
     span, span_formula = sizes.span_scratch("backward", finetune.micro_batch_size, config.data.max_length_tokens)
-    mlp = 3 * tokens * shape.intermediate_size * p
+    inside, of_mlp = shape.mlp_at_once(p)
+    mlp = tokens * of_mlp
     workspace = max(mlp, tokens * attention + span - mlp)
-    formula = f"max(B T 3Ip, B T {formula}{span_formula} less the MLP's B T 3Ip, which is gone by then)"
+    formula = f"max(B T {inside}, B T {formula}{span_formula} less the MLP's B T {inside}, which is gone by then)"
     terms.append(Term("backward of one layer", workspace, formula))
     share = 1.0 if finetune.packing else SUMMARY_SHARE
     # log-softmax, its gradient and the loss's, each in fp32; the logits themselves are gone by then
@@ -385,16 +394,14 @@ def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[t
     p, lora = sizes.precision_bytes, config.finetune.lora
     queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     # in fp32 nothing is cast, and q, k and v share the one normed input
-    inputs = {name: linear[0] for name, linear in shape.linears.items() if name in lora.target_modules}
+    modules = sizes.lora_modules
+    inputs = {name: linear[0] for name, linear in shape.linears.items() if name in modules}
     if p == 4:
-        shared = [name for name in inputs if inputs[name] == shape.hidden_size and name not in ("o_proj", "down_proj")]
-        inputs = {name: size for name, size in inputs.items() if name not in shared[1:]}
-    adapters = 4 * sum(inputs.values()) * (2 if lora.dropout else 1) + 8 * lora.rank * len(lora.target_modules)
-    parts = [
-        ("norms 8E", 8.0 * shape.hidden_size),
-        ("adapter inputs", float(adapters)),
-        ("MLP 3Ip", 3.0 * shape.intermediate_size * p),
-    ]
+        for together in shape.same_input:
+            for name in [name for name in together if name in inputs][1:]:
+                del inputs[name]
+    adapters = 4 * sum(inputs.values()) * (2 if lora.dropout else 1) + 8 * lora.rank * len(modules)
+    parts = [shape.saved_by_norms(p), ("adapter inputs", float(adapters)), shape.saved_by_mlp(p)]
     if sizes.attention == "CUDA kernel, φ inside":
         parts.append(("q, k, v, d", float(p * (queries + 2 * keys) + 4 * shape.num_heads)))
     elif sizes.attention == "PyTorch":
@@ -431,9 +438,10 @@ def _evaluate_terms(sizes: _Sizes) -> list[Term]:
     if sizes.has_no_features:
         attention, formula = 4 * shape.num_heads * shape.head_dim * p, "4HDp"
     span, span_formula = sizes.span_scratch("forward", rows, length)
-    layer = max(tokens * attention + span, 3 * tokens * shape.intermediate_size * p)
-    prompt = tokens * ((4 + 3 * p) * shape.hidden_size + 8 * shape.head_dim) + layer
-    formula = f"batch T (4E + 3Ep + 8D) + max(batch T {formula}{span_formula}, batch T 3Ip)"
+    (inside, of_mlp), (positions, of_positions) = shape.mlp_at_once(p), shape.positions_at_once(4)
+    layer = max(tokens * attention + span, tokens * of_mlp)
+    prompt = tokens * ((4 + 3 * p) * shape.hidden_size + of_positions) + layer
+    formula = f"batch T (4E + 3Ep + {positions}) + max(batch T {formula}{span_formula}, batch T {inside})"
     terms.append(Term("one layer of the prompts", prompt, formula))
     targets = evaluate.batch_size * (evaluate.max_new_tokens if evaluate.perplexity else 1)
     logits = max(targets, rows) * shape.vocab_size * (p + 8)

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .families import FAMILIES
+from .model_shape import ModelShape
+
 _FULL_PRECISION_MODULES = ("feature_map_q", "feature_map_k")
 
 
@@ -55,10 +58,12 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, MergedTens
                 continue
             if not adapted:
                 written.add(id(tensor))
+            is_turned = _is_quantized(tensor) and _family(model).linears_are_transposed
+            shape = _full_shape(tensor)
             tensors[f"{name}.{key}"] = MergedTensor(
-                shape=_full_shape(tensor),
+                shape=shape[::-1] if is_turned else shape,
                 dtype=wanted_dtype if tensor.is_floating_point() or _is_quantized(tensor) else tensor.dtype,
-                compute=_merge(module, key, lora if adapted else None, wanted_dtype),
+                compute=_merge(module, key, lora if adapted else None, wanted_dtype, is_turned),
             )
     return tensors
 
@@ -80,7 +85,13 @@ def _full_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape if state is None else state.shape)
 
 
-def _merge(module: nn.Module, key: str, lora: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _family(model: Any) -> type[ModelShape]:
+    return FAMILIES[model.config.model_type.removeprefix("hedgehog_")]
+
+
+def _merge(module: nn.Module, key: str, lora: Any, dtype: torch.dtype, is_turned: bool) -> Callable[[], Tensor]:
+    """`is_turned`: quantization has made a linear layer, (out, in), of what the family stores as (in, out)."""
+
     @torch.no_grad()
     def compute() -> Tensor:
         tensor = getattr(module, key)
@@ -92,6 +103,8 @@ def _merge(module: nn.Module, key: str, lora: Any, dtype: torch.dtype) -> Callab
             tensor = tensor.float()
             for adapter in lora.active_adapters:
                 tensor = tensor + lora.get_delta_weight(adapter).float()
+        if is_turned:
+            tensor = tensor.T
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
         return tensor.detach().cpu().contiguous()

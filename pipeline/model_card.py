@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
+from .families import FAMILIES, lora_modules
+from .model_shape import ModelShape
 from .run_folder import atomic_write
 
 _HUB_ID_PARTS = 2
@@ -18,8 +20,8 @@ _HUB_ID_PARTS = 2
 class CardFacts:
     """What the card reports beside the config."""
 
-    base_model: str | None
-    """Hub id or folder of the base model; None where `prepare` pretrained a small one itself."""
+    family: type[ModelShape]
+    """The base model's."""
     drift: Mapping[str, Any]
     licence_files: Sequence[str]
     tokenizer_adds_bos: bool
@@ -37,35 +39,36 @@ def write_model_card(folder: Path, config: RunConfig, facts: CardFacts) -> None:
     """Write README.md."""
     linear = config.model.attention == "linear"
     sections = [
-        _front_matter(facts, linear),
+        _front_matter(config, linear),
         _introduction(config, facts, linear),
         _usage(config, facts, linear),
         _scores(facts),
         _training(config, facts, linear),
         _drift(facts),
-        _licence(facts),
+        _licence(config, facts),
     ]
     atomic_write(folder / "README.md", "\n\n".join(sections) + "\n")
 
 
-def base_name(base_model: str | None) -> str:
-    """A hub id as it is; of a local folder only its name, because its path means nothing elsewhere.
-
-    Args:
-        base_model: as in `CardFacts`.
-    """
-    if base_model is None:
-        return "a small Llama pretrained on generated dialogues"
-    folder = Path(base_model).expanduser()
-    return folder.resolve().name if folder.is_dir() else base_model
+def base_name(config: RunConfig) -> str:
+    """What the run starts from: a hub id, a folder's name, or what `prepare` makes."""
+    if config.tiny is not None:
+        return f"a small {FAMILIES[config.tiny.architecture].title} pretrained on generated dialogues"
+    return short_name(config.model.base or "a base model")
 
 
-def _front_matter(facts: CardFacts, linear: bool) -> str:
+def short_name(folder_or_id: str) -> str:
+    """A hub id as it is; of a local folder only its name, because its path means nothing elsewhere."""
+    folder = Path(folder_or_id).expanduser()
+    return folder.resolve().name if folder.is_dir() else folder_or_id
+
+
+def _front_matter(config: RunConfig, linear: bool) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    name = base_name(facts.base_model)
+    name = base_name(config)
     if len(name.split("/")) == _HUB_ID_PARTS:
         lines.append(f"base_model: {name}")
-    if facts.base_model is not None:
+    if config.tiny is None:
         lines += ["license: other", "license_name: licence-of-the-base-model"]
     lines += ["tags:", "- summarization"]
     if linear:
@@ -74,17 +77,17 @@ def _front_matter(facts: CardFacts, linear: bool) -> str:
 
 
 def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
-    base = base_name(facts.base_model)
+    base = base_name(config)
     if not linear:
         return (
             f"# {config.name}\n\n{base} with its softmax attention, finetuned with LoRA to summarize dialogues: the "
-            "baseline of a Hedgehog-Llama conversion. A plain Llama."
+            f"baseline of a {facts.family.hedgehog_title} conversion. A plain {facts.family.title}."
         )
     return (
-        f"# {config.name}\n\nA Hedgehog-Llama: {base} with every softmax attention replaced by learned linear "
-        f"attention (feature map `{config.model.feature_map}`) that imitates it, made to summarize dialogues. Cost "
-        "grows linearly with length, and the decoding state has a constant size. Method: Zhang, Bhatia, Kumbong, Ré, "
-        '"The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024).'
+        f"# {config.name}\n\nA {facts.family.hedgehog_title}: {base} with every softmax attention replaced by learned "
+        f"linear attention (feature map `{config.model.feature_map}`) that imitates it, made to summarize dialogues. "
+        "Cost grows linearly with length, and the decoding state has a constant size. Method: Zhang, Bhatia, Kumbong, "
+        'Ré, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024).'
     )
 
 
@@ -157,11 +160,12 @@ def _training(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         how = "trained to reproduce the attention weights" if config.distill.enabled else "left at their start"
         lines.append(f"- Stage one: the maps were {how}.{kl}")
     lora = config.finetune.lora
+    modules = lora_modules(lora, facts.family)
     if config.finetune.enabled:
         maps = " The maps trained along." if linear and config.finetune.train_feature_maps else ""
         lines.append(
-            f"- Stage two: LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}; merged "
-            f"in float32.{maps}"
+            f"- Stage two: LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(modules)}; merged in "
+            f"float32.{maps}"
         )
     else:
         lines.append("- No finetuning.")
@@ -186,14 +190,11 @@ def _drift(facts: CardFacts) -> str:
     )
 
 
-def _licence(facts: CardFacts) -> str:
-    if facts.base_model is None:
+def _licence(config: RunConfig, facts: CardFacts) -> str:
+    if config.tiny is not None:
         return "## Licence\n\nMade from generated data only: no base model's licence applies."
-    base = base_name(facts.base_model)
-    text = (
-        f"## Licence\n\nThe weights derive from {base}: its licence stays with them (for Llama 2 the Llama 2 Community "
-        "License and its Acceptable Use Policy)."
-    )
+    base = base_name(config)
+    text = f"## Licence\n\nThe weights derive from {base}: its licence stays with them{facts.family.licence}."
     if facts.licence_files:
         return text + f" It lies beside the weights: {', '.join(f'`{name}`' for name in facts.licence_files)}."
     return text + " No licence file lay beside the base model's weights; add it before you pass these weights on."

@@ -1,22 +1,24 @@
-"""The sizes of a Llama that decide memory, from its config.json, the `tiny` section, or a table of hub ids."""
+"""The sizes of a base model that decide memory, and what its family calls its tensors. Imports no torch.
+
+A family of models (Llama, GPT-2, …) is a subclass of ModelShape, in a room of its own; families.py lists them.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base_folder import read_llama_config
 from .errors import ModelError
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from .config import TinyConfig
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """A Llama's sizes. Linear layers of a decoder layer are listed by name as (in, out)."""
+class ModelShape(ABC):
+    """A base model's sizes. Linear layers of a decoder layer are listed by name as (in, out)."""
 
     hidden_size: int
     num_layers: int
@@ -26,24 +28,67 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     max_length_tokens: int | None
-    tied_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+
+    model_type: ClassVar[str]
+    """transformers' name of the family, and of its room here."""
+    title: ClassVar[str]
+    """The family's name in messages."""
+    hedgehog_title: ClassVar[str]
+    """What a converted model of the family is called."""
+    licence: ClassVar[str] = ""
+    """What a model card adds, in brackets, of the licence of the family's weights."""
+    lora_modules: ClassVar[tuple[str, ...]]
+    """Names that `finetune.lora.target_modules` may have."""
+    attention_modules: ClassVar[tuple[str, ...]]
+    """Those of the attention's projections: what learns unless the config says otherwise."""
+    linears_are_transposed: ClassVar[bool] = False
+    """Whether weights of the layers' linear modules are stored as (in, out)."""
+    same_input: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Linear modules that read one and the same tensor."""
+    positions_are_a_table: ClassVar[bool] = False
+    """Whether a position beyond `max_length_tokens` does not exist."""
+    layer_prefix: ClassVar[str]
+    """Tensors of decoder layer i are called this, i and a dot."""
+    decoder_prefix: ClassVar[str]
+    """Tensors below the language-model head are called this and a dot, or lack it where the decoder was saved alone."""
+
+    @classmethod
+    @abstractmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ModelShape:
+        """The shape that the family's config.json describes.
+
+        Raises:
+            ModelError: a size is missing, or two of them exclude each other, or it is a kind that cannot be converted.
+        """
+
+    @classmethod
+    @abstractmethod
+    def of_tiny(cls, tiny: TinyConfig) -> ModelShape:
+        """The shape of the model that the `tiny` section makes."""
+
+    @classmethod
+    @abstractmethod
+    def hub_shapes(cls) -> dict[str, ModelShape]:
+        """Hub id to shape, for those known without asking the hub."""
+
+    @classmethod
+    @abstractmethod
+    def attention_dropout(cls, fields: Mapping[str, Any]) -> float:
+        """Dropout of attention weights in config.json that a conversion could not leave out by itself; 0 if none."""
 
     @property
+    @abstractmethod
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Name to (in, out) of the seven linear modules of a decoder layer."""
-        hidden, mlp = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
-            "q_proj": (hidden, queries),
-            "k_proj": (hidden, keys),
-            "v_proj": (hidden, keys),
-            "o_proj": (queries, hidden),
-            "gate_proj": (hidden, mlp),
-            "up_proj": (hidden, mlp),
-            "down_proj": (mlp, hidden),
-        }
+        """Name to (in, out) of the linear modules of a decoder layer; names as in `lora_modules`."""
+
+    @property
+    @abstractmethod
+    def num_other_weights(self) -> int:
+        """Weights outside the linear modules of the layers: embeddings, output layer, norms, biases."""
+
+    @abstractmethod
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor that a saved model of these sizes has."""
 
     @property
     def num_layer_weights(self) -> int:
@@ -51,86 +96,42 @@ class ModelShape:
         return sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     @property
-    def num_other_weights(self) -> int:
-        """Embedding, output layer and norms."""
-        tables = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return tables + self.hidden_size * (2 * self.num_layers + 1)
-
-    @property
     def num_weights(self) -> int:
         """All weights of the base model."""
         return self.num_layers * self.num_layer_weights + self.num_other_weights
 
+    # Bytes a token that the family's own modules take, for the memory estimate: (their names in a formula, bytes).
+    # p: bytes of a number in the layers' precision.
 
-_LLAMA_2_7B = ModelShape(4096, 32, 32, 32, 128, 11008, 32000, 4096)
-_LLAMA_2_13B = ModelShape(5120, 40, 40, 40, 128, 13824, 32000, 4096)
-_LLAMA_2_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 32000, 4096)
+    @abstractmethod
+    def saved_by_norms(self, p: int) -> tuple[str, float]:
+        """What a layer's norms (and dropouts) keep for the backward pass."""
 
-HUB_SHAPES = {
-    f"meta-llama/Llama-2-{size}{kind}-hf": shape
-    for size, shape in (("7b", _LLAMA_2_7B), ("13b", _LLAMA_2_13B), ("70b", _LLAMA_2_70B))
-    for kind in ("", "-chat")
-}
-"""Shapes known without asking the hub."""
+    @abstractmethod
+    def saved_by_mlp(self, p: int) -> tuple[str, float]:
+        """What a layer's MLP keeps for the backward pass, its adapters aside."""
 
-_NEEDED_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    @abstractmethod
+    def mlp_at_once(self, p: int) -> tuple[str, float]:
+        """What the MLP's inner activations take at their peak in a pass without gradients."""
+
+    @abstractmethod
+    def positions_at_once(self, p: int) -> tuple[str, float]:
+        """What all layers are given of positions."""
+
+    @abstractmethod
+    def heads_at_once(self, p: int) -> tuple[str, float]:
+        """What making q, k and v takes at its peak."""
 
 
-def known_shape(config: RunConfig) -> ModelShape | None:
-    """The base model's shape, or None where only the hub knows it. Reads config.json at most; never the network.
-
-    Raises:
-        ModelError: a local folder that holds no Llama's config.json, or a path that does not exist.
+def whole_sizes(fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
     """
-    if config.tiny is not None:
-        tiny = config.tiny
-        return ModelShape(
-            hidden_size=tiny.hidden_size,
-            num_layers=tiny.num_layers,
-            num_heads=tiny.num_heads,
-            num_key_value_heads=tiny.num_key_value_heads,
-            head_dim=tiny.hidden_size // tiny.num_heads,
-            intermediate_size=tiny.intermediate_size,
-            vocab_size=tiny.vocab_size,
-            max_length_tokens=None,
-        )
-    assert config.model.base is not None, "load_config requires a base model or the tiny section"
-    base = config.model.base
-    if Path(base).exists():
-        return shape_from_fields(read_llama_config(Path(base)))
-    if base in HUB_SHAPES:
-        return HUB_SHAPES[base]
-    if base.startswith(("/", ".")) or base.count("/") > 1:
-        raise ModelError(f"{base}: no such folder.")
-    return None
-
-
-def shape_from_fields(fields: Mapping[str, Any]) -> ModelShape:
-    """The shape that a Llama's config.json describes.
-
     Raises:
-        ModelError: a size is missing, or two of them exclude each other.
+        ModelError: one of the fields is no whole number above 0.
     """
-    sizes = {name: fields.get(name) for name in _NEEDED_FIELDS}
-    missing = [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]
+    missing = [name for name in names if not isinstance(fields.get(name), int) or fields[name] < 1]
     if missing:
         raise ModelError(f"config.json lacks {', '.join(missing)}, or they are no positive numbers")
-    num_heads = fields["num_attention_heads"]
-    num_key_value_heads = fields.get("num_key_value_heads") or num_heads
-    if num_heads % num_key_value_heads:
-        raise ModelError(
-            f"config.json has {num_heads} num_attention_heads, no multiple of {num_key_value_heads} num_key_value_heads"
-        )
-    return ModelShape(
-        hidden_size=fields["hidden_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=num_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // num_heads,
-        intermediate_size=fields["intermediate_size"],
-        vocab_size=fields["vocab_size"],
-        max_length_tokens=fields.get("max_position_embeddings"),
-        tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        attention_bias=bool(fields.get("attention_bias", False)),
-        mlp_bias=bool(fields.get("mlp_bias", False)),
-    )
+
+
+__all__ = ["ModelShape", "whole_sizes"]

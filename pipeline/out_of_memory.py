@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .base_folder import known_shape
 from .errors import HedgehogError, ResourceError
 from .formatting import format_bytes
 from .held_memory import held_bytes
 from .memory_estimate import StageEstimate, TermKind, estimate_memory
-from .model_shape import known_shape
 
 if TYPE_CHECKING:
     from .config import RunConfig

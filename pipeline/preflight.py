@@ -14,18 +14,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .base_folder import check_no_dropout, check_not_quantized, check_weights, read_llama_config, read_shapes
+from .base_folder import (
+    check_no_dropout,
+    check_not_quantized,
+    check_weights,
+    known_shape,
+    read_base_config,
+    read_shapes,
+)
 from .config import RunConfig
 from .config_checks import Problem, untouched, world_errors
 from .config_loading import Conversion, Reading
 from .errors import CheckpointError, ConfigError, DataError, HedgehogError, ModelError
+from .families import FAMILIES
 from .feature_map_checks import feature_map_errors, name_errors
 from .layer_subset import parse_layers
 from .manifest import read_manifest
-from .model_shape import ModelShape, known_shape
+from .model_shape import ModelShape
 from .run_folder import VARIANT_STAGES, RunFolder
 
-_LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HUB_TRAIN_ROWS = {"knkarthick/samsum": 14731}
 """Training rows of datasets that are known without asking the hub."""
 
@@ -49,7 +56,9 @@ def look_at_everything(reading: Reading, *, world_size: int = 1, imports_torch: 
     """
     main = reading.conversions[0]
     found = look_at_conversions(reading, world_size=world_size, imports_torch=imports_torch)
-    found.problems += untouched([*_base_errors(reading), *_tokenizer_errors(main.config)], main.unknown)
+    found.problems += untouched(
+        [*_base_errors(reading), *_tokenizer_errors(main.config), *_length_errors(main.config)], main.unknown
+    )
     found.num_rows, problems = count_train_rows(main, read=imports_torch)
     found.problems += problems
     return found
@@ -63,7 +72,13 @@ def look_at_conversions(reading: Reading, *, world_size: int = 1, imports_torch:
         model = config.model
         maps = feature_map_errors(model, shape and shape.head_dim) if imports_torch else name_errors(model)
         batches = world_errors(config, world_size)
-        return [*batches, *maps, *_module_errors(config), *_deepspeed_errors(config), *_layer_errors(config, shape)]
+        return [
+            *batches,
+            *maps,
+            *_module_errors(config, shape),
+            *_deepspeed_errors(config),
+            *_layer_errors(config, shape),
+        ]
 
     return Findings(of_all_conversions(reading, errors_of), shape)
 
@@ -150,15 +165,21 @@ def _section(problem: Problem) -> str:
     return (key.partition(".overrides.")[2] if key.startswith("variants.") else key).partition(".")[0]
 
 
-def _module_errors(config: RunConfig) -> Iterator[Problem]:
+def _module_errors(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:
+    """Names that no linear module of the base's family has; of any family where only the hub knows which one it is."""
     modules = config.finetune.lora.target_modules
+    if modules is None:
+        return
+    families = list(FAMILIES.values()) if shape is None else [type(shape)]
+    known = [name for family in families for name in family.lora_modules]
+    theirs = "; ".join(f"a {family.title}'s are {', '.join(family.lora_modules)}" for family in families)
     key = ("finetune.lora.target_modules",)
     if not modules:
-        yield Problem(key, f"empty; a Llama's modules are {', '.join(_LLAMA_LINEARS)}.")
+        yield Problem(key, f"empty; {theirs}.")
     for module in modules:
-        if module not in _LLAMA_LINEARS:
-            near = difflib.get_close_matches(module, _LLAMA_LINEARS, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"a Llama's are {', '.join(_LLAMA_LINEARS)}."
+        if module not in known:
+            near = difflib.get_close_matches(module, known, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"{theirs}."
             yield Problem(key, f"unknown module {module}; {meant}")
 
 
@@ -208,7 +229,7 @@ def _base_errors(reading: Reading) -> Iterator[Problem]:
     if not folder.is_dir():
         return
     with suppress(ModelError):  # told above
-        fields = read_llama_config(folder)
+        fields = read_base_config(folder)
     linear = [one for one in reading.conversions if one.config.model.attention == "linear"]
     checks: list[Callable[[], object]] = []
     if fields is not None:
@@ -224,6 +245,16 @@ def _base_errors(reading: Reading) -> Iterator[Problem]:
             check()
         except ModelError as error:
             yield Problem(keys, str(error))
+
+
+def _length_errors(config: RunConfig) -> list[Problem]:
+    """Rows that are longer than the base's table of positions, where it has one."""
+    shape, length = _shape(config), config.data.max_length_tokens
+    if shape is None or not shape.positions_are_a_table or length <= (shape.max_length_tokens or 0):
+        return []
+    keys = ("data.max_length_tokens", "model.base", "tiny.architecture")
+    most = shape.max_length_tokens
+    return [Problem(keys, f"{length}, but the base model has {most} positions: give at most {most}.")]
 
 
 def _tokenizer_errors(config: RunConfig) -> list[Problem]:

@@ -33,7 +33,7 @@ class SummaryLoss(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Σ −log p(label) in float32, a scalar. No mask is needed: right padding is invisible to causal attention."""
         causal_lm: Any = self.model.get_base_model()
-        hidden_BLE = causal_lm.model(
+        hidden_BLE = causal_lm.decoder(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             segment_ids=batch["segment_ids"] if self._packed else None,

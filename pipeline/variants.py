@@ -24,7 +24,7 @@ def load_variant_model(
     dtype: str | torch.dtype,
     report: Callable[[str], None],
 ) -> PreTrainedModel:
-    """The model of one variant in eval mode: a HedgehogLlamaForCausalLM, or a LlamaForCausalLM for softmax attention.
+    """The model of one variant in eval mode: a converted one, or the plain base for softmax attention.
 
     The maps come from `finetune`, or from `distill` where nothing was finetuned; LoRA layers stay separate modules.
 
@@ -38,8 +38,8 @@ def load_variant_model(
         ModelError, CheckpointError: an artifact is missing, torn, or does not fit the model.
     """
     from .data.base_fingerprint import check_base_unchanged
-    from .llama.convert import load_hedgehog
-    from .llama.load_base import load_base
+    from .modeling.convert import load_hedgehog
+    from .modeling.load_base import load_base
 
     check_base_unchanged(inputs["prepare"], config.model.revision)
     model: PreTrainedModel = load_base(
@@ -52,14 +52,14 @@ def load_variant_model(
     if config.model.attention == "linear":
         maps_from = inputs["distill"] if inputs["finetune"].skipped else inputs["finetune"]
         model = hedgehog = load_hedgehog(
-            model,  # type: ignore[arg-type]
+            model,
             maps_from.artifact("feature_maps"),
             attention_eps=config.model.attention_eps,
             chunk_size=config.model.chunk_size,
             attention_backend=config.model.attention_backend,
             feature_map_seed=config.seed,
         )
-        hedgehog.model.report = report
+        hedgehog.decoder.report = report
     if not inputs["finetune"].skipped:
         model = _attach_adapter(model, inputs["finetune"].artifact("adapter"))
     return model.eval()

@@ -1,4 +1,4 @@
-"""Stage one: feature maps learn to reproduce the frozen Llama's softmax attention, layer by layer.
+"""Stage one: feature maps learn to reproduce the frozen base's softmax attention, layer by layer.
 
     load the teacher → initial maps → for each batch: teacher pass, a loss per layer, step → KL on validation → artifact
 
@@ -29,7 +29,7 @@ from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
     from ..pipeline.distillation import FeatureMapDistillation
-    from ..pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
+    from ..pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
 
 CONSUMES = ("prepare",)
 SECTIONS = ("model", "distill", "data.max_length_tokens", "engine.precision", "seed")
@@ -311,11 +311,13 @@ class _Alone:
 _ALONE = _Alone()
 
 
-def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCausalLM]:
-    # Importing transformers' Llama takes seconds, which `merge` need not wait.
+def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogCausalLM]:
+    # Importing transformers' models takes seconds, which `merge` need not wait.
     from ..pipeline.distillation import FeatureMapDistillation, Teacher
     from ..pipeline.layer_subset import parse_layers
-    from ..pipeline.llama.convert import convert_llama, load_base
+    from ..pipeline.modeling.architecture import architecture_of
+    from ..pipeline.modeling.convert import convert_base
+    from ..pipeline.modeling.load_base import load_base
 
     config, prepare = ctx.config, ctx.inputs["prepare"]
     sharded = config.engine.zero_stage == 3
@@ -323,16 +325,16 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCa
         raise ConfigError("engine.zero_stage 3 cannot shard quantized weights: use stage 2, or no quantization.")
     check_base_unchanged(prepare, config.model.revision)
     with sharded_loading(config.engine, ctx.world):
-        llama = load_base(
+        base = load_base(
             prepare.summary["base_model"],
             dtype=config.engine.precision,
             revision=config.model.revision,
             quantization=config.model.quantization,
             device=None if sharded else ctx.world.device,
         )
-    layers = parse_layers(config.distill.layers, llama.config.num_hidden_layers)
-    hedgehog = convert_llama(
-        llama,
+    layers = parse_layers(config.distill.layers, base.config.num_hidden_layers)
+    hedgehog = convert_base(
+        base,
         attention="linear",
         feature_map=config.model.feature_map,
         feature_dim=config.model.feature_dim,
@@ -341,10 +343,11 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCa
         attention_eps=config.model.attention_eps,
         chunk_size=config.model.chunk_size,
     )
-    teacher = Teacher(llama, layers)
+    teacher = Teacher(base, layers)
     callable_teacher = teacher
     if sharded:
-        callable_teacher = shard_frozen(teacher, llama.model.layers, config=config.engine, world=ctx.world)
+        base_layers = architecture_of(base).layers(base)
+        callable_teacher = shard_frozen(teacher, base_layers, config=config.engine, world=ctx.world)
     module = FeatureMapDistillation(
         hedgehog,
         callable_teacher,
@@ -358,14 +361,14 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogLlamaForCa
 
 def _save(
     ctx: StageContext,
-    hedgehog: HedgehogLlamaForCausalLM,
+    hedgehog: HedgehogCausalLM,
     module: FeatureMapDistillation,
     weights: dict[str, torch.Tensor],
     task: _Distillation,
     facts: dict[str, Any],
 ) -> StageResult:
     """Write the maps (rank 0) and report the KL."""
-    from ..pipeline.llama.convert import feature_map_metadata
+    from ..pipeline.modeling.convert import feature_map_metadata
 
     if not ctx.world.is_main:
         return StageResult()

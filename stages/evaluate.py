@@ -25,6 +25,7 @@ from ..pipeline.data.tokenize import choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.errors import CheckpointError, DataError, ModelError
 from ..pipeline.generation import (
+    check_room,
     generate_summaries,
     length_sorted_batches,
     make_generation_config,
@@ -78,6 +79,7 @@ def run(ctx: StageContext) -> StageResult:
 
     Raises:
         DataError: there are no test rows.
+        ConfigError: `evaluate.max_new_tokens` asks for positions that the base does not have.
         ModelError, CheckpointError: a variant cannot be loaded, or gives NaN; a shard is of another config or input.
         Interrupted: a signal came; the rows of every finished batch are kept.
     """
@@ -135,6 +137,13 @@ def _open_test_split(ctx: StageContext) -> _TestSplit:
     tokens = TokenizedSplit.open(prepare.artifact("tokens_test"))
     if not examples:
         raise DataError("the test split has no rows: give data.test_file rows that fit data.max_length_tokens")
+    check_room(
+        prepare.summary.get("num_positions"),
+        int(tokens.prompt_lengths.max()),
+        settings.max_new_tokens,
+        "the longest test prompt",
+        "a lower data.max_length_tokens",
+    )
     assert len(examples) == len(tokens), "prepare writes examples and tokens in the same order"
     return _TestSplit(
         examples=examples,

@@ -29,6 +29,7 @@ from ..pipeline.export_folder import (
     write_configs,
     write_weights,
 )
+from ..pipeline.families import FAMILIES
 from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.manifest import Manifest, StageInput, read_manifest
 from ..pipeline.merging import merged_tensors
@@ -103,7 +104,12 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
     pad_id, _ = choose_pad_id(tokenizer)
     with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
         prompts = [json.loads(line)["prompt"] for line in file]
-    probe = make_probe(TokenizedSplit.open(prepare.artifact("tokens_test")), prompts, pad_id)
+    probe = make_probe(
+        TokenizedSplit.open(prepare.artifact("tokens_test")),
+        prompts,
+        pad_id,
+        num_positions=prepare.summary.get("num_positions"),
+    )
 
     stop_if_asked(_SAVED)
     model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision, ctx.reporter.info)
@@ -151,7 +157,7 @@ def _write_card(ctx: StageContext, folder: Path, summary: Mapping[str, Any]) -> 
         folder,
         ctx.config,
         CardFacts(
-            base_model=ctx.config.model.base,
+            family=FAMILIES[ctx.inputs["prepare"].summary.get("model_type", "llama")],
             drift=summary["drift"],
             licence_files=summary["licence_files"],
             tokenizer_adds_bos=summary["tokenizer_adds_bos"],

@@ -20,15 +20,16 @@ from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.engine import TrainingEngine, build_engine, sharded_loading
 from ..pipeline.errors import ConfigError
 from ..pipeline.feature_map_file import read_feature_maps, write_feature_maps
-from ..pipeline.llama.convert import convert_llama, feature_map_modules, load_base, load_hedgehog
 from ..pipeline.lora import attach_lora, save_adapter
+from ..pipeline.modeling.convert import convert_base, feature_map_modules, load_hedgehog
+from ..pipeline.modeling.load_base import load_base
 from ..pipeline.run_folder import atomic_file
 from ..pipeline.stage_context import StageContext, StageResult
 from ..pipeline.summary_loss import SummaryLoss
 from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
-    from ..pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
+    from ..pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
 
 CONSUMES = ("prepare", "distill")
 SECTIONS = ("model", "finetune", "data.max_length_tokens", "engine.precision", "seed")
@@ -61,7 +62,7 @@ def run(ctx: StageContext) -> StageResult:
     if not config.finetune.enabled:
         return StageResult(skipped="finetune.enabled is false: the model is scored as distill left it")
     model = _load(ctx)
-    model.model.report = ctx.reporter.info
+    model.decoder.report = ctx.reporter.info
     adapted = attach_lora(model, config.finetune.lora, seed=ctx.rng("finetune.lora").initial_seed())
     map_parameters = _release_feature_maps(ctx, model)
     if config.finetune.gradient_checkpointing:
@@ -168,7 +169,7 @@ class _Finetuning:
         return {self.FIGURE: loss / count}
 
 
-def _load(ctx: StageContext) -> HedgehogLlamaForCausalLM:
+def _load(ctx: StageContext) -> HedgehogCausalLM:
     """The converted model with its distilled maps; for softmax attention the same class without maps."""
     config = ctx.config
     sharded = config.engine.zero_stage == 3
@@ -184,7 +185,7 @@ def _load(ctx: StageContext) -> HedgehogLlamaForCausalLM:
             device=None if sharded else ctx.world.device,
         )
     if config.model.attention == "softmax":
-        return convert_llama(base, attention="softmax")
+        return convert_base(base, attention="softmax")
     return load_hedgehog(
         base,
         ctx.inputs["distill"].artifact("feature_maps"),
@@ -195,7 +196,7 @@ def _load(ctx: StageContext) -> HedgehogLlamaForCausalLM:
     )
 
 
-def _release_feature_maps(ctx: StageContext, model: HedgehogLlamaForCausalLM) -> list[torch.Tensor]:
+def _release_feature_maps(ctx: StageContext, model: HedgehogCausalLM) -> list[torch.Tensor]:
     """The feature maps' weights that are to learn, which peft froze with all the rest."""
     if not ctx.config.finetune.train_feature_maps:
         return []
@@ -216,9 +217,7 @@ def _parameter_groups(
     return groups
 
 
-def _save(
-    ctx: StageContext, engine: TrainingEngine, module: SummaryLoss, model: HedgehogLlamaForCausalLM
-) -> dict[str, str]:
+def _save(ctx: StageContext, engine: TrainingEngine, module: SummaryLoss, model: HedgehogCausalLM) -> dict[str, str]:
     """Write the artifacts (rank 0). Collective: the weights are gathered from all ranks."""
     weights = engine.full_weights()
     if not ctx.world.is_main:

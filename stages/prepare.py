@@ -2,7 +2,7 @@
 
     base model, tokenizer ──▶ checked          train, validation, test ──▶ tokens_*.safetensors, examples_*.jsonl
 
-For a run with a `tiny` section it first makes corpus, tokenizer and a small pretrained Llama.
+For a run with a `tiny` section it first makes corpus, tokenizer and a small pretrained model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ..pipeline.data.sources import SPLITS, Split, resolve_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
 from ..pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
 from ..pipeline.errors import ConfigError, DataError
+from ..pipeline.families import table_length
+from ..pipeline.generation import check_room
 from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.rouge import UNSCORABLE, num_unscorable
 from ..pipeline.run_folder import atomic_write, write_json
@@ -49,15 +51,15 @@ def run(ctx: StageContext) -> StageResult:
     Raises:
         Interrupted: a signal came. A tiny run's pretraining is saved; the rest is quick to do again.
         ConfigError: no base model and no tiny section.
-        ModelError: the base is no usable Llama, or the tokenizer does not fit it.
+        ModelError: the base cannot be converted, or the tokenizer does not fit it.
         DataError: a dataset, file or row cannot be used, or nothing is left of a split.
     """
     return _prepare(ctx) if ctx.world.is_main else StageResult()
 
 
 def _prepare(ctx: StageContext) -> StageResult:
-    # Importing transformers takes seconds, and pipeline.llama needs it.
-    from ..pipeline.llama.load_base import check_base
+    # Importing transformers takes seconds, and pipeline.modeling needs it.
+    from ..pipeline.modeling.load_base import check_base
 
     model, data = ctx.config.model, ctx.config.data
     base, artifacts = model.base, {}
@@ -65,13 +67,19 @@ def _prepare(ctx: StageContext) -> StageResult:
         base, data = _make_tiny_inputs(ctx)
         artifacts["base_model"] = "base_model"
     elif base is None:
-        raise ConfigError("model.base: set it to a local folder or hub id of a Llama (or add a tiny section)")
+        raise ConfigError("model.base: set it to a local folder or hub id of a model (or add a tiny section)")
 
     stop_if_asked(_SAVED)
     # Everything that can be refused cheaply is refused before the slow work.
     splits = resolve_splits(data, ctx.rng)
     base_config = check_base(base, revision=model.revision)
     check_convertible(base, base_config.to_dict(), ctx.config)
+    num_positions = table_length(base_config)
+    if num_positions is not None and data.max_length_tokens > num_positions:
+        raise ConfigError(
+            f"data.max_length_tokens: {data.max_length_tokens}, but the base model has {num_positions} positions: give "
+            f"at most {num_positions}."
+        )
     tokenizer_source = model.tokenizer or base
     tokenizer = load_tokenizer(tokenizer_source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)  # before its first use, which sets truncation and padding
@@ -105,6 +113,15 @@ def _prepare(ctx: StageContext) -> StageResult:
             )
         artifacts |= _write_split(ctx.folder, name, tokenized)
         figures[name] = _figures(splits[name], tokenized)
+        if name == "test":
+            longest_prompt = int(tokenized.split.prompt_lengths.max())
+            check_room(
+                num_positions,
+                longest_prompt,
+                ctx.config.evaluate.max_new_tokens,
+                "the longest test prompt",
+                "a lower data.max_length_tokens",
+            )
     _show(ctx, figures, splits)
 
     longest_input = getattr(base_config, "max_position_embeddings", None)
@@ -116,10 +133,12 @@ def _prepare(ctx: StageContext) -> StageResult:
         )
     summary: dict[str, Any] = {
         "base_model": base,
+        "model_type": base_config.model_type,
         "tokenizer": tokenizer_source,
         "base_fingerprint": described["fingerprint"],
         "tokenizer_fingerprint": described["tokenizer_fingerprint"],
         "pad_id": pad_id,
+        "num_positions": num_positions,
         "splits": figures,
     }
     return StageResult(artifacts=artifacts, summary=summary)

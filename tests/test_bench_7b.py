@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from hedgehog.pipeline.allocation_peak import allocation_peak
-from hedgehog.pipeline.model_shape import ModelShape
+from hedgehog.pipeline.llama.shape import LlamaShape
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its modules find each other
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_7b.py"
 MATERIALISED = "materialised, float32"
-GROUPED = ModelShape(
+GROUPED = LlamaShape(
     hidden_size=256,
     num_layers=3,
     num_heads=8,

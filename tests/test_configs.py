@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hedgehog.pipeline.base_folder import expected_shapes
 from hedgehog.pipeline.config_loading import load_config, variant_configs
-from hedgehog.pipeline.model_shape import shape_from_fields
+from hedgehog.pipeline.families import shape_from_fields
 from hedgehog.pipeline.validation import validate_config
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -26,6 +25,7 @@ def overrides_for(file: Path, tmp_path: Path) -> list[str]:
     llama = tmp_path / "llama"
     llama.mkdir()
     sizes = {
+        "model_type": "llama",
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -33,9 +33,9 @@ def overrides_for(file: Path, tmp_path: Path) -> list[str]:
         "vocab_size": 512,
         "max_position_embeddings": 512,
     }
-    (llama / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    (llama / "config.json").write_text(json.dumps(sizes))
     (llama / "tokenizer.json").write_text("{}")
-    shapes = expected_shapes(shape_from_fields(sizes))
+    shapes = shape_from_fields(sizes).tensor_shapes()
     save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, llama / "model.safetensors")
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"id": str(i), "dialogue": f"A: {i}", "summary": "so"} for i in range(500)]))

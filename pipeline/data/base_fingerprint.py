@@ -75,9 +75,9 @@ def check_base_unchanged(prepare: StageInput, revision: str | None) -> None:
 
     Raises:
         CheckpointError: it changed; the message names the folder and the cure.
-        ModelError: it is no usable Llama any more.
+        ModelError: it is not to be used any more.
     """
-    from ..llama.load_base import check_base
+    from ..modeling.load_base import check_base
 
     path, recorded = prepare.summary["base_model"], prepare.summary.get("base_fingerprint")
     if recorded is None or not Path(path).expanduser().is_dir():

@@ -1,4 +1,4 @@
-"""The inputs of a tiny run, made on the spot: corpus, tokenizer, and a small Llama that has read but not summarized."""
+"""The inputs of a tiny run, made on the spot: corpus, tokenizer, and a small model that has read but not summarized."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 
 from ..config import TinyConfig
+from ..families import FAMILIES
 from ..run_folder import atomic_directory, atomic_write
 from .dialogue_corpus import GeneratedDialogue, generate_dialogues, pretraining_texts
-from .tiny_pretrain import make_llama, pretrain
-from .tiny_tokenizer import save_tokenizer, train_tokenizer
+from .tiny_pretrain import make_model, pretrain
+from .tiny_tokenizer import make_tokenizer
 from .tokenize import TextEncoder, load_tokenizer
 from .tokens import TokenizedSplit
 
@@ -53,7 +54,7 @@ def make_base_model(
     fingerprint: str,
     reporter: Reporter,
 ) -> None:
-    """Make `folder`: a pretrained LlamaForCausalLM (float32) with its tokenizer. It appears when it is complete.
+    """Make `folder`: a pretrained model (float32) with its tokenizer. It appears when it is complete.
 
     A call after an interruption goes on from `checkpoint`; where the folder is there, nothing is done.
     """
@@ -61,11 +62,12 @@ def make_base_model(
         checkpoint.unlink(missing_ok=True)
         return
     with atomic_directory(folder) as unfinished:
-        save_tokenizer(train_tokenizer(_tokenizer_texts(seed), tiny.vocab_size), unfinished)
+        make_tokenizer(tiny.architecture, _tokenizer_texts(seed), tiny.vocab_size, unfinished)
         tokenizer = load_tokenizer(str(unfinished))
-        model = make_llama(tiny, seed)
+        model = make_model(tiny, seed)
         num_weights = sum(parameter.numel() for parameter in model.parameters())
-        reporter.info(f"pretraining a Llama of {num_weights:,} weights for {tiny.pretrain_steps} steps")
+        title = FAMILIES[tiny.architecture].title
+        reporter.info(f"pretraining a {title} of {num_weights:,} weights for {tiny.pretrain_steps} steps")
         documents = _documents(tiny, seed, tokenizer)
         loss = pretrain(model, documents, tiny, seed, checkpoint, fingerprint, reporter)
         reporter.info(f"pretrained to {loss:.3f} nats a token")

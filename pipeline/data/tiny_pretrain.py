@@ -1,4 +1,4 @@
-"""Pretraining of the small Llama of a tiny run, on one process, resumable bit for bit."""
+"""Pretraining of the small model of a tiny run, on one process, resumable bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .batches import BatchPlan
 from .tokens import TokenizedSplit
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
     from ..metrics import Reporter
 
@@ -35,31 +35,21 @@ class OneProcess:
     world_size: int = 1
 
 
-def make_llama(tiny: TinyConfig, seed: int) -> LlamaForCausalLM:
-    """A Llama of the tiny section's shape with seeded random weights, float32. The caller's RNG is left as it was."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_model(tiny: TinyConfig, seed: int) -> PreTrainedModel:
+    """A model of the tiny section's family and shape with seeded random weights, float32.
 
-    config = LlamaConfig(
-        vocab_size=tiny.vocab_size,
-        hidden_size=tiny.hidden_size,
-        intermediate_size=tiny.intermediate_size,
-        num_hidden_layers=tiny.num_layers,
-        num_attention_heads=tiny.num_heads,
-        num_key_value_heads=tiny.num_key_value_heads,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        # A small model learns sooner from larger weights: at the usual 0.02 its attention stays flat for long.
-        initializer_range=0.9 * tiny.hidden_size**-0.5,
-        tie_word_embeddings=True,
-    )
+    The caller's RNG is left as it was.
+    """
+    from ..modeling.architecture import architecture
+
+    family = architecture(tiny.architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return family.base_class(family.tiny_config(tiny))
 
 
 def pretrain(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     documents: TokenizedSplit,
     tiny: TinyConfig,
     seed: int,

@@ -1,11 +1,40 @@
-"""The tokenizer of a tiny run: sentencepiece BPE with byte fallback, saved the way Llama's is."""
+"""The tokenizer of a tiny run: a BPE of the kind that the model's family has, saved the way its own is."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+def make_tokenizer(architecture: str, texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train the family's kind of tokenizer on `texts` and save it, so that AutoTokenizer loads `folder`."""
+    if architecture == "gpt2":
+        _save_byte_level_bpe(texts, vocab_size, folder)
+    else:
+        save_tokenizer(train_tokenizer(texts, vocab_size), folder)
+
+
+def _save_byte_level_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """GPT-2's: <|endoftext|> 0 (BOS and EOS), the 256 bytes, then what the texts call for."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GPT2Tokenizer
+
+    bpe: Any = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in trained["merges"]]
+    tokenizer: Any = GPT2Tokenizer(vocab=trained["vocab"], merges=merges)
+    tokenizer.save_pretrained(folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -5,73 +5,23 @@ This file travels with every export, so it imports nothing but transformers and 
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import LlamaConfig
 
-from ...kernels.feature_maps import FEATURE_MAPS
-from ...kernels.linear_attention import DEFAULT_CHUNK_SIZE, DENOMINATOR_EPS
-
-ATTENTION_KINDS = ("linear", "softmax")
+from ..modeling.hedgehog_fields import HedgehogFields
 
 
-class HedgehogLlamaConfig(LlamaConfig):
-    """LlamaConfig plus what replaces softmax attention.
-
-    feature_map          name in the registry of feature maps: φ in y_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)
-    feature_dim          columns of the map's weight W: head_dim × feature_dim; None means head_dim
-    feature_map_options  keyword options of the map (its own names, e.g. a temperature)
-    feature_map_seed     seed of maps that draw random numbers (performer's projection)
-    attention            "linear": the above. "softmax": the original Llama attention and no feature maps
-    attention_eps        added to the denominator of linear attention
-    chunk_size           tokens that the chunked form handles at once; speed only
-    attention_backend    "auto" or the name of an implementation of causal linear attention
-
-    Raises ValueError for an unknown name, a size that cannot be, or an option that linear attention would ignore.
-    """
+class HedgehogLlamaConfig(HedgehogFields, LlamaConfig):
+    """LlamaConfig plus what replaces softmax attention: see HedgehogFields, also for the errors."""
 
     model_type = "hedgehog_llama"
-
-    feature_map: str = "hedgehog_softmax"
-    feature_dim: int | None = None
-    feature_map_options: dict | None = None
-    feature_map_seed: int = 0
-    attention: str = "linear"
-    attention_eps: float = DENOMINATOR_EPS
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-    attention_backend: str = "auto"
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.feature_dim is None:
-            self.feature_dim = self.head_dim
-        if self.feature_map_options is None:
-            self.feature_map_options = {}
-        self.check_hedgehog_fields()
+    dropout_field = "attention_dropout"
 
     def check_hedgehog_fields(self) -> None:
-        """ValueError as above. A model asks again: from_pretrained(field=…) sets fields of a config that is made."""
-        if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(f"feature_map: {self.feature_map!r} is unknown; known: {', '.join(sorted(FEATURE_MAPS))}")
-        if self.attention not in ATTENTION_KINDS:
-            raise ValueError(f"attention: {self.attention!r} is unknown; known: {', '.join(ATTENTION_KINDS)}")
-        if not isinstance(self.feature_map_options, dict):
-            raise ValueError(f"feature_map_options: expected a mapping, got {self.feature_map_options!r}")
-        for name in ("feature_dim", "chunk_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-        if not self.attention_eps >= 0:
-            raise ValueError(f"attention_eps: expected a number ≥ 0, got {self.attention_eps!r}")
+        super().check_hedgehog_fields()
         if self.num_key_value_heads is None or self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if self.attention == "linear" and self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout is {self.attention_dropout}, but linear attention has no attention weights to "
-                "drop: set it to 0, or attention to 'softmax'"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..go_on import shown
-from ..model_card import base_name
+from ..model_card import base_name, short_name
 from ..run_folder import MAIN, STAGES
 from ..score_table import TABLE_COLUMNS, comparison_lines, table_rows
 from ..status import StageStatus
@@ -26,7 +26,7 @@ def headline(run: RunFiles, scores: Scores | str, stale: Stale) -> Markup:
         what_next.reverse()
     return tag(
         "header",
-        tag("p", "Hedgehog-Llama conversion", class_="kicker"),
+        tag("p", f"{run.converted_to} conversion", class_="kicker"),
         tag("h1", run.name),
         tag("p", f"made as {run.config.name}", class_="note") if run.config and run.config.name != run.name else None,
         tag("p", _result(scores), class_="lead") if isinstance(scores, Scores) else None,
@@ -67,7 +67,7 @@ def _facts(run: RunFiles) -> dict[str, str]:
     if run.config is None:
         return {}
     model, data = run.config.model, run.config.data
-    facts = {"Base model": base_name(None if run.config.tiny is not None else model.base)}
+    facts = {"Base model": base_name(run.config)}
     if model.attention == "softmax":
         facts["Attention"] = "softmax, as in the base model"
     else:
@@ -75,7 +75,7 @@ def _facts(run: RunFiles) -> dict[str, str]:
         facts["Attention"] = f"linear, feature map {model.feature_map}, {width}"
     source = data.train_file or data.dataset
     if source is not None and run.config.tiny is None:
-        facts["Data"] = base_name(source) if data.train_file is None else source.rpartition("/")[2]
+        facts["Data"] = short_name(source) if data.train_file is None else source.rpartition("/")[2]
     others = [label for name, label in run.labels.items() if name != MAIN]
     if others:
         facts["Compared with"] = ", ".join(others)

@@ -29,7 +29,7 @@ def page(run: RunFiles, written_at: datetime) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name_="viewport", content_="width=device-width, initial-scale=1"),
-        tag("title", f"{run.name}: a Hedgehog-Llama conversion"),
+        tag("title", f"{run.name}: a {run.converted_to} conversion"),
         tag("style", raw(STYLE)),
     )
     body = tag(

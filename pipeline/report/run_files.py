@@ -11,7 +11,9 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import ConfigError, ResourceError
+from ..families import FAMILIES
 from ..go_on import commands_to_finish, shown
+from ..llama.shape import LlamaShape
 from ..manifest import Manifest, read_manifest
 from ..row_log import read_complete_rows
 from ..run_folder import MAIN, RunFolder
@@ -87,6 +89,13 @@ class RunFiles:
     def whole(self, stage: str, name: str = MAIN) -> StageFiles | None:
         """A stage itself, not its parts, or None where it has not begun."""
         return next((files for files in self.of_stage(stage) if files.variant == name and not files.is_part), None)
+
+    @property
+    def converted_to(self) -> str:
+        """What the conversion makes: `Hedgehog-Llama`, which it was where prepare did not yet say so."""
+        prepare = self.whole("prepare")
+        model_type = None if prepare is None else prepare.manifest.summary.get("model_type")
+        return FAMILIES.get(str(model_type), LlamaShape).hedgehog_title
 
     def what_makes(self, missing: str) -> str:
         """The sentence that names the command by which something comes about; empty where the run is finished."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ..base_folder import known_shape
 from ..config import RunConfig
 from ..memory_estimate import GIB, StageEstimate, estimate_memory
-from ..model_shape import ModelShape, known_shape
+from ..model_shape import ModelShape
 from ..validation import config_notes, reckoned_device
 from .resources import stage_settings, world_size
 

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..base_folder import known_shape
 from ..config import RunConfig
 from ..config_loading import apply_variant, config_differences, flatten
 from ..errors import ConfigError
 from ..feature_map_checks import UNTRAINED_MAPS
 from ..manifest import read_manifest
-from ..model_shape import ModelShape, known_shape
+from ..model_shape import ModelShape
 from ..preflight import HUB_TRAIN_ROWS
 from ..run_folder import STAGES, RunFolder
 from .gpu_hours import finetune_gpu_hours, num_training_tokens

@@ -9,7 +9,7 @@ import torch
 
 from hedgehog.pipeline.config import DistillConfig
 from hedgehog.pipeline.distillation import FeatureMapDistillation, Teacher
-from hedgehog.pipeline.llama.convert import convert_llama
+from hedgehog.pipeline.modeling.convert import convert_base
 
 
 def small_llama() -> Any:
@@ -32,7 +32,7 @@ BATCH = {
 
 def output_distillation(llama: Any) -> FeatureMapDistillation:
     config = DistillConfig(output_mse_weight=1.0, cross_entropy_weight=0.0)
-    hedgehog = convert_llama(llama, attention="linear", feature_map="hedgehog_softmax")
+    hedgehog = convert_base(llama, attention="linear", feature_map="hedgehog_softmax")
     module = FeatureMapDistillation(hedgehog, Teacher(llama, (0, 1)), (0, 1), config)
     module.measure_output_variance(BATCH)
     return module

@@ -14,7 +14,7 @@ from hedgehog.pipeline.generation import (
     make_generation_config,
     reference_losses,
 )
-from hedgehog.pipeline.llama.convert import convert_llama
+from hedgehog.pipeline.modeling.convert import convert_base
 
 EOS, PAD = 2, 0
 
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest):
         eos_token_id=EOS,
     )
     llama = LlamaForCausalLM(config).eval()
-    return llama if request.param == "softmax" else convert_llama(llama, feature_map="hedgehog_softmax")
+    return llama if request.param == "softmax" else convert_base(llama, feature_map="hedgehog_softmax")
 
 
 def prompts() -> list[torch.Tensor]:

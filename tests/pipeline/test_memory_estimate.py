@@ -14,13 +14,14 @@ from hedgehog.kernels.feature_maps import FEATURE_MAPS, make_feature_map
 from hedgehog.kernels.mapped_attention import mapped_linear_attention
 from hedgehog.pipeline.allocation_peak import allocation_peak
 from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.families import HUB_SHAPES, lora_modules
 from hedgehog.pipeline.feature_map_checks import feature_map_size
+from hedgehog.pipeline.llama.shape import LlamaShape
 from hedgehog.pipeline.memory_estimate import GIB, _Sizes, estimate_memory, saved_per_token, state_bytes
-from hedgehog.pipeline.model_shape import HUB_SHAPES, ModelShape
 
 LOSS_TERMS = {"output loss", "loss kernel's scratch", "features of some heads", "loss tiles"}
 LLAMA_7B = HUB_SHAPES["meta-llama/Llama-2-7b-hf"]
-SMALL = ModelShape(
+SMALL = LlamaShape(
     hidden_size=64,
     num_layers=2,
     num_heads=4,
@@ -37,7 +38,7 @@ def make_config(**sections: Any) -> RunConfig:
     return RunConfig.model_validate({"name": "x", "model": model, "data": {"dataset": "a/b"}, **sections})
 
 
-def stages(config: RunConfig, *, world_size: int = 1, shape: ModelShape = LLAMA_7B) -> dict[str, dict[str, float]]:
+def stages(config: RunConfig, *, world_size: int = 1, shape: LlamaShape = LLAMA_7B) -> dict[str, dict[str, float]]:
     """Title of every stage to its terms' bytes, and `total`."""
     estimates = estimate_memory(config, shape, world_size=world_size, device="cuda")
     return {
@@ -46,12 +47,20 @@ def stages(config: RunConfig, *, world_size: int = 1, shape: ModelShape = LLAMA_
     }
 
 
-def test_llama_2_has_its_published_numbers_of_weights():
-    counts = {name: shape.num_weights for name, shape in HUB_SHAPES.items() if "chat" not in name}
+def test_models_have_their_published_numbers_of_weights():
+    counts = {
+        name: shape.num_weights for name, shape in HUB_SHAPES.items() if "chat" not in name and "-community" not in name
+    }
     assert counts == {
         "meta-llama/Llama-2-7b-hf": 6_738_415_616,
         "meta-llama/Llama-2-13b-hf": 13_015_864_320,
         "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+        "distilgpt2": 81_912_576,
+        "distilbert/distilgpt2": 81_912_576,
     }
 
 
@@ -82,7 +91,7 @@ def test_weights_of_a_model_are_counted_exactly():
 def test_distillation_is_flat_in_depth_and_linear_in_length():
     def activations(length: int, num_layers: int) -> float:
         config = make_config(data={"dataset": "a/b", "max_length_tokens": length})
-        shape = ModelShape(4096, num_layers, 32, 32, 128, 11008, 32000, 4096)
+        shape = LlamaShape(4096, num_layers, 32, 32, 128, 11008, 32000, 4096)
         estimates = estimate_memory(config, shape, world_size=1, device="cuda")
         return sum(term.num_bytes for term in estimates[0].terms if term.kind == "activations")
 
@@ -123,7 +132,7 @@ def test_the_output_loss_takes_what_the_estimate_says(head_dim: int, feature_dim
     with allocation_peak("cpu") as peak:
         output_mse_loss(q, k, v, *pair, teacher_output_BHLV=o)
     learned = sum(4 * weight.numel() for feature_map in pair for weight in feature_map.parameters())
-    shape = ModelShape(heads * head_dim, 2, heads, heads, head_dim, 64, 128, 512)
+    shape = LlamaShape(heads * head_dim, 2, heads, heads, head_dim, 64, 128, 512)
 
     def activations(weight: float) -> dict[str, float]:
         config = make_config(
@@ -146,7 +155,7 @@ def test_the_teachers_pass_takes_what_the_estimate_says(num_key_value_heads: int
     from hedgehog.pipeline.distillation import Teacher
 
     length, width, mlp, vocab = 4096, 256, 688, 64
-    shape = ModelShape(width, 3, 8, num_key_value_heads, 32, mlp, vocab, length)
+    shape = LlamaShape(width, 3, 8, num_key_value_heads, 32, mlp, vocab, length)
     settings = LlamaConfig(
         hidden_size=width,
         num_hidden_layers=3,
@@ -224,7 +233,7 @@ def test_the_terms_of_a_stage_add_up_and_have_formulas():
         assert estimate.num_bytes == sum(term.num_bytes for term in estimate.terms) > GIB
 
 
-def small_llama(num_layers: int, dtype: torch.dtype, shape: ModelShape = SMALL) -> Any:
+def small_llama(num_layers: int, dtype: torch.dtype, shape: LlamaShape = SMALL) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -247,19 +256,20 @@ def measured_bytes(
     config: RunConfig,
     dtype: torch.dtype,
     tokens: int,
-    shape: ModelShape = SMALL,
+    shape: LlamaShape = SMALL,
     attention_backend: str = "torch",
 ) -> int:
     """Bytes that autograd keeps in a forward pass, each storage once, without weights."""
     from peft import LoraConfig, get_peft_model
 
-    from hedgehog.pipeline.llama.convert import convert_llama, feature_map_modules
+    from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules
 
     model: Any = small_llama(num_layers, dtype, shape)
     if config.model.attention == "linear":
-        model = convert_llama(model, feature_map=config.model.feature_map, attention_backend=attention_backend)
+        model = convert_base(model, feature_map=config.model.feature_map, attention_backend=attention_backend)
     lora = config.finetune.lora
-    adapted = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=list(lora.target_modules)))
+    modules = list(lora_modules(lora, type(shape)))
+    adapted = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=modules))
     if config.model.attention == "linear":
         for module in feature_map_modules(adapted.get_base_model()).values():
             module.requires_grad_(True)
@@ -295,7 +305,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps(precision, feature_map):
 def test_scratch_of_a_span_is_what_its_attention_allocates(name, precision):
     """Beyond q, k, v, o, d, their gradients and the state; that of the largest of several spans."""
     heads, length, dim = 2, 4096, 32
-    shape = ModelShape(heads * dim, 2, heads, heads, dim, 160, 128, length)
+    shape = LlamaShape(heads * dim, 2, heads, heads, dim, 160, 128, length)
     sizes = _Sizes(make_config(model={"feature_map": name}, engine={"precision": precision}), shape, 1, "cpu")
     maps = [make_feature_map(name, num_heads=heads, head_dim=dim, side=side) for side in ("query", "key")]
     dtype = getattr(torch, precision)
@@ -324,7 +334,7 @@ def test_the_cuda_kernel_keeps_what_the_estimate_says(monkeypatch):
     from hedgehog.kernels.cuda.library import Library
 
     monkeypatch.setattr(Library, "forward", lambda self, arguments: None)
-    shape = ModelShape(128, 2, 2, 1, 64, 344, 128, 512)
+    shape = LlamaShape(128, 2, 2, 1, 64, 344, 128, 512)
     config = make_config(engine={"precision": "bfloat16"})
     depths = [measured_bytes(layers, config, torch.bfloat16, 128, shape, "emulated") for layers in (2, 1)]
     parts = dict(saved_per_token(config, shape, "cuda"))

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hedgehog.pipeline.llama.convert import convert_llama
-from hedgehog.pipeline.llama.load_base import load_base
 from hedgehog.pipeline.merging import merged_tensors
+from hedgehog.pipeline.modeling.convert import convert_base
+from hedgehog.pipeline.modeling.load_base import load_base
 
 
 def make_llama(**options) -> LlamaForCausalLM:
@@ -60,7 +60,7 @@ def test_weights_are_base_plus_update_rounded_once():
 
 
 def test_feature_maps_and_their_buffers_stay_float32():
-    model = convert_llama(make_llama().to(torch.bfloat16), feature_map="performer")
+    model = convert_base(make_llama().to(torch.bfloat16), feature_map="performer")
     merged = merged_tensors(model, torch.bfloat16)
     assert set(merged) == set(model.state_dict())
     maps = [name for name in merged if "feature_map" in name]

@@ -11,10 +11,10 @@ from hedgehog.pipeline import out_of_memory
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.errors import ResourceError
+from hedgehog.pipeline.families import HUB_SHAPES
 from hedgehog.pipeline.formatting import format_bytes
 from hedgehog.pipeline.held_memory import held_bytes
 from hedgehog.pipeline.memory_estimate import estimate_memory
-from hedgehog.pipeline.model_shape import HUB_SHAPES
 from hedgehog.pipeline.out_of_memory import explain, out_of_memory_explained
 
 BASE = "meta-llama/Llama-2-7b-hf"

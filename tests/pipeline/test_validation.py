@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hedgehog.pipeline.base_folder import expected_shapes
+from hedgehog.pipeline.families import shape_from_fields
 from hedgehog.pipeline.manifest import Manifest
-from hedgehog.pipeline.model_shape import shape_from_fields
 from hedgehog.pipeline.validation import validate_config, validate_configs
 
 LLAMA = {
@@ -33,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "llama" / "tokenizer.json").write_text("{}")
-    shapes = expected_shapes(shape_from_fields(LLAMA))
+    shapes = shape_from_fields(LLAMA).tensor_shapes()
     save_file({name: np.zeros(sizes, np.float16) for name, sizes in shapes.items()}, weights_of(tmp_path))
     rows = [{"id": str(i), "dialogue": f"Ann: {i}?\nBen: yes", "summary": f"Ben agrees to {i}."} for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, rows[0]]))
@@ -228,14 +227,14 @@ def test_a_variants_own_faults_are_told(folder):
         ),
         (json.dumps({**LLAMA, "attention_dropout": 0.1}), "attention_dropout 0.1, but linear attention has no"),
         (json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}}), "quantized already (gptq)"),
-        (json.dumps({**LLAMA, "model_type": "mistral"}), "model_type 'mistral'; only Llama models can be converted"),
+        (json.dumps({**LLAMA, "model_type": "mistral"}), "model_type 'mistral'; only Llama and GPT-2 models can be"),
         ("{", "cannot be read as JSON"),
         ("[]", "model_type None"),
         (json.dumps({"model_type": "llama", "hidden_size": 64}), "lacks num_hidden_layers, num_attention_heads"),
         (None, "has no config.json"),
     ],
 )
-def test_a_base_that_is_no_llama(folder, content, expected):
+def test_a_base_that_cannot_be_converted(folder, content, expected):
     file = folder / "llama" / "config.json"
     file.unlink() if content is None else file.write_text(content)
     (error,) = errors(folder)

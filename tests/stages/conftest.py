@@ -18,6 +18,8 @@ from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import apply_variant
 from hedgehog.pipeline.data.tokenize import TextEncoder, render_prompt
 from hedgehog.pipeline.data.tokens import TokenizedSplit
+from hedgehog.pipeline.families import lora_modules
+from hedgehog.pipeline.llama.shape import LlamaShape
 from hedgehog.pipeline.manifest import Manifest, describe_artifact
 from hedgehog.pipeline.run_folder import RunFolder
 
@@ -121,7 +123,7 @@ def _finish_training(config: RunConfig, run_folder: RunFolder, variant: str | No
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    from hedgehog.pipeline.llama.convert import feature_map_modules, load_hedgehog, save_feature_maps
+    from hedgehog.pipeline.modeling.convert import feature_map_modules, load_hedgehog, save_feature_maps
 
     distill, finetune = run_folder.stage("distill", variant), run_folder.stage("finetune", variant)
     distill.mkdir(parents=True)
@@ -151,9 +153,8 @@ def _finish_training(config: RunConfig, run_folder: RunFolder, variant: str | No
         shutil.copy(distill / "feature_maps.safetensors", finetune)
         artifacts["feature_maps"] = "feature_maps.safetensors"
     lora = config.finetune.lora
-    peft_model = get_peft_model(
-        model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
-    )
+    modules = list(lora_modules(lora, LlamaShape))
+    peft_model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules))
     for name, weight in peft_model.named_parameters():
         if "lora_" in name:
             weight.data = 0.2 * torch.randn(weight.shape, generator=generator)

@@ -14,7 +14,7 @@ import torch
 
 from hedgehog.pipeline import hidden_state_cache, hidden_state_files
 from hedgehog.pipeline.errors import ResourceError
-from hedgehog.pipeline.llama import teacher
+from hedgehog.pipeline.modeling import teacher
 from hedgehog.pipeline.runner import run_stage
 from hedgehog.stages import distill
 
@@ -37,9 +37,9 @@ def rows_through(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     counts: Counter[int] = Counter()
     attend = teacher._attend
 
-    def counted(layer: Any, layer_index: int, hidden_BLE: torch.Tensor, *others: Any) -> Any:
+    def counted(family: Any, layer: Any, layer_index: int, hidden_BLE: torch.Tensor, *others: Any) -> Any:
         counts[layer_index] += len(hidden_BLE)
-        return attend(layer, layer_index, hidden_BLE, *others)
+        return attend(family, layer, layer_index, hidden_BLE, *others)
 
     monkeypatch.setattr(teacher, "_attend", counted)
     return counts

@@ -12,7 +12,7 @@ import bench_7b
 
 from hedgehog.kernels import distill_backends, distill_triton
 from hedgehog.kernels.cuda import attention, gradients, library
-from hedgehog.pipeline.model_shape import ModelShape
+from hedgehog.pipeline.llama.shape import LlamaShape
 
 HEADS, LENGTHS = 4, "2048"
 
@@ -43,7 +43,7 @@ distill_triton.triton_distillation_loss = distill_triton.triton_distillation_los
 library.Library.forward = library.Library.backward = lambda self, arguments: None
 distill_backends.disagreement = attention.disagreement = gradients.gradient_disagreement = lambda *_: None
 
-bench_7b.LLAMA_7B = ModelShape(128 * HEADS, 3, HEADS, HEADS, 128, 344 * HEADS, 500, 4096)
+bench_7b.LLAMA_7B = LlamaShape(128 * HEADS, 3, HEADS, HEADS, 128, 344 * HEADS, 500, 4096)
 bench_7b.MATERIALISED = {"cuda": ()}
 bench_7b.Bench.measure_peak_flops = lambda bench: setattr(bench, "peak_flops_per_s", 1e12)
 bench_7b.Bench.seconds = lambda bench, step, least_s=1.0: 1.0

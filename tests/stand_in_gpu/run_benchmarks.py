@@ -14,7 +14,7 @@ import distill_kernel
 import gpu_sanitizer
 import gpu_timing
 
-from hedgehog.pipeline.model_shape import ModelShape
+from hedgehog.pipeline.llama.shape import LlamaShape
 
 folder = Path(sys.argv[1])
 
@@ -31,7 +31,7 @@ row = distill_kernel.check_case("hedgehog_softmax", 70, 2, 1, 64, False, distill
 assert row["right"] and row["same_bits"] and row["log_sum_handed_out"], row
 
 # both stages and generation, the softmax model's beside them
-bench_7b.LLAMA_7B = ModelShape(128, 2, 2, 2, 64, 160, 500, 4096)
+bench_7b.LLAMA_7B = LlamaShape(128, 2, 2, 2, 64, 160, 500, 4096)
 bench_7b.MATERIALISED = {"cuda": ("float32", "tf32", "bfloat16")}
 bench_7b.Bench.measure_peak_flops = lambda bench: setattr(bench, "peak_flops_per_s", 1e12)
 seconds = bench_7b.Bench.seconds

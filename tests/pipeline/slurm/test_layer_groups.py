@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hedgehog.pipeline.config_loading import load_config
-from hedgehog.pipeline.model_shape import HUB_SHAPES
+from hedgehog.pipeline.families import HUB_SHAPES
 from hedgehog.pipeline.slurm.gpu_hours import finetune_gpu_hours
 from hedgehog.pipeline.slurm.layer_groups import (
     DistillCost,

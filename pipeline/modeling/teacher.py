@@ -1,4 +1,4 @@
-"""The frozen Llama as a teacher: its queries, keys and values, layer by layer, and nothing kept of a layer once left.
+"""The frozen base as a teacher: its queries, keys and values, layer by layer, and nothing kept of a layer once left.
 
 B batch, L length, H query heads, K key/value heads, D head dim, V value dim (= D).
 
@@ -11,34 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
+from torch import nn
+from transformers import PreTrainedModel
 
 from ...kernels.linear_attention import run_index_BL
 from ...kernels.softmax_attention import causal_softmax_attention
+from .architecture import Architecture, architecture_of
 from .positions import row_positions
 
 
 @dataclass(frozen=True)
 class TeacherLayer:
-    """What a layer's softmax attention saw. q and k are after RoPE; query head h uses k/v head h // (H // K)."""
+    """What a layer's softmax attention compared (q and k after RoPE). Query head h uses k/v head h // (H // K)."""
 
     layer_index: int
     q_BHLD: torch.Tensor
     k_BKLD: torch.Tensor
     v_BKLV: torch.Tensor
     scale: float
-    o_BHLV: torch.Tensor  # softmax attention's output, before o_proj
+    o_BHLV: torch.Tensor  # softmax attention's output, before its projection
     log_sum_exp_BHL: torch.Tensor | None = None  # log Σ_j exp(scale q_i·k_j), where attention hands it out
 
 
 class TeacherForward:
-    """Runs a frozen Llama up to the last layer asked for, and yields the attention inputs of those asked for.
+    """Runs a frozen model up to the last layer asked for, and yields the attention inputs of those asked for.
 
-        for layer in TeacherForward(llama)(input_ids_BL, layers=[8, 9]):
+        for layer in TeacherForward(base)(input_ids_BL, layers=[8, 9]):
             loss = attention_distillation_loss(layer.q_BHLD, layer.k_BKLD, …)
 
     No layer above the last one asked for is run, nor that layer's MLP, nor the logits. No gradient is recorded
@@ -46,9 +46,10 @@ class TeacherForward:
     of it (`del layer`) at the loop's end, and q, k, v and o are not beside the MLP's activations, nor the next layer's.
     """
 
-    def __init__(self, llama: LlamaForCausalLM | LlamaModel) -> None:
-        self.decoder: LlamaModel = llama.model if isinstance(llama, LlamaForCausalLM) else llama
-        self.num_layers = self.decoder.config.num_hidden_layers
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.architecture: Architecture = architecture_of(base)
+        self.decoder = self.architecture.decoder(base)
+        self.layers = self.architecture.layers(base)
 
     def __call__(
         self,
@@ -71,10 +72,10 @@ class TeacherForward:
 
         Raises ValueError for a layer that does not exist.
         """
-        wanted = set(range(self.num_layers)) if layers is None else set(layers)
-        outside = sorted(wanted - set(range(self.num_layers)))
+        wanted = set(range(len(self.layers))) if layers is None else set(layers)
+        outside = sorted(wanted - set(range(len(self.layers))))
         if outside:
-            raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
+            raise ValueError(f"layers {outside} do not exist: the model has layers 0 to {len(self.layers) - 1}")
         if not wanted:
             return
         mask_BL = None if mask_BL is None else mask_BL.bool()
@@ -83,17 +84,20 @@ class TeacherForward:
             position_ids_BL = row_positions(input_ids_BL.shape, mask_BL, segment_ids_BL, input_ids_BL.device)
         first, last = min(wanted), max(wanted)
         given = entering_BLE is not None
+        architecture, decoder = self.architecture, self.decoder
         # no_grad as this generator's decorator would keep the last layer yielded while the next one is computed
         with torch.no_grad():
-            hidden_BLE = self.decoder.embed_tokens(input_ids_BL) if entering_BLE is None else entering_BLE
-            position_embeddings = self.decoder.rotary_emb(hidden_BLE, position_ids=position_ids_BL)
+            hidden_BLE = entering_BLE
+            if hidden_BLE is None:
+                hidden_BLE = architecture.embed(decoder, input_ids_BL, position_ids_BL)
+            positions = architecture.positions(decoder, hidden_BLE, position_ids_BL)
         del entering_BLE
         for layer_index in range(first if given else 0, last + 1):
             if layer_index == first and not given and keep_entering is not None:
                 hidden_BLE = keep_entering(hidden_BLE)
-            layer = cast(LlamaDecoderLayer, self.decoder.layers[layer_index])
+            layer = self.layers[layer_index]
             with torch.no_grad():
-                seen = _attend(layer, layer_index, hidden_BLE, position_embeddings, spans)
+                seen = _attend(architecture, layer, layer_index, hidden_BLE, positions, spans)
             o_BHLV = seen.o_BHLV
             if layer_index in wanted:
                 yield seen
@@ -101,9 +105,9 @@ class TeacherForward:
             if layer_index == last:
                 return
             with torch.no_grad():
-                hidden_BLE = hidden_BLE + _project(layer, o_BHLV)
+                hidden_BLE = hidden_BLE + architecture.project(layer, _side_by_side(o_BHLV))
                 del o_BHLV
-                hidden_BLE = hidden_BLE + layer.mlp(layer.post_attention_layernorm(hidden_BLE))
+                hidden_BLE = hidden_BLE + architecture.mlp(layer, hidden_BLE)
 
 
 def attention_spans(
@@ -136,38 +140,33 @@ def attention_spans(
 
 
 def _attend(
-    layer: LlamaDecoderLayer,
+    architecture: Architecture,
+    layer: nn.Module,
     layer_index: int,
     hidden_BLE: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    positions: object,
     spans: list[tuple[int, int, int]] | None,
 ) -> TeacherLayer:
-    attention = layer.self_attn
-    B, L = hidden_BLE.shape[:2]
-    normed_BLE = layer.input_layernorm(hidden_BLE)
-    q_BHLD = attention.q_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
-    k_BKLD = attention.k_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
-    v_BKLV = attention.v_proj(normed_BLE).view(B, L, -1, attention.head_dim).transpose(1, 2)
-    del normed_BLE
-    q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
+    q_BHLD, k_BKLD, v_BKLV = architecture.heads(layer, hidden_BLE, positions)
+    scale = architecture.scale(layer)
     if spans is None:
-        o_BHLV, log_sum_exp_BHL = causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, attention.scaling)
+        o_BHLV, log_sum_exp_BHL = causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, scale)
     else:
         o_BHLV = torch.zeros_like(q_BHLD)
         log_sum_exp_BHL = torch.zeros_like(q_BHLD[..., 0], dtype=torch.promote_types(q_BHLD.dtype, torch.float32))
         for row, start, end in spans:
             here = (slice(row, row + 1), slice(None), slice(start, end))
-            o_BHLV[here], part = causal_softmax_attention(q_BHLD[here], k_BKLD[here], v_BKLV[here], attention.scaling)
+            o_BHLV[here], part = causal_softmax_attention(q_BHLD[here], k_BKLD[here], v_BKLV[here], scale)
             if part is None:
                 log_sum_exp_BHL = None
             elif log_sum_exp_BHL is not None:
                 log_sum_exp_BHL[here] = part
-    return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, attention.scaling, o_BHLV, log_sum_exp_BHL)
+    return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, scale, o_BHLV, log_sum_exp_BHL)
 
 
-def _project(layer: LlamaDecoderLayer, o_BHLV: torch.Tensor) -> torch.Tensor:
-    B, _, L, _ = o_BHLV.shape
-    return layer.self_attn.o_proj(o_BHLV.transpose(1, 2).reshape(B, L, -1))
+def _side_by_side(o_BHLV: torch.Tensor) -> torch.Tensor:
+    """(B, H, L, V) → (B, L, H V)."""
+    return o_BHLV.transpose(1, 2).reshape(o_BHLV.shape[0], o_BHLV.shape[2], -1)
 
 
 __all__ = ["TeacherForward", "TeacherLayer", "attention_spans"]

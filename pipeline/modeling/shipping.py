@@ -12,13 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-from . import configuration_hedgehog_llama, modeling_hedgehog_llama
+from .architecture import Architecture, architecture
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_hedgehog_llama.HedgehogLlamaConfig",
-    "AutoModel": "modeling_hedgehog_llama.HedgehogLlamaModel",
-    "AutoModelForCausalLM": "modeling_hedgehog_llama.HedgehogLlamaForCausalLM",
-}
 _ALLOWED_PACKAGES = {"torch", "transformers"}
 _RELATIVE_IMPORT = re.compile(r"^from (?P<dots>\.+)(?P<module>[\w.]+) import ", re.MULTILINE)
 
@@ -33,17 +28,18 @@ def ship_modeling_files(folder: str | os.PathLike) -> list[str]:
     folder = Path(folder)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    sources = modeling_sources()
+    of_family = architecture(str(config["model_type"]).removeprefix("hedgehog_"))
+    sources = modeling_sources(of_family)
     for name, source in sources.items():
         (folder / name).write_text(source, encoding="utf-8")
-    config["auto_map"] = AUTO_MAP
+    config["auto_map"] = of_family.auto_map
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [*sources, config_file.name]
 
 
-def modeling_sources() -> dict[str, str]:
+def modeling_sources(of_family: Architecture) -> dict[str, str]:
     """{file name: source} of the configuration, the model and all that they import from this project, flat."""
-    waiting = [Path(str(module.__file__)) for module in (configuration_hedgehog_llama, modeling_hedgehog_llama)]
+    waiting = [Path(str(module.__file__)) for module in of_family.modeling_files]
     origins: dict[str, Path] = {}
     sources: dict[str, str] = {}
     while waiting:
@@ -84,4 +80,4 @@ def _check_imports(name: str, source: str, known: set[str]) -> None:
                 raise ValueError(f"{name}: import of {module} would fail in an exported folder")
 
 
-__all__ = ["AUTO_MAP", "modeling_sources", "ship_modeling_files"]
+__all__ = ["modeling_sources", "ship_modeling_files"]

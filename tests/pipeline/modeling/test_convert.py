@@ -11,14 +11,14 @@ from transformers import LlamaForCausalLM
 
 from hedgehog.pipeline.errors import ModelError
 from hedgehog.pipeline.feature_map_file import read_feature_maps, write_feature_maps
-from hedgehog.pipeline.llama.convert import (
-    convert_llama,
+from hedgehog.pipeline.modeling.convert import (
+    convert_base,
     feature_map_metadata,
     feature_map_modules,
     load_feature_maps,
     load_hedgehog,
     save_feature_maps,
-    to_plain_llama,
+    to_plain_base,
 )
 
 LEARNED = ["hedgehog_softmax", "hedgehog_exp", "hedgehog_joint", "relu"]
@@ -40,7 +40,7 @@ def maps_of(model) -> dict[str, torch.Tensor]:
 def test_weights_are_shared_not_copied(new_llama, token_ids, tied):
     llama = new_llama(tie_word_embeddings=tied)
     before = llama(token_ids(1, 5)).logits
-    model = convert_llama(llama)
+    model = convert_base(llama)
     theirs = dict(llama.named_parameters(remove_duplicate=False))
     ours = dict(model.named_parameters(remove_duplicate=False))
     assert set(ours) - set(theirs) == {
@@ -56,20 +56,20 @@ def test_weights_are_shared_not_copied(new_llama, token_ids, tied):
 
 @pytest.mark.parametrize("feature_map", LEARNED)
 def test_maps_start_as_the_identity_in_float32(llama, feature_map):
-    model = convert_llama(llama.to(torch.bfloat16), feature_map=feature_map)
+    model = convert_base(llama.to(torch.bfloat16), feature_map=feature_map)
     for module in feature_map_modules(model).values():
         assert module.weight.dtype == torch.float32 and module.weight.requires_grad
         assert torch.equal(module.weight, torch.eye(16).expand(4, 16, 16))
 
 
 def test_fields_reach_the_maps(llama):
-    model = convert_llama(llama, feature_map="performer", feature_dim=40, feature_map_seed=5, chunk_size=16)
+    model = convert_base(llama, feature_map="performer", feature_dim=40, feature_map_seed=5, chunk_size=16)
     assert model.config.chunk_size == 16
     directions = [module.directions for module in feature_map_modules(model).values()]
     assert directions[0].shape == (4, 16, 40)
-    other = convert_llama(llama, feature_map="performer", feature_dim=40, feature_map_seed=6)
+    other = convert_base(llama, feature_map="performer", feature_dim=40, feature_map_seed=6)
     assert not torch.equal(next(iter(feature_map_modules(other).values())).directions, directions[0])
-    scaled = convert_llama(llama, feature_map_options={"init_scale": 0.5})
+    scaled = convert_base(llama, feature_map_options={"init_scale": 0.5})
     assert torch.equal(next(iter(feature_map_modules(scaled).values())).weight[0], torch.eye(16) / 2)
 
 
@@ -84,13 +84,13 @@ def test_fields_reach_the_maps(llama):
 )
 def test_impossible_fields_are_a_model_error(llama, fields, message):
     with pytest.raises(ModelError, match=message):
-        convert_llama(llama, **fields)
+        convert_base(llama, **fields)
 
 
 def test_rope_frequencies_survive_a_cast_to_bfloat16(new_llama):
     llama = new_llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})
     exact = llama.model.rotary_emb.inv_freq.clone()
-    model = convert_llama(llama).to(torch.bfloat16)
+    model = convert_base(llama).to(torch.bfloat16)
     assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
@@ -98,7 +98,7 @@ def test_rope_frequencies_survive_a_cast_to_bfloat16(new_llama):
 def test_a_softmax_model_is_a_plain_llama_again(new_llama, token_ids, tmp_path):
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     llama = new_llama(rope_parameters=rope)
-    plain = to_plain_llama(convert_llama(llama, attention="softmax"))
+    plain = to_plain_base(convert_base(llama, attention="softmax"))
     plain.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
@@ -106,18 +106,18 @@ def test_a_softmax_model_is_a_plain_llama_again(new_llama, token_ids, tmp_path):
     ids_BL = token_ids(2, 7)
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path)(ids_BL).logits, llama(ids_BL).logits)
     with pytest.raises(ValueError, match="softmax"):
-        to_plain_llama(convert_llama(llama))
+        to_plain_base(convert_base(llama))
 
 
 @pytest.mark.parametrize("feature_map", [*LEARNED, "performer"])
 def test_feature_maps_round_trip(llama, tmp_path, feature_map):
-    model = randomize(convert_llama(llama, feature_map=feature_map, feature_dim=24))
+    model = randomize(convert_base(llama, feature_map=feature_map, feature_dim=24))
     save_feature_maps(tmp_path / "maps.safetensors", model, {"base_fingerprint": "abc"})
     assert [file.name for file in tmp_path.iterdir()] == ["maps.safetensors"]
     with safe_open(tmp_path / "maps.safetensors", framework="pt") as opened:
         weight = "directions" if feature_map == "performer" else "weight"
         assert set(opened.keys()) == {f"layers.{i}.feature_map_{side}.{weight}" for i in (0, 1) for side in "qk"}
-    fresh = convert_llama(llama, feature_map=feature_map, feature_dim=24)
+    fresh = convert_base(llama, feature_map=feature_map, feature_dim=24)
     metadata = load_feature_maps(tmp_path / "maps.safetensors", fresh)
     assert metadata == {
         "base_fingerprint": "abc",
@@ -136,12 +136,12 @@ def test_feature_maps_round_trip(llama, tmp_path, feature_map):
 
 
 def test_maps_of_a_subset_of_layers(llama, tmp_path):
-    model = randomize(convert_llama(llama))
+    model = randomize(convert_base(llama))
     file = tmp_path / "layer1.safetensors"
     save_feature_maps(file, model, layers=[1])
     tensors, _ = read_feature_maps(file)
     assert set(tensors) == {"layers.1.feature_map_q.weight", "layers.1.feature_map_k.weight"}
-    fresh = convert_llama(llama)
+    fresh = convert_base(llama)
     start = {name: tensor.clone() for name, tensor in maps_of(fresh).items()}
     with pytest.raises(ModelError, match=r"lacks layers\.0\.feature_map_q\.weight; distill layer 0"):
         load_feature_maps(file, fresh)
@@ -160,12 +160,12 @@ def test_maps_of_a_subset_of_layers(llama, tmp_path):
 
 def test_files_that_do_not_fit(llama, new_llama, tmp_path):
     file = tmp_path / "maps.safetensors"
-    save_feature_maps(file, convert_llama(llama))
+    save_feature_maps(file, convert_base(llama))
     for other, message in (
-        (convert_llama(llama, feature_map="hedgehog_exp"), "feature_map = 'hedgehog_softmax', the model has"),
-        (convert_llama(llama, feature_dim=8), "feature_dim = 16, the model has 8"),
-        (convert_llama(new_llama(num_attention_heads=8), feature_dim=16), "head_dim = 16, the model has 8"),
-        (convert_llama(new_llama(num_hidden_layers=3)), "lacks layers.2"),
+        (convert_base(llama, feature_map="hedgehog_exp"), "feature_map = 'hedgehog_softmax', the model has"),
+        (convert_base(llama, feature_dim=8), "feature_dim = 16, the model has 8"),
+        (convert_base(new_llama(num_attention_heads=8), feature_dim=16), "head_dim = 16, the model has 8"),
+        (convert_base(new_llama(num_hidden_layers=3)), "lacks layers.2"),
     ):
         with pytest.raises(ModelError, match=message):
             load_feature_maps(file, other)
@@ -173,11 +173,11 @@ def test_files_that_do_not_fit(llama, new_llama, tmp_path):
     tensors["layers.0.feature_map_q.weight"] = torch.zeros(4, 16, 8)
     write_feature_maps(file, tensors, metadata)
     with pytest.raises(ModelError, match=r"has shape \(4, 16, 8\), the model needs \(4, 16, 16\)"):
-        load_feature_maps(file, convert_llama(llama))
+        load_feature_maps(file, convert_base(llama))
 
 
 def test_files_that_are_no_maps(llama, tmp_path):
-    model = convert_llama(llama)
+    model = convert_base(llama)
     with pytest.raises(ModelError, match=r"missing\.safetensors: there is no such file"):
         load_feature_maps(tmp_path / "missing.safetensors", model)
     file = tmp_path / "maps.safetensors"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hedgehog.pipeline.llama.teacher import TeacherForward, attention_spans
+from hedgehog.pipeline.modeling.teacher import TeacherForward, attention_spans
 
 
 def attention_outputs(llama, **inputs) -> list[torch.Tensor]:

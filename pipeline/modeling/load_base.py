@@ -1,4 +1,4 @@
-"""Loading the Llama that a run starts from: every way in which a user's folder can be wrong has its own message.
+"""Loading the base model that a run starts from: every way in which a user's folder can be wrong has its own message.
 
 Only safetensors are read, never pickle, and no code of the folder is run.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..base_folder import check_not_quantized, check_weights, not_a_llama, read_llama_config
+from ..base_folder import check_not_quantized, check_weights, read_base_config
 from ..errors import ModelError
-from ..model_shape import shape_from_fields
-from .hedgehog_attention import HedgehogLlamaRotaryEmbedding
+from ..families import family_of, shape_from_fields
+from .architecture import architecture, architecture_of
 
 QUANTIZATIONS = ("nf4", "int8")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
@@ -31,20 +31,20 @@ def load_base(
     quantization: str | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
-) -> LlamaForCausalLM:
-    """The Llama in a local folder, or of a hub id, in eval mode.
+) -> PreTrainedModel:
+    """The language model in a local folder, or of a hub id, in eval mode.
 
     dtype          of the weights (a torch dtype or its name); with `quantization` of the computation
     quantization   None, "nf4" (4 bit, double quantization) or "int8", through bitsandbytes; works on a CPU
     device         where to put it; None leaves it where transformers puts it (the CPU, or ZeRO-3's shards)
 
-    Raises ModelError, with the cure, for: a missing folder, a model that is not a Llama, a missing shard, a
-    truncated file, pickled weights only, weights quantized already, tensors that are missing or of another shape than
+    Raises ModelError, with the cure, for: a missing folder, a kind of model that cannot be converted, a missing shard,
+    a truncated file, pickled weights only, weights quantized already, tensors that are missing or of another shape than
     the config's, a hub id that cannot be fetched, a quantization that cannot be done.
     """
     name = str(path_or_id)
     dtype = _torch_dtype(dtype)
-    check_base(path_or_id, revision=revision)
+    architecture = architecture_of(check_base(path_or_id, revision=revision))
     options: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,
@@ -60,7 +60,7 @@ def load_base(
     if revision is not None:
         options["revision"] = revision
     try:
-        loaded: Any = LlamaForCausalLM.from_pretrained(name, **options)
+        loaded: Any = architecture.base_class.from_pretrained(name, **options)
     except OSError as error:
         raise _cannot_fetch(name, error) from error
     except SafetensorError as error:
@@ -71,18 +71,18 @@ def load_base(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ModelError(f"{name}: config.json and the weights are of different models; fetch it again") from error
-    llama, info = loaded
+    base, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
     if quantization == "nf4":
-        _keep_weights_differentiable(llama)
-    llama.model.rotary_emb = HedgehogLlamaRotaryEmbedding(llama.config).to(llama.model.norm.weight.device)
-    return llama.eval()
+        _keep_weights_differentiable(base)
+    architecture.complete(base)
+    return base.eval()
 
 
-def _keep_weights_differentiable(llama: LlamaForCausalLM) -> None:
+def _keep_weights_differentiable(base: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking NF4 weights for inference.
 
     On a CPU with AVX512-BF16 the first forward without gradients (a validation loss is enough) repacks them in place
@@ -91,12 +91,12 @@ def _keep_weights_differentiable(llama: LlamaForCausalLM) -> None:
     computes with are other ones than those which are exported.
     """
     module: Any
-    for module in llama.modules():
+    for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def check_base(path_or_id: str | os.PathLike, *, revision: str | None = None) -> LlamaConfig:
+def check_base(path_or_id: str | os.PathLike, *, revision: str | None = None) -> PreTrainedConfig:
     """Everything that can be checked before a weight is read: returns the config or raises ModelError."""
     name = str(path_or_id)
     folder = Path(path_or_id).expanduser()
@@ -110,20 +110,21 @@ def check_base(path_or_id: str | os.PathLike, *, revision: str | None = None) ->
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_fetch(name, error) from error
-    if not isinstance(config, LlamaConfig):
-        raise not_a_llama(name, config.model_type)
-    check_not_quantized(name, config.to_dict())
+    fields = config.to_dict()
+    check_not_quantized(name, fields)
+    family_of(name, config.model_type).from_fields(fields)
     return config
 
 
-def _check_folder(folder: Path) -> LlamaConfig:
-    fields = read_llama_config(folder)
+def _check_folder(folder: Path) -> PreTrainedConfig:
+    fields = read_base_config(folder)
     check_not_quantized(str(folder), fields)
+    family = family_of(str(folder), fields["model_type"])
     try:
-        config = LlamaConfig.from_pretrained(folder)
+        config = architecture(family.model_type).base_config_class.from_pretrained(folder)
     except Exception as error:  # transformers' validation has its own families of errors
         file = folder / "config.json"
-        raise ModelError(f"{file}: not a valid Llama configuration ({_one_line(error)})") from error
+        raise ModelError(f"{file}: not a valid {family.title} configuration ({_one_line(error)})") from error
     check_weights(folder, shape_from_fields(config.to_dict()))
     return config
 

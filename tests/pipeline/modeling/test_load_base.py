@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaForCausalLM
+from transformers import BertConfig, LlamaForCausalLM
 
 from hedgehog.pipeline.errors import ModelError
-from hedgehog.pipeline.llama import load_base as load_base_module
-from hedgehog.pipeline.llama.convert import convert_llama, load_base
-from hedgehog.pipeline.llama.load_base import check_base
+from hedgehog.pipeline.modeling import load_base as load_base_module
+from hedgehog.pipeline.modeling.convert import convert_base
+from hedgehog.pipeline.modeling.load_base import check_base, load_base
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def test_no_such_folder(tmp_path):
     refused(tmp_path / "file", "is a file; a base model is a folder")
 
 
-def test_not_a_llama(tmp_path, llama):
-    GPT2Config().save_pretrained(tmp_path / "gpt2")
-    refused(tmp_path / "gpt2", "is not a Llama but has model_type 'gpt2'")
-    convert_llama(llama).save_pretrained(tmp_path / "hedgehog")
+def test_not_to_be_converted(tmp_path, llama):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    refused(tmp_path / "bert", "has model_type 'bert'; only Llama and GPT-2 models can be converted")
+    convert_base(llama).save_pretrained(tmp_path / "hedgehog")
     refused(tmp_path / "hedgehog", "is already a Hedgehog-Llama")
 
 
@@ -181,7 +181,7 @@ def test_gradients_of_an_nf4_base_outlive_a_pass_without_them(tmp_path, new_llam
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     new_llama(intermediate_size=128).save_pretrained(tmp_path / "base")
-    model = convert_llama(load_base(tmp_path / "base", dtype="float32", quantization="nf4", device="cpu"))
+    model = convert_base(load_base(tmp_path / "base", dtype="float32", quantization="nf4", device="cpu"))
     ids_BL = token_ids(2, 9)
 
     def map_gradients():
@@ -205,13 +205,13 @@ def test_quantized_base_converts_and_generates_on_a_cpu(tmp_path, new_llama, tok
     quantized = load_base(tmp_path / "base", dtype="float32", quantization=quantization, device="cpu")
     kind = type(quantized.model.layers[0].self_attn.q_proj).__name__
     assert kind == {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantization]
-    model = convert_llama(quantized)
+    model = convert_base(quantized)
     assert model.model.layers[0].self_attn.q_proj is quantized.model.layers[0].self_attn.q_proj
     assert model.model.layers[0].self_attn.feature_map_q.weight.dtype == torch.float32
     assert getattr(model, "is_loaded_in_4bit", False) == (quantization == "nf4")
     ids_BL = token_ids(2, 9)
     with torch.no_grad():
-        logits, exact = model(ids_BL).logits, convert_llama(llama)(ids_BL).logits
+        logits, exact = model(ids_BL).logits, convert_base(llama)(ids_BL).logits
     assert logits.isfinite().all()
     correlation = torch.corrcoef(torch.stack([logits.flatten(), exact.flatten()]))[0, 1]
     assert correlation > 0.9, "quantization changes logits a little, not beyond recognition"

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from hedgehog.pipeline.llama.convert import convert_llama
-from hedgehog.pipeline.llama.hedgehog_cache import HedgehogCache
 from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
+from hedgehog.pipeline.modeling.convert import convert_base
+from hedgehog.pipeline.modeling.hedgehog_cache import HedgehogCache
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 MODES = {
@@ -23,7 +23,7 @@ MODES = {
 
 @pytest.fixture(params=["hedgehog_softmax", "cosformer"])
 def hedgehog(llama, request) -> HedgehogLlamaForCausalLM:
-    return convert_llama(llama, feature_map=request.param, chunk_size=8)
+    return convert_base(llama, feature_map=request.param, chunk_size=8)
 
 
 def generate(model, ids_BL, **options) -> torch.Tensor:
@@ -194,7 +194,7 @@ def test_generation_does_not_go_on_from_padding_that_was_read(hedgehog, token_id
 def test_a_cache_of_another_model_is_refused(hedgehog, new_llama, token_ids):
     ids_BL = token_ids(1, 5)
     for fields in ({"num_hidden_layers": 3}, {"num_attention_heads": 2, "num_key_value_heads": 1}):
-        cache = convert_llama(new_llama(**fields))(ids_BL).past_key_values
+        cache = convert_base(new_llama(**fields))(ids_BL).past_key_values
         with pytest.raises(ValueError, match="past_key_values is another model's"):
             hedgehog(ids_BL, past_key_values=cache)
 

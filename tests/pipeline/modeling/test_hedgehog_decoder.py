@@ -12,10 +12,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from hedgehog.kernels.backends import Backend
 from hedgehog.kernels.feature_maps import FEATURE_MAPS
 from hedgehog.kernels.linear_attention import quadratic_linear_attention
-from hedgehog.pipeline.llama import modeling_hedgehog_llama
-from hedgehog.pipeline.llama.convert import convert_llama
-from hedgehog.pipeline.llama.hedgehog_cache import CACHE_NAME, HedgehogCache
 from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
+from hedgehog.pipeline.modeling import hedgehog_decoder
+from hedgehog.pipeline.modeling.convert import convert_base
+from hedgehog.pipeline.modeling.hedgehog_cache import CACHE_NAME, HedgehogCache
 
 ALL_MAPS = sorted(FEATURE_MAPS)
 
@@ -31,7 +31,7 @@ def perturbed(model: HedgehogLlamaForCausalLM) -> HedgehogLlamaForCausalLM:
 
 @pytest.fixture
 def hedgehog(llama) -> HedgehogLlamaForCausalLM:
-    return perturbed(convert_llama(llama, chunk_size=8))
+    return perturbed(convert_base(llama, chunk_size=8))
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def test_logits_follow_the_definition(hedgehog, token_ids):
 @pytest.mark.parametrize("feature_map", ALL_MAPS)
 @torch.no_grad()
 def test_recurrent_equals_parallel(llama, token_ids, feature_map):
-    model = perturbed(convert_llama(llama, feature_map=feature_map, chunk_size=8))
+    model = perturbed(convert_base(llama, feature_map=feature_map, chunk_size=8))
     ids_BL = token_ids(2, 21)
     whole = model(ids_BL, use_cache=False).logits
     cache, steps = HedgehogCache(2), []
@@ -87,7 +87,7 @@ def test_pieces_of_any_size_equal_the_whole(hedgehog, token_ids, pieces):
 @pytest.mark.parametrize("feature_map", ["hedgehog_softmax", "cosformer", "relu"])
 @torch.no_grad()
 def test_left_padding_changes_no_logit(llama, token_ids, left_padded, feature_map):
-    model = perturbed(convert_llama(llama, feature_map=feature_map, chunk_size=8))
+    model = perturbed(convert_base(llama, feature_map=feature_map, chunk_size=8))
     short, long = token_ids(1, 9, seed=1)[0], token_ids(1, 22, seed=2)[0]
     alone = model(short[None]).logits
     ids_BL, mask_BL = left_padded([short, long])
@@ -120,7 +120,7 @@ def test_padding_tokens_themselves_do_not_matter(hedgehog, token_ids, left_padde
 @torch.no_grad()
 def test_packed_segments_equal_separate_sequences(llama, token_ids, attention, implementation):
     llama.config._attn_implementation = implementation
-    model = convert_llama(llama, attention=attention, chunk_size=8)
+    model = convert_base(llama, attention=attention, chunk_size=8)
     a, b, c = token_ids(1, 5, seed=1)[0], token_ids(1, 11, seed=2)[0], token_ids(1, 3, seed=3)[0]
     padding = torch.zeros(4, dtype=torch.long)
     ids_BL = torch.cat([a, b, c, padding])[None]
@@ -137,7 +137,7 @@ def test_packed_segments_equal_separate_sequences(llama, token_ids, attention, i
 
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 def test_packed_loss_is_the_loss_of_the_separate_sequences(llama, token_ids, attention):
-    model = convert_llama(llama, attention=attention)
+    model = convert_base(llama, attention=attention)
     a, b = token_ids(1, 6, seed=1)[0], token_ids(1, 9, seed=2)[0]
     packed_ids = torch.cat([a, b])[None]
     segment_ids = torch.tensor([[0] * 6 + [1] * 9])
@@ -152,7 +152,7 @@ def test_packed_loss_is_the_loss_of_the_separate_sequences(llama, token_ids, att
 @torch.no_grad()
 def test_softmax_attention_is_exactly_llama(llama, token_ids, left_padded, implementation):
     llama.config._attn_implementation = implementation
-    model = convert_llama(llama, attention="softmax")
+    model = convert_base(llama, attention="softmax")
     assert not any("feature_map" in name for name in model.state_dict())
     ids_BL, mask_BL = left_padded([token_ids(1, 9)[0], token_ids(1, 14)[0]])
     for inputs in ({"input_ids": ids_BL}, {"input_ids": ids_BL, "attention_mask": mask_BL}):
@@ -194,7 +194,7 @@ def gradients(model: HedgehogLlamaForCausalLM, ids_BL: torch.Tensor) -> dict[str
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(llama, token_ids, attention, use_reentrant):
-    model = convert_llama(llama, attention=attention)
+    model = convert_base(llama, attention=attention)
     ids_BL = token_ids(2, 17)
     plain = gradients(model, ids_BL)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -210,7 +210,7 @@ def test_gradient_checkpointing_changes_no_gradient(llama, token_ids, attention,
 
 def test_gradients_equal_those_of_the_quadratic_form(llama, token_ids):
     """The chunked autograd function inside the model against autograd through all L × L scores."""
-    model = perturbed(convert_llama(llama, chunk_size=4))
+    model = perturbed(convert_base(llama, chunk_size=4))
     ids_BL = token_ids(2, 13)
     chunked = gradients(model, ids_BL)
 
@@ -305,7 +305,7 @@ def test_a_cache_has_two_names(hedgehog, token_ids):
 @torch.no_grad()
 def test_layers_that_get_no_cache_are_noticed(hedgehog, token_ids, monkeypatch):
     """As when a version of transformers calls it by a third name."""
-    monkeypatch.setattr(modeling_hedgehog_llama, "CACHE_NAME", "memory")
+    monkeypatch.setattr(hedgehog_decoder, "CACHE_NAME", "memory")
     with pytest.raises(RuntimeError, match=r"does not hand layers their cache as 'memory'.*use_cache=False"):
         hedgehog(token_ids(2, 11), use_cache=True)
 
@@ -349,7 +349,7 @@ def test_save_and_load(hedgehog, token_ids, tmp_path, dtype):
 def test_loading_a_plain_llama_folder_gives_identity_maps(llama, tmp_path):
     """transformers makes the missing maps: under from_pretrained they still start as the identity, in fp32."""
     llama.to(torch.bfloat16).save_pretrained(tmp_path)
-    config = convert_llama(llama).config
+    config = convert_base(llama).config
     model = HedgehogLlamaForCausalLM.from_pretrained(tmp_path, config=config, dtype=torch.bfloat16)
     weight = model.model.layers[1].self_attn.feature_map_k.weight
     assert weight.dtype == torch.float32
@@ -358,7 +358,7 @@ def test_loading_a_plain_llama_folder_gives_identity_maps(llama, tmp_path):
 
 def test_packing_as_transformers_collators_say_it(llama, token_ids):
     """DataCollatorWithFlattening says it in three ways, each alone; none may leak from one text to the next."""
-    model = perturbed(convert_llama(llama, chunk_size=8)).eval()
+    model = perturbed(convert_base(llama, chunk_size=8)).eval()
     texts = [token_ids(1, length, seed=length)[0].tolist() for length in (5, 1, 9)]
     segment_ids = torch.tensor([[0] * 5 + [1] + [2] * 9])
     for options in (
@@ -402,7 +402,7 @@ def test_what_the_config_says_of_outputs(hedgehog, token_ids):
 
 
 def test_backend_is_chosen_once_and_logged(hedgehog, token_ids, caplog):
-    caplog.set_level(logging.INFO, logger="hedgehog.pipeline.llama.modeling_hedgehog_llama")
+    caplog.set_level(logging.INFO, logger="hedgehog.pipeline.modeling.hedgehog_decoder")
     hedgehog(token_ids(1, 4))
     hedgehog(token_ids(1, 4))
     lines = [record.message for record in caplog.records if "linear attention" in record.message]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hedgehog.kernels.cuda import gradients
-from hedgehog.pipeline.llama.convert import convert_llama
+from hedgehog.pipeline.modeling.convert import convert_base
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="the emulated kernels need g++ on Linux"
@@ -26,7 +26,7 @@ def models(new_llama):
         models = []
         for backend in ("torch", "emulated"):
             torch.manual_seed(0)
-            model = convert_llama(llama, attention_backend=backend, **config).to(torch.bfloat16).eval()
+            model = convert_base(llama, attention_backend=backend, **config).to(torch.bfloat16).eval()
             for name, weight in model.named_parameters():
                 if "feature_map" in name:  # bf16 numbers, as the kernel will round them
                     weight.data.add_(0.05 * torch.randn_like(weight)).copy_(weight.data.bfloat16())
@@ -132,7 +132,7 @@ def test_decoding_follows_weights_that_change(models, token_ids):
 def test_the_choice_and_a_fallback_are_reported_once(models, token_ids, monkeypatch):
     model = models(feature_map="hedgehog_softmax", feature_dim=64)[1]
     said = []
-    model.model.report = said.append
+    model.decoder.report = said.append
     for _ in range(2):
         model(token_ids(1, 9))
     assert said == ["linear attention: emulated (requested; φ inside the kernel)"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache
 
-from .hedgehog_attention import HedgehogLlamaAttention
+from .hedgehog_attention import HedgehogAttention
 from .hedgehog_cache import HedgehogCache
 
 
@@ -31,7 +31,7 @@ def padding_mask(
 
 
 def hedgehog_cache(
-    cache: Cache | None, attention: HedgehogLlamaAttention, num_layers: int, num_rows: int
+    cache: Cache | None, attention: HedgehogAttention, num_layers: int, num_rows: int
 ) -> HedgehogCache | None:
     """`cache`, if it is one that this model can go on from with this batch. ValueError otherwise."""
     if cache is None:

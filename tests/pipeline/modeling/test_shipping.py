@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hedgehog.pipeline.llama.convert import convert_llama
-from hedgehog.pipeline.llama.shipping import AUTO_MAP, _check_imports, modeling_sources, ship_modeling_files
+from hedgehog.pipeline.llama.architecture import ARCHITECTURE
+from hedgehog.pipeline.modeling.convert import convert_base
+from hedgehog.pipeline.modeling.shipping import _check_imports, modeling_sources, ship_modeling_files
 
 # `hedgehog` and this project's folders cannot be imported in the child, whatever is installed beside transformers.
 CLEAN_PROCESS = """
@@ -60,7 +61,7 @@ def test_clean_process_gives_the_same_numbers(new_llama, token_ids, left_padded,
     save_file(inputs, tmp_path / "inputs.safetensors")
     models = {}
     for name, dtype in (("export_float32", torch.float32), ("export_bfloat16", torch.bfloat16)):
-        model = convert_llama(new_llama().to(dtype), feature_map="hedgehog_exp", feature_dim=24, chunk_size=8)
+        model = convert_base(new_llama().to(dtype), feature_map="hedgehog_exp", feature_dim=24, chunk_size=8)
         generator = torch.Generator().manual_seed(2)
         for parameter_name, parameter in model.named_parameters():
             if "feature_map" in parameter_name:
@@ -89,15 +90,15 @@ def test_clean_process_gives_the_same_numbers(new_llama, token_ids, left_padded,
 
 
 def test_auto_map_is_entered_and_the_rest_of_the_config_kept(llama, tmp_path):
-    convert_llama(llama).save_pretrained(tmp_path)
+    convert_base(llama).save_pretrained(tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
     written = ship_modeling_files(tmp_path)
     after = json.loads((tmp_path / "config.json").read_text())
-    assert after == {**before, "auto_map": AUTO_MAP}
+    assert after == {**before, "auto_map": ARCHITECTURE.auto_map}
     assert {"modeling_hedgehog_llama.py", "configuration_hedgehog_llama.py", "feature_maps.py", "config.json"} <= set(
         written
     )
-    for value in AUTO_MAP.values():
+    for value in ARCHITECTURE.auto_map.values():
         module, class_name = value.split(".")
         assert f"class {class_name}(" in (tmp_path / f"{module}.py").read_text()
     assert ship_modeling_files(tmp_path) == written  # a second time changes nothing
@@ -111,7 +112,7 @@ def test_folder_without_a_config(tmp_path):
 
 
 def test_no_import_of_this_project_is_left():
-    for name, source in modeling_sources().items():
+    for name, source in modeling_sources(ARCHITECTURE).items():
         for line in source.splitlines():
             if line.lstrip().startswith(("import ", "from ")) and " import" in f" {line}":
                 assert "hedgehog." not in line and "from .." not in line, f"{name}: {line}"
@@ -137,11 +138,11 @@ BESIDE_PYPI_KERNELS = """
 import kernels, torch, transformers
 assert kernels.__version__ == "0.99.0" and "site" in kernels.__file__
 from transformers import LlamaConfig, LlamaForCausalLM
-from hedgehog.pipeline.llama.convert import convert_llama
+from hedgehog.pipeline.modeling.convert import convert_base
 import hedgehog.kernels.feature_maps
 assert hedgehog.kernels.__name__ == "hedgehog.kernels" and not hasattr(hedgehog.kernels, "__version__")
 fields = dict(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-model = convert_llama(LlamaForCausalLM(LlamaConfig(**fields)).eval())
+model = convert_base(LlamaForCausalLM(LlamaConfig(**fields)).eval())
 model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3)
 print("works")
 """

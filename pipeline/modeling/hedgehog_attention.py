@@ -1,7 +1,8 @@
-"""One layer of Hedgehog-Llama: linear attention with feature maps in place of softmax attention.
+"""Linear attention with feature maps, as every converted model has it in place of softmax attention.
 
-    φ(x) = f(W x)        y_i = Σ_{j≤i} (φ(q_i)·φ(k_j)) v_j / Σ_{j≤i} φ(q_i)·φ(k_j)        q, k after RoPE
+    φ(x) = f(W x)        y_i = Σ_{j≤i} (φ(q_i)·φ(k_j)) v_j / Σ_{j≤i} φ(q_i)·φ(k_j)
 
+A family's own attention module gives q, k (after RoPE, where there is one) and v, and takes y.
 B batch, L length, H query heads, K key/value heads, D head dim, F features, V value dim (= D).
 This file travels with every export.
 """
@@ -9,55 +10,47 @@ This file travels with every export.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    repeat_kv,
-)
+from torch import nn
 
 from ...kernels.backends import Backend
 from ...kernels.feature_maps import FeatureMap, make_feature_map
 from ...kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step
 from ...kernels.mapped_attention import why_not_mapped
-from .configuration_hedgehog_llama import HedgehogLlamaConfig
-from .hedgehog_cache import HedgehogCache, the_cache_given
+from .hedgehog_cache import HedgehogCache
 
 FEATURE_MAP_NAMES = ("feature_map_q", "feature_map_k")
 
 
-class HedgehogLlamaRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's RoPE whose frequencies stay fp32: .bfloat16(), which DeepSpeed calls, would spoil far positions."""
+class HedgehogAttention(nn.Module):
+    """One feature map for queries and one for keys, per query head: a base class before the family's own attention.
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        return super()._apply(_keeping_float32(fn), recurse)
+    The family's __init__ sets `config`, `layer_idx` and `head_dim`, and calls `add_feature_maps`.
+    """
 
-
-class HedgehogLlamaAttention(LlamaAttention):
-    """Linear attention with Llama's projections and one feature map for queries, one for keys, per query head."""
-
-    config: HedgehogLlamaConfig
+    config: Any
+    layer_idx: int
+    head_dim: int
     feature_map_q: FeatureMap
     feature_map_k: FeatureMap
+    _rounded: tuple[Any, tuple[torch.Tensor, torch.Tensor]] | None
 
-    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+    def add_feature_maps(self) -> None:
+        """The maps that the config asks for, at their initial values."""
         for name, side in zip(FEATURE_MAP_NAMES, ("query", "key"), strict=True):
             feature_map = make_feature_map(
-                config.feature_map,
-                num_heads=config.num_attention_heads,
+                self.config.feature_map,
+                num_heads=self.config.num_attention_heads,
                 head_dim=self.head_dim,
-                feature_dim=config.feature_dim,
+                feature_dim=self.config.feature_dim,
                 side=side,
-                seed=config.feature_map_seed,
-                options=config.feature_map_options,
+                seed=self.config.feature_map_seed,
+                options=self.config.feature_map_options,
             )
             self.add_module(name, feature_map)
-        self._rounded: tuple[Any, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._rounded = None
 
     def train(self, mode: bool = True):
         self._rounded = None  # an optimizer may write through .data, of which no version tells
@@ -69,53 +62,47 @@ class HedgehogLlamaAttention(LlamaAttention):
         if not recurse:
             return super()._apply(fn, recurse=False)
         for name, child in self.named_children():
-            child._apply(_keeping_float32(fn) if name in FEATURE_MAP_NAMES else fn)
+            child._apply(keeping_float32(fn) if name in FEATURE_MAP_NAMES else fn)
         return super()._apply(fn, recurse=False)
 
-    def forward(
+    def attend(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: HedgehogCache | None = None,
-        position_ids: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        attention_backend: Backend | None = None,
-        cache: HedgehogCache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """hidden_states (B, L, hidden) → the same shape. attention_mask (B, L) bool, True for real tokens, or None.
+        q_BHLD: torch.Tensor,
+        k_BKLD: torch.Tensor,
+        v_BKLV: torch.Tensor,
+        *,
+        cache: HedgehogCache | None,
+        mask_BL: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        backend: Backend | None,
+    ) -> torch.Tensor:
+        """Causal linear attention → (B, H, L, V). mask_BL bool, True for real tokens, or None.
 
-        φ is computed in fp32 and rounded once to the values' dtype; sums are fp32.
+        The layer's state in `cache`, if there is one, goes on. φ is computed in fp32 and rounded once to the values'
+        dtype; sums are fp32.
         """
-        B, L = hidden_states.shape[:2]
-        q_BHLD = self.q_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        k_BKLD = self.k_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        v_BKLV = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        q_BHLD, k_BKLD = apply_rotary_pos_emb(q_BHLD, k_BKLD, *position_embeddings)
-
-        cache = cast("HedgehogCache | None", the_cache_given(past_key_values, cache))
         layer = None if cache is None else cache.layer(self.layer_idx)
         state = None if layer is None else layer.state
         if state is not None and not torch.compiler.is_compiling():
             state = state.usable_here()
-        assert attention_backend is not None, "the model chooses the backend"
-        attend = self._attend_fused if self._is_fused(attention_backend, q_BHLD, k_BKLD, v_BKLV) else self._attend
-        with torch.autocast(hidden_states.device.type, enabled=False):  # it would take φ and the sums to bf16
+        assert backend is not None, "the model chooses the backend"
+        attend = self._attend_fused if self._is_fused(backend, q_BHLD, k_BKLD, v_BKLV) else self._attend
+        with torch.autocast(v_BKLV.device.type, enabled=False):  # it would take φ and the sums to bf16
             o_BHLV, state = attend(
                 q_BHLD,
                 k_BKLD,
                 v_BKLV,
-                attention_backend,
-                mask_BL=attention_mask,
+                backend,
+                mask_BL=mask_BL,
                 position_ids=position_ids,
                 segment_ids=segment_ids,
                 state=state,
                 return_state=layer is not None,
             )
         if layer is not None:
-            layer.store(state, num_new_tokens=L)
-        return self.o_proj(o_BHLV.transpose(1, 2).reshape(B, L, -1)), None
+            layer.store(state, num_new_tokens=q_BHLD.shape[2])
+        return o_BHLV
 
     def _attend(
         self,
@@ -144,7 +131,9 @@ class HedgehogLlamaAttention(LlamaAttention):
         if along_the_way and why_not_mapped(*maps, q_BHLD.device) is None:
             assert backend.mapped is not None
             return backend.mapped(q_BHLD, k_BKLD, v_BKLV, *maps, positions_BL=position_ids, **shared)
-        k_BHLD = repeat_kv(k_BKLD, self.num_key_value_groups)  # each query head maps its own copy of the keys
+        # each query head maps its own copy of the keys
+        num_groups = q_BHLD.shape[1] // k_BKLD.shape[1]
+        k_BHLD = k_BKLD if num_groups == 1 else k_BKLD.repeat_interleave(num_groups, dim=1)
         # the same rounded φ in numerator and denominator; fp16 would overflow
         dtype = torch.float32 if v_BKLV.dtype == torch.float16 else v_BKLV.dtype
         phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
@@ -224,20 +213,11 @@ class HedgehogLlamaAttention(LlamaAttention):
         return o_BHV.unsqueeze(2), state
 
 
-class HedgehogLlamaDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer around the attention that the config asks for."""
-
-    def __init__(self, config: HedgehogLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if config.attention == "linear":
-            self.self_attn = HedgehogLlamaAttention(config, layer_idx)
-
-
 def _is_decoding(q_BHLD: torch.Tensor, state: LinearAttentionState | None) -> bool:
     return q_BHLD.shape[2] == 1 and state is not None and not torch.is_grad_enabled()
 
 
-def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`fn` of nn.Module._apply without its step down to half precision: device moves and fp64 still happen."""
 
     def keeping(tensor: torch.Tensor) -> torch.Tensor:
@@ -249,4 +229,4 @@ def _keeping_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[to
     return keeping
 
 
-__all__ = ["FEATURE_MAP_NAMES", "HedgehogLlamaAttention", "HedgehogLlamaDecoderLayer", "HedgehogLlamaRotaryEmbedding"]
+__all__ = ["FEATURE_MAP_NAMES", "HedgehogAttention", "keeping_float32"]

@@ -1,4 +1,4 @@
-"""The decoding state of a Hedgehog-Llama: one fixed-size sum per layer, whatever the length.
+"""The decoding state of a converted model: one fixed-size sum per layer, whatever the length.
 
 B batch, H query heads, F features, V value dim. Per layer: S = Σ φ(k)vᵀ (B, H, F, V) and z = Σ φ(k) (B, H, F), fp32.
 This file travels with every export.
@@ -89,7 +89,7 @@ class HedgehogCacheLayer(CacheLayerMixin):
         raise ValueError(
             "a HedgehogCache cannot be cropped: its state is a sum over all tokens seen, and no token can be taken "
             "out of it. Reset it and run the shorter sequence, or copy.deepcopy() it before going on (made under "
-            "torch.no_grad()). Assisted decoding cannot do without: a Hedgehog-Llama is no draft model"
+            "torch.no_grad()). Assisted decoding cannot do without: a model with linear attention is no draft model"
         )
 
 

@@ -1,0 +1,122 @@
+"""What conversion and distillation must know of a family's modules: one subclass in each family's room.
+
+B batch, L length, H query heads, K key/value heads, D head dim, V value dim, E hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..families import family_of
+from .hedgehog_decoder import HedgehogCausalLM
+
+if TYPE_CHECKING:
+    from ..config import TinyConfig
+
+SMALL_MODELS_INITIAL = 0.9
+"""Standard deviation of a tiny model's weights, over hidden size ** -0.5: it learns sooner from larger ones than the
+usual 0.02, with which its attention stays flat for long."""
+
+
+class Architecture(ABC):
+    """A family's classes, which of its modules a converted model shares, and the steps of its softmax forward pass."""
+
+    base_class: ClassVar[type[PreTrainedModel]]
+    base_config_class: ClassVar[type[PreTrainedConfig]]
+    hedgehog_class: ClassVar[type[HedgehogCausalLM]]
+    config_class: ClassVar[type[PreTrainedConfig]]
+    auto_map: ClassVar[dict[str, str]]
+    """What a config.json says of the modeling files beside it."""
+    modeling_files: ClassVar[tuple[ModuleType, ...]]
+    """Modules that travel with an export, with all that they import from this project."""
+
+    of_decoder: ClassVar[tuple[str, ...]]
+    """Modules that a converted decoder shares with its base's, beside the layers."""
+    of_layer: ClassVar[tuple[str, ...]]
+    """Modules that a converted layer shares with its base's, beside the attention."""
+    of_attention: ClassVar[tuple[str, ...]]
+    """The attention's projections."""
+    layers_name: ClassVar[str]
+    attention_name: ClassVar[str]
+
+    def decoder(self, model: PreTrainedModel) -> Any:
+        """The stack below the head of a base model or a converted one."""
+        return model.base_model
+
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
+        """The decoder layers."""
+        return getattr(self.decoder(model), self.layers_name)
+
+    def config_fields(self, base_config: PreTrainedConfig, attention: str) -> dict[str, Any]:
+        """Fields of a converted model's config that differ from the base's, for this kind of attention."""
+        return {}
+
+    def complete(self, model: Any) -> None:  # noqa: B027 (most have nothing to do)
+        """What is left to do for a model that was loaded, or that has another's modules, to stand on its own."""
+
+    @abstractmethod
+    def tiny_config(self, tiny: TinyConfig) -> PreTrainedConfig:
+        """Configuration of the small model that a tiny run pretrains."""
+
+    def embed(self, decoder: Any, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> torch.Tensor:
+        """What the first layer reads (B, L, E)."""
+        raise NotImplementedError
+
+    def positions(self, decoder: Any, hidden_BLE: torch.Tensor, position_ids_BL: torch.Tensor) -> Any:
+        """What `heads` wants of positions, the same for every layer."""
+        return None
+
+    @abstractmethod
+    def heads(
+        self, layer: Any, hidden_BLE: torch.Tensor, positions: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q (B, H, L, D), k (B, K, L, D), v (B, K, L, V) as the layer's softmax attention compares them."""
+
+    @abstractmethod
+    def scale(self, layer: Any) -> float:
+        """What q·k is multiplied with before the softmax."""
+
+    @abstractmethod
+    def project(self, layer: Any, o_BLE: torch.Tensor) -> torch.Tensor:
+        """Attention's output, heads side by side, → what is added to the hidden states."""
+
+    @abstractmethod
+    def mlp(self, layer: Any, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        """Hidden states after attention → what is added to them."""
+
+
+def architecture_of(model_or_config: Any) -> Architecture:
+    """The architecture of a base model, a converted one, or their config.
+
+    Raises:
+        ModelError: of a family that cannot be converted.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    return architecture(config.model_type.removeprefix("hedgehog_"))
+
+
+def architecture(model_type: str) -> Architecture:
+    """The architecture of a family, by transformers' name for it.
+
+    Raises:
+        ModelError: of a family that cannot be converted.
+    """
+    family_of("the model", model_type)
+    return importlib.import_module(f"..{model_type}.architecture", __package__).ARCHITECTURE
+
+
+def share_modules(target: Any, source: Any, names: Iterable[str]) -> None:
+    """Make modules of `source` those of `target` too."""
+    for name in names:
+        setattr(target, name, getattr(source, name))
+
+
+__all__ = ["SMALL_MODELS_INITIAL", "Architecture", "architecture", "architecture_of", "share_modules"]
