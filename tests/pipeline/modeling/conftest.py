@@ -1,10 +1,12 @@
-"""Tiny random Llamas: two layers, hidden 64, 4 query heads, 2 key/value heads."""
+"""Tiny random models of each family: two layers, hidden 64, 4 query heads (a Llama's share 2 key/value heads)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hedgehog.pipeline.families import FAMILIES
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -37,9 +39,59 @@ def make_llama(**overrides) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**fields, **overrides})).eval()
 
 
+def make_gpt2(**overrides) -> GPT2LMHeadModel:
+    """The same of a GPT-2; key/value heads are as many as query heads, whatever is asked. No dropout."""
+    fields = {
+        "vocab_size": 61,
+        "n_embd": 64,
+        "n_inner": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "n_positions": 128,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "initializer_range": 0.3,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": False,
+    }
+    overrides.pop("num_key_value_heads", None)
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**{**fields, **overrides})).eval()
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def new_base(family):
+    """new_base(**config fields), in transformers' usual names: a model of each family."""
+    return {"llama": make_llama, "gpt2": make_gpt2}[family]
+
+
+@pytest.fixture
+def base(new_base) -> PreTrainedModel:
+    return new_base()
+
+
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     return make_llama()
+
+
+@pytest.fixture
+def gpt2() -> GPT2LMHeadModel:
+    return make_gpt2()
+
+
+@pytest.fixture
+def new_gpt2():
+    """new_gpt2(**config fields)"""
+    return make_gpt2
 
 
 @pytest.fixture

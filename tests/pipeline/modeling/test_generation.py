@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 from hedgehog.pipeline.modeling.convert import convert_base
 from hedgehog.pipeline.modeling.hedgehog_cache import HedgehogCache
+from hedgehog.pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 MODES = {
@@ -22,8 +22,8 @@ MODES = {
 
 
 @pytest.fixture(params=["hedgehog_softmax", "cosformer"])
-def hedgehog(llama, request) -> HedgehogLlamaForCausalLM:
-    return convert_base(llama, feature_map=request.param, chunk_size=8)
+def hedgehog(base, request) -> HedgehogCausalLM:
+    return convert_base(base, feature_map=request.param, chunk_size=8)
 
 
 def generate(model, ids_BL, **options) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_generation_goes_on_from_a_cache(hedgehog, token_ids):
 def test_state_is_as_large_after_many_tokens_as_after_one(hedgehog, token_ids):
     cache = hedgehog(token_ids(2, 1), use_cache=True).past_key_values
     state = cache.layer(0).state
-    features = hedgehog.model.layers[0].self_attn.feature_map_q.num_features
+    features = next(hedgehog.decoder.attentions()).feature_map_q.num_features
     assert state.kv_state_BHFV.shape == (2, 4, features, 16)
     bytes_after_one = cache.num_bytes()
     assert bytes_after_one == 2 * 2 * 4 * features * (16 + 1) * 4
@@ -191,10 +191,10 @@ def test_generation_does_not_go_on_from_padding_that_was_read(hedgehog, token_id
 
 
 @torch.no_grad()
-def test_a_cache_of_another_model_is_refused(hedgehog, new_llama, token_ids):
+def test_a_cache_of_another_model_is_refused(hedgehog, new_base, token_ids):
     ids_BL = token_ids(1, 5)
     for fields in ({"num_hidden_layers": 3}, {"num_attention_heads": 2, "num_key_value_heads": 1}):
-        cache = convert_base(new_llama(**fields))(ids_BL).past_key_values
+        cache = convert_base(new_base(**fields))(ids_BL).past_key_values
         with pytest.raises(ValueError, match="past_key_values is another model's"):
             hedgehog(ids_BL, past_key_values=cache)
 
@@ -210,7 +210,7 @@ def test_a_pass_that_failed_midway_is_not_gone_on_from(hedgehog, token_ids, monk
         raise torch.OutOfMemoryError("here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hedgehog.model.layers[1], "forward", fail)
+        patch.setattr(hedgehog.decoder.decoder_layers()[1], "forward", fail)
         with pytest.raises(torch.OutOfMemoryError):
             hedgehog(more, past_key_values=cache)
     with pytest.raises(ValueError, match="failed midway"):
@@ -229,7 +229,7 @@ def test_a_cache_made_in_inference_mode_is_used_outside(hedgehog, token_ids, len
         logits = hedgehog(more, past_key_values=cache).logits
         if logits.requires_grad:
             logits.sum().backward()
-            assert hedgehog.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+            assert next(hedgehog.decoder.decoder_layers()[0].parameters()).grad.abs().sum() > 0
     with torch.no_grad():
         expected = hedgehog(torch.cat([ids_BL, more], dim=1)).logits[:, 5:]
     torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from hedgehog.kernels.backends import Backend
 from hedgehog.kernels.feature_maps import FEATURE_MAPS
 from hedgehog.kernels.linear_attention import quadratic_linear_attention
-from hedgehog.pipeline.llama.modeling_hedgehog_llama import HedgehogLlamaForCausalLM
 from hedgehog.pipeline.modeling import hedgehog_decoder
+from hedgehog.pipeline.modeling.architecture import architecture_of
 from hedgehog.pipeline.modeling.convert import convert_base
 from hedgehog.pipeline.modeling.hedgehog_cache import CACHE_NAME, HedgehogCache
+from hedgehog.pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
 
 ALL_MAPS = sorted(FEATURE_MAPS)
 
 
-def perturbed(model: HedgehogLlamaForCausalLM) -> HedgehogLlamaForCausalLM:
+def perturbed(model: HedgehogCausalLM) -> HedgehogCausalLM:
     """Feature maps away from the identity, different for q and k and in each head."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
@@ -29,14 +31,21 @@ def perturbed(model: HedgehogLlamaForCausalLM) -> HedgehogLlamaForCausalLM:
     return model
 
 
+def projection(model: Any, layer: int) -> torch.nn.Module:
+    """The first projection of a layer's attention."""
+    family = architecture_of(model)
+    return getattr(getattr(family.layers(model)[layer], family.attention_name), family.of_attention[0])
+
+
 @pytest.fixture
-def hedgehog(llama) -> HedgehogLlamaForCausalLM:
-    return perturbed(convert_base(llama, chunk_size=8))
+def hedgehog(base) -> HedgehogCausalLM:
+    return perturbed(convert_base(base, chunk_size=8))
 
 
 @torch.no_grad()
-def test_logits_follow_the_definition(hedgehog, token_ids):
+def test_logits_of_a_llama_follow_the_definition(llama, token_ids):
     """Layer by layer with the quadratic oracle, φ and repeated key heads written out."""
+    hedgehog: Any = perturbed(convert_base(llama, chunk_size=8))
     ids_BL = token_ids(2, 19)
     hidden = hedgehog.model.embed_tokens(ids_BL)
     position_embeddings = hedgehog.model.rotary_emb(hidden, torch.arange(19)[None].expand(2, -1))
@@ -58,10 +67,31 @@ def test_logits_follow_the_definition(hedgehog, token_ids):
     torch.testing.assert_close(hedgehog(ids_BL).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_logits_of_a_gpt2_follow_the_definition(gpt2, token_ids):
+    hedgehog: Any = perturbed(convert_base(gpt2, chunk_size=8))
+    ids_BL = token_ids(2, 19)
+    decoder = hedgehog.transformer
+    hidden = decoder.wte(ids_BL) + decoder.wpe.weight[:19]
+    for block in decoder.h:
+        q, k, v = (
+            x.view(2, 19, 4, 16).transpose(1, 2)
+            for x in (block.ln_1(hidden) @ block.attn.c_attn.weight + block.attn.c_attn.bias).chunk(3, dim=-1)
+        )
+        z_q = torch.einsum("bhld,hdf->bhlf", q, block.attn.feature_map_q.weight)
+        z_k = torch.einsum("bhld,hdf->bhlf", k, block.attn.feature_map_k.weight)
+        phi_q, phi_k = (torch.cat([z.softmax(-1), (-z).softmax(-1)], -1) for z in (z_q, z_k))
+        o = quadratic_linear_attention(phi_q.double(), phi_k.double(), v.double()).float()
+        hidden = hidden + block.attn.c_proj(o.transpose(1, 2).reshape(2, 19, -1))
+        hidden = hidden + block.mlp(block.ln_2(hidden))
+    expected = hedgehog.lm_head(decoder.ln_f(hidden))
+    torch.testing.assert_close(hedgehog(ids_BL).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("feature_map", ALL_MAPS)
 @torch.no_grad()
-def test_recurrent_equals_parallel(llama, token_ids, feature_map):
-    model = perturbed(convert_base(llama, feature_map=feature_map, chunk_size=8))
+def test_recurrent_equals_parallel(base, token_ids, feature_map):
+    model = perturbed(convert_base(base, feature_map=feature_map, chunk_size=8))
     ids_BL = token_ids(2, 21)
     whole = model(ids_BL, use_cache=False).logits
     cache, steps = HedgehogCache(2), []
@@ -86,8 +116,8 @@ def test_pieces_of_any_size_equal_the_whole(hedgehog, token_ids, pieces):
 
 @pytest.mark.parametrize("feature_map", ["hedgehog_softmax", "cosformer", "relu"])
 @torch.no_grad()
-def test_left_padding_changes_no_logit(llama, token_ids, left_padded, feature_map):
-    model = perturbed(convert_base(llama, feature_map=feature_map, chunk_size=8))
+def test_left_padding_changes_no_logit(base, token_ids, left_padded, feature_map):
+    model = perturbed(convert_base(base, feature_map=feature_map, chunk_size=8))
     short, long = token_ids(1, 9, seed=1)[0], token_ids(1, 22, seed=2)[0]
     alone = model(short[None]).logits
     ids_BL, mask_BL = left_padded([short, long])
@@ -118,9 +148,9 @@ def test_padding_tokens_themselves_do_not_matter(hedgehog, token_ids, left_padde
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_packed_segments_equal_separate_sequences(llama, token_ids, attention, implementation):
-    llama.config._attn_implementation = implementation
-    model = convert_base(llama, attention=attention, chunk_size=8)
+def test_packed_segments_equal_separate_sequences(base, token_ids, attention, implementation):
+    base.config._attn_implementation = implementation
+    model = convert_base(base, attention=attention, chunk_size=8)
     a, b, c = token_ids(1, 5, seed=1)[0], token_ids(1, 11, seed=2)[0], token_ids(1, 3, seed=3)[0]
     padding = torch.zeros(4, dtype=torch.long)
     ids_BL = torch.cat([a, b, c, padding])[None]
@@ -136,8 +166,8 @@ def test_packed_segments_equal_separate_sequences(llama, token_ids, attention, i
 
 
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
-def test_packed_loss_is_the_loss_of_the_separate_sequences(llama, token_ids, attention):
-    model = convert_base(llama, attention=attention)
+def test_packed_loss_is_the_loss_of_the_separate_sequences(base, token_ids, attention):
+    model = convert_base(base, attention=attention)
     a, b = token_ids(1, 6, seed=1)[0], token_ids(1, 9, seed=2)[0]
     packed_ids = torch.cat([a, b])[None]
     segment_ids = torch.tensor([[0] * 6 + [1] * 9])
@@ -150,19 +180,19 @@ def test_packed_loss_is_the_loss_of_the_separate_sequences(llama, token_ids, att
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_softmax_attention_is_exactly_llama(llama, token_ids, left_padded, implementation):
-    llama.config._attn_implementation = implementation
-    model = convert_base(llama, attention="softmax")
+def test_softmax_attention_is_exactly_the_familys(base, token_ids, left_padded, implementation):
+    base.config._attn_implementation = implementation
+    model = convert_base(base, attention="softmax")
     assert not any("feature_map" in name for name in model.state_dict())
     ids_BL, mask_BL = left_padded([token_ids(1, 9)[0], token_ids(1, 14)[0]])
     for inputs in ({"input_ids": ids_BL}, {"input_ids": ids_BL, "attention_mask": mask_BL}):
-        ours, theirs = model(**inputs), llama(**inputs)
+        ours, theirs = model(**inputs), base(**inputs)
         assert torch.equal(ours.logits, theirs.logits)
         assert isinstance(ours.past_key_values, DynamicCache)
     labelled = {"input_ids": ids_BL, "labels": ids_BL, "attention_mask": mask_BL}
-    assert torch.equal(model(**labelled).loss, llama(**labelled).loss)
+    assert torch.equal(model(**labelled).loss, base(**labelled).loss)
     options = {"attention_mask": mask_BL, "max_new_tokens": 6, "do_sample": False, "num_beams": 2}
-    assert torch.equal(model.generate(ids_BL, **options), llama.generate(ids_BL, **options))
+    assert torch.equal(model.generate(ids_BL, **options), base.generate(ids_BL, **options))
 
 
 @torch.no_grad()
@@ -180,11 +210,11 @@ def test_logits_to_keep_labels_and_hidden_states(hedgehog, token_ids):
     torch.testing.assert_close(hedgehog(ids_BL, labels=labels).loss, expected)
     as_tuple = hedgehog(ids_BL, labels=labels, return_dict=False)
     torch.testing.assert_close(as_tuple[0], expected)
-    embedded = hedgehog(inputs_embeds=hedgehog.model.embed_tokens(ids_BL)).logits
+    embedded = hedgehog(inputs_embeds=hedgehog.get_input_embeddings()(ids_BL)).logits
     assert torch.equal(embedded, full.logits)
 
 
-def gradients(model: HedgehogLlamaForCausalLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: HedgehogCausalLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model.train()
     model(ids_BL, labels=ids_BL).loss.backward()
@@ -193,24 +223,24 @@ def gradients(model: HedgehogLlamaForCausalLM, ids_BL: torch.Tensor) -> dict[str
 
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(llama, token_ids, attention, use_reentrant):
-    model = convert_base(llama, attention=attention)
+def test_gradient_checkpointing_changes_no_gradient(base, token_ids, attention, use_reentrant):
+    model = convert_base(base, attention=attention)
     ids_BL = token_ids(2, 17)
     plain = gradients(model, ids_BL)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
     calls = []
-    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    projection(model, 0).register_forward_hook(lambda *_: calls.append(1))
     checkpointed = gradients(model, ids_BL)
     assert len(calls) == 2, "the layer was not recomputed"
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_gradients_equal_those_of_the_quadratic_form(llama, token_ids):
+def test_gradients_equal_those_of_the_quadratic_form(base, token_ids):
     """The chunked autograd function inside the model against autograd through all L × L scores."""
-    model = perturbed(convert_base(llama, chunk_size=4))
+    model = perturbed(convert_base(base, chunk_size=4))
     ids_BL = token_ids(2, 13)
     chunked = gradients(model, ids_BL)
 
@@ -218,7 +248,7 @@ def test_gradients_equal_those_of_the_quadratic_form(llama, token_ids):
         assert initial_state is None and not return_state
         return quadratic_linear_attention(phi_q, phi_k, v, eps=eps, **masks), None
 
-    model.model._attention_backend = lambda device, dtype: Backend("quadratic", "a test", quadratic)
+    model.decoder._attention_backend = lambda device, dtype: Backend("quadratic", "a test", quadratic)
     for name, gradient in gradients(model, ids_BL).items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(chunked[name], gradient, rtol=1e-4, atol=1e-5)
@@ -227,7 +257,7 @@ def test_gradients_equal_those_of_the_quadratic_form(llama, token_ids):
 def test_gradient_flows_through_the_state(hedgehog, token_ids):
     """Reading a text in two parts with gradients on is the same computation as reading it whole."""
     ids_BL = token_ids(1, 12)
-    weight = hedgehog.model.layers[0].self_attn.feature_map_k.weight
+    weight = next(hedgehog.decoder.attentions()).feature_map_k.weight
     whole = torch.autograd.grad(hedgehog(ids_BL, use_cache=False).logits[0, -1].sum(), weight)[0]
     for last in (1, 4):
         cache = hedgehog(ids_BL[:, :-last], use_cache=True).past_key_values
@@ -271,12 +301,12 @@ def test_feature_maps_and_state_stay_float32(hedgehog, token_ids, cast):
     model(token_ids(2, 1), past_key_values=out.past_key_values)
     for layer in out.past_key_values.layers:
         assert layer.state.kv_state_BHFV.dtype == layer.state.k_sum_BHF.dtype == torch.float32
-    assert hedgehog.double().model.layers[0].self_attn.feature_map_q.weight.dtype == torch.float64
+    assert next(hedgehog.double().decoder.attentions()).feature_map_q.weight.dtype == torch.float64
 
 
 def test_autocast_leaves_the_feature_maps_alone(hedgehog, token_ids, monkeypatch):
     """Nor does it touch them where the backward pass computes φ again."""
-    seen, feature_map = [], hedgehog.model.layers[0].self_attn.feature_map_q
+    seen, feature_map = [], next(hedgehog.decoder.attentions()).feature_map_q
     activate = feature_map.activate
     monkeypatch.setattr(feature_map, "activate", lambda *args: seen.append(activate(*args)) or seen[-1])
     ids_BL = token_ids(1, 6)
@@ -318,12 +348,12 @@ def test_offloaded_weights_come_when_they_are_needed(hedgehog, token_ids):
     ids_BL = token_ids(2, 11)
     expected = hedgehog(ids_BL).logits
     offloaded = accelerate.cpu_offload(hedgehog, execution_device=torch.device("cpu"))
-    assert offloaded.model.layers[0].self_attn.feature_map_q.weight.device.type == "meta"
+    assert next(offloaded.decoder.attentions()).feature_map_q.weight.device.type == "meta"
     torch.testing.assert_close(offloaded(ids_BL).logits, expected)
 
 
 def test_a_parameter_of_a_map_beside_its_projection_learns(hedgehog, token_ids):
-    feature_map = hedgehog.model.layers[0].self_attn.feature_map_q
+    feature_map = next(hedgehog.decoder.attentions()).feature_map_q
     feature_map.temperature = torch.nn.Parameter(torch.ones(()))
     activate = feature_map.activate
     feature_map.activate = lambda z, positions: activate(z * feature_map.temperature, positions)
@@ -335,7 +365,7 @@ def test_a_parameter_of_a_map_beside_its_projection_learns(hedgehog, token_ids):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_save_and_load(hedgehog, token_ids, tmp_path, dtype):
     hedgehog.to(dtype).save_pretrained(tmp_path)
-    loaded = HedgehogLlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    loaded = type(hedgehog).from_pretrained(tmp_path, dtype=dtype).eval()
     loaded.config._name_or_path = hedgehog.config._name_or_path
     assert loaded.config.to_dict() == hedgehog.config.to_dict()
     for name, tensor in hedgehog.state_dict().items():
@@ -346,19 +376,19 @@ def test_save_and_load(hedgehog, token_ids, tmp_path, dtype):
         assert torch.equal(loaded(ids_BL).logits, hedgehog(ids_BL).logits)
 
 
-def test_loading_a_plain_llama_folder_gives_identity_maps(llama, tmp_path):
+def test_loading_a_plain_folder_gives_identity_maps(base, tmp_path):
     """transformers makes the missing maps: under from_pretrained they still start as the identity, in fp32."""
-    llama.to(torch.bfloat16).save_pretrained(tmp_path)
-    config = convert_base(llama).config
-    model = HedgehogLlamaForCausalLM.from_pretrained(tmp_path, config=config, dtype=torch.bfloat16)
-    weight = model.model.layers[1].self_attn.feature_map_k.weight
+    base.to(torch.bfloat16).save_pretrained(tmp_path)
+    converted = convert_base(base)
+    model = type(converted).from_pretrained(tmp_path, config=converted.config, dtype=torch.bfloat16)
+    weight = list(model.decoder.attentions())[1].feature_map_k.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, torch.eye(16).expand(4, 16, 16))
 
 
-def test_packing_as_transformers_collators_say_it(llama, token_ids):
+def test_packing_as_transformers_collators_say_it(base, token_ids):
     """DataCollatorWithFlattening says it in three ways, each alone; none may leak from one text to the next."""
-    model = perturbed(convert_base(llama, chunk_size=8)).eval()
+    model = perturbed(convert_base(base, chunk_size=8)).eval()
     texts = [token_ids(1, length, seed=length)[0].tolist() for length in (5, 1, 9)]
     segment_ids = torch.tensor([[0] * 5 + [1] + [2] * 9])
     for options in (
@@ -371,7 +401,7 @@ def test_packing_as_transformers_collators_say_it(llama, token_ids):
         expected = model(batch["input_ids"], labels=batch["labels"], segment_ids=segment_ids)
         packed = model(**batch)
         assert torch.equal(packed.logits, expected.logits) and torch.equal(packed.loss, expected.loss)
-        assert torch.equal(model.model(batch["input_ids"], segment_ids=segment_ids)[0], model.model(**batch)[0])
+        assert torch.equal(model.decoder(batch["input_ids"], segment_ids=segment_ids)[0], model.decoder(**batch)[0])
         alone = model(torch.tensor([texts[2]])).logits
         torch.testing.assert_close(packed.logits[:, 6:], alone, rtol=1e-4, atol=1e-5)
     whole = batch["input_ids"]
@@ -390,11 +420,11 @@ def test_packing_as_transformers_collators_say_it(llama, token_ids):
 def test_what_the_config_says_of_outputs(hedgehog, token_ids):
     ids_BL = token_ids(1, 4)
     hedgehog.config.output_hidden_states = True
-    assert len(hedgehog(ids_BL).hidden_states) == len(hedgehog.model(ids_BL).hidden_states) == 3
+    assert len(hedgehog(ids_BL).hidden_states) == len(hedgehog.decoder(ids_BL).hidden_states) == 3
     assert hedgehog(ids_BL, output_hidden_states=False).hidden_states is None
-    assert isinstance(hedgehog.model(ids_BL, return_dict=False), tuple)
+    assert isinstance(hedgehog.decoder(ids_BL, return_dict=False), tuple)
     hedgehog.config.return_dict = False
-    assert isinstance(hedgehog(ids_BL), tuple) and isinstance(hedgehog.model(ids_BL), tuple)
+    assert isinstance(hedgehog(ids_BL), tuple) and isinstance(hedgehog.decoder(ids_BL), tuple)
     assert torch.equal(hedgehog(ids_BL)[0], hedgehog(ids_BL, return_dict=True).logits)
     hedgehog.config._output_attentions = True
     with pytest.raises(ValueError, match="attention weights are never formed"):

@@ -17,16 +17,16 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def models(new_llama):
-    """(on PyTorch, on the emulated kernels), the same weights; two query heads of 64 share a key head."""
+def models(new_base):
+    """(on PyTorch, on the emulated kernels), the same weights; two query heads of 64 (a Llama's share a key head)."""
 
     def make(*, num_layers=2, **config):
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
-        llama = new_llama(hidden_size=128, num_hidden_layers=num_layers, **heads)
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        base = new_base(hidden_size=128, num_hidden_layers=num_layers, **heads)
         models = []
         for backend in ("torch", "emulated"):
             torch.manual_seed(0)
-            model = convert_base(llama, attention_backend=backend, **config).to(torch.bfloat16).eval()
+            model = convert_base(base, attention_backend=backend, **config).to(torch.bfloat16).eval()
             for name, weight in model.named_parameters():
                 if "feature_map" in name:  # bf16 numbers, as the kernel will round them
                     weight.data.add_(0.05 * torch.randn_like(weight)).copy_(weight.data.bfloat16())
@@ -44,7 +44,7 @@ def test_logits_of_a_padded_batch(models, feature_map, token_ids, left_padded):
         expected, logits = (model(ids, attention_mask=mask).logits.float() for model in (on_torch, on_kernels))
     real = mask.bool()
     assert (logits - expected)[real].norm() <= 0.02 * expected[real].norm()
-    backend = on_kernels.model._attention_backend(torch.device("cpu"), torch.bfloat16)
+    backend = on_kernels.decoder._attention_backend(torch.device("cpu"), torch.bfloat16)
     assert (backend.name, backend.fused is not None) == ("emulated", feature_map == "hedgehog_softmax")
 
 
@@ -66,8 +66,9 @@ def test_training_step(models, token_ids):
     for model in models(feature_map="hedgehog_softmax", feature_dim=64):
         model.train()
         model(ids, labels=ids).loss.backward()
-        layer = model.model.layers[0].self_attn
-        gradients.append([layer.feature_map_q.weight.grad, layer.k_proj.weight.grad, layer.v_proj.weight.grad])
+        attention = next(model.decoder.attentions())
+        names = ("k_proj", "v_proj") if hasattr(attention, "k_proj") else ("c_attn",)
+        gradients.append([getattr(attention, name).weight.grad for name in ("feature_map_q", *names)])
     for expected, ours in zip(*gradients, strict=True):
         assert ours.dtype == expected.dtype
         assert (ours - expected).float().norm() <= 0.1 * expected.float().norm()
@@ -110,7 +111,7 @@ def test_decoding_follows_weights_that_change(models, token_ids):
 
     with torch.no_grad():
         before = logits()
-        weight = model.model.layers[0].self_attn.feature_map_q.weight
+        weight = next(model.decoder.attentions()).feature_map_q.weight
         weight.mul_(-1)
         changed = logits()
         assert not torch.equal(changed, before)

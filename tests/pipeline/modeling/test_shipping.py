@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hedgehog.pipeline.llama.architecture import ARCHITECTURE
+from hedgehog.pipeline.modeling.architecture import architecture
 from hedgehog.pipeline.modeling.convert import convert_base
 from hedgehog.pipeline.modeling.shipping import _check_imports, modeling_sources, ship_modeling_files
 
@@ -39,12 +39,12 @@ for folder in map(Path, ("export_float32", "export_bfloat16")):
     with torch.no_grad():
         logits = model(**inputs).logits
         decoder = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=config.dtype).eval()
-        assert torch.equal(decoder(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+        assert torch.equal(decoder(**inputs).last_hidden_state, model.base_model(**inputs).last_hidden_state)
     try:
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attention_dropout=0.1)
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **{config.dropout_field: 0.1})
         raise AssertionError("linear attention has nothing to drop")
     except ValueError as error:
-        assert "attention_dropout is 0.1" in str(error)
+        assert f"{config.dropout_field} is 0.1" in str(error)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8)
     beams = model.generate(**inputs, do_sample=False, max_new_tokens=8, num_beams=2).contiguous()
     dtypes = {str(p.dtype) for n, p in model.named_parameters() if "feature_map" in n}
@@ -55,13 +55,13 @@ for folder in map(Path, ("export_float32", "export_bfloat16")):
 """
 
 
-def test_clean_process_gives_the_same_numbers(new_llama, token_ids, left_padded, tmp_path):
+def test_clean_process_gives_the_same_numbers(new_base, token_ids, left_padded, tmp_path):
     ids_BL, mask_BL = left_padded([token_ids(1, 6)[0], token_ids(1, 15)[0]])
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
     save_file(inputs, tmp_path / "inputs.safetensors")
     models = {}
     for name, dtype in (("export_float32", torch.float32), ("export_bfloat16", torch.bfloat16)):
-        model = convert_base(new_llama().to(dtype), feature_map="hedgehog_exp", feature_dim=24, chunk_size=8)
+        model = convert_base(new_base().to(dtype), feature_map="hedgehog_exp", feature_dim=24, chunk_size=8)
         generator = torch.Generator().manual_seed(2)
         for parameter_name, parameter in model.named_parameters():
             if "feature_map" in parameter_name:
@@ -89,16 +89,18 @@ def test_clean_process_gives_the_same_numbers(new_llama, token_ids, left_padded,
         assert torch.equal(outputs["beams"], model.generate(**inputs, do_sample=False, max_new_tokens=8, num_beams=2))
 
 
-def test_auto_map_is_entered_and_the_rest_of_the_config_kept(llama, tmp_path):
-    convert_base(llama).save_pretrained(tmp_path)
+def test_auto_map_is_entered_and_the_rest_of_the_config_kept(base, family, tmp_path):
+    auto_map = architecture(family).auto_map
+    convert_base(base).save_pretrained(tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
     written = ship_modeling_files(tmp_path)
     after = json.loads((tmp_path / "config.json").read_text())
-    assert after == {**before, "auto_map": ARCHITECTURE.auto_map}
-    assert {"modeling_hedgehog_llama.py", "configuration_hedgehog_llama.py", "feature_maps.py", "config.json"} <= set(
-        written
-    )
-    for value in ARCHITECTURE.auto_map.values():
+    assert after == {**before, "auto_map": auto_map}
+    own = {f"modeling_hedgehog_{family}.py", f"configuration_hedgehog_{family}.py"}
+    assert own | {"hedgehog_decoder.py", "feature_maps.py", "config.json"} <= set(written)
+    others = {"llama", "gpt2"} - {family}
+    assert not any(other in name for name in written for other in others), "only this family's files travel"
+    for value in auto_map.values():
         module, class_name = value.split(".")
         assert f"class {class_name}(" in (tmp_path / f"{module}.py").read_text()
     assert ship_modeling_files(tmp_path) == written  # a second time changes nothing
@@ -111,8 +113,8 @@ def test_folder_without_a_config(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_import_of_this_project_is_left():
-    for name, source in modeling_sources(ARCHITECTURE).items():
+def test_no_import_of_this_project_is_left(family):
+    for name, source in modeling_sources(architecture(family)).items():
         for line in source.splitlines():
             if line.lstrip().startswith(("import ", "from ")) and " import" in f" {line}":
                 assert "hedgehog." not in line and "from .." not in line, f"{name}: {line}"

@@ -1,4 +1,4 @@
-"""The layer-wise teacher sees what LlamaForCausalLM computes, runs no layer too many, and forms no L × L matrix."""
+"""The layer-wise teacher sees what the model itself computes, runs no layer too many, and forms no L × L matrix."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hedgehog.pipeline.modeling.architecture import architecture_of
 from hedgehog.pipeline.modeling.teacher import TeacherForward, attention_spans
 
 
-def attention_outputs(llama, **inputs) -> list[torch.Tensor]:
-    """What each layer's o_proj receives inside LlamaForCausalLM, (B, L, H·V)."""
+def projections(base, which: int) -> list[torch.nn.Module]:
+    """Of each layer's attention: the first (0), or the last (-1), which is given its output."""
+    family = architecture_of(base)
+    attentions = (getattr(layer, family.attention_name) for layer in family.layers(base))
+    return [getattr(attention, family.of_attention[which]) for attention in attentions]
+
+
+def attention_outputs(base, **inputs) -> list[torch.Tensor]:
+    """What each layer's output projection receives inside the model itself, (B, L, H·V)."""
     seen: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        for layer in llama.model.layers
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for module in projections(base, -1)
     ]
     with torch.no_grad():
-        llama(**inputs)
+        base(**inputs)
     for hook in hooks:
         hook.remove()
     return seen
@@ -69,20 +76,35 @@ def test_equals_llama_exactly(new_llama, token_ids, rope, num_key_value_heads):
         torch.testing.assert_close(layer.log_sum_exp_BHL, scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_equals_gpt2_exactly(new_gpt2, token_ids, by_layer, scaled):
+    options = {"scale_attn_by_inverse_layer_idx": by_layer, "scale_attn_weights": scaled}
+    gpt2 = new_gpt2(num_hidden_layers=3, **options, initializer_range=0.15)
+    ids_BL = token_ids(2, 23)
+    expected = attention_outputs(gpt2, input_ids=ids_BL, use_cache=False)
+    for layer, o_BLE in zip(TeacherForward(gpt2)(ids_BL), expected, strict=True):
+        assert torch.equal(flat(layer.o_BHLV), o_BLE)
+        assert layer.scale == (0.25 if scaled else 1.0) / (layer.layer_index + 1 if by_layer else 1)
+        scores = layer.q_BHLD @ layer.k_BKLD.transpose(-1, -2) * layer.scale
+        scores = scores.masked_fill(~torch.ones(23, 23).tril().bool(), -1e9)
+        torch.testing.assert_close(scores.softmax(-1) @ layer.v_BKLV, layer.o_BHLV, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layers", [[2], [1, 3], [0]], ids=str)
-def test_goes_on_from_kept_hidden_states(new_llama, token_ids, layers):
-    llama = new_llama(num_hidden_layers=4)
+def test_goes_on_from_kept_hidden_states(new_base, token_ids, layers):
+    base = new_base(num_hidden_layers=4)
     ids_BL, kept = token_ids(2, 9), []
 
     def keep(states_BLE):
         kept.append(states_BLE)
         return states_BLE
 
-    expected = list(TeacherForward(llama)(ids_BL, layers=layers, keep_entering=keep))
+    expected = list(TeacherForward(base)(ids_BL, layers=layers, keep_entering=keep))
     (entering_BLE,) = kept
-    for below in llama.model.layers[: min(layers)]:
-        below.self_attn.q_proj.forward = None  # must not run
-    found = TeacherForward(llama)(ids_BL, layers=layers, entering_BLE=entering_BLE, keep_entering=keep)
+    for below in projections(base, 0)[: min(layers)]:
+        below.forward = None  # must not run
+    found = TeacherForward(base)(ids_BL, layers=layers, entering_BLE=entering_BLE, keep_entering=keep)
     for layer, other in zip(found, expected, strict=True):
         assert layer.layer_index == other.layer_index
         assert torch.equal(layer.q_BHLD, other.q_BHLD)
@@ -90,30 +112,30 @@ def test_goes_on_from_kept_hidden_states(new_llama, token_ids, layers):
     assert len(kept) == 1, "what was given is not handed back"
 
 
-def test_runs_no_further_than_the_last_layer_asked_for(new_llama, token_ids):
-    llama = new_llama(num_hidden_layers=4)
+def test_runs_no_further_than_the_last_layer_asked_for(new_base, token_ids):
+    base = new_base(num_hidden_layers=4)
     ran = []
-    for index, layer in enumerate(llama.model.layers):
-        layer.self_attn.q_proj.register_forward_hook(lambda *_, index=index: ran.append(("attention", index)))
+    for index, (layer, first) in enumerate(zip(architecture_of(base).layers(base), projections(base, 0), strict=True)):
+        first.register_forward_hook(lambda *_, index=index: ran.append(("attention", index)))
         layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(("mlp", index)))
-    llama.lm_head.register_forward_hook(lambda *_: ran.append(("logits", -1)))
+    base.lm_head.register_forward_hook(lambda *_: ran.append(("logits", -1)))
     ids_BL = token_ids(1, 8)
-    all_layers = list(TeacherForward(llama)(ids_BL))
+    all_layers = list(TeacherForward(base)(ids_BL))
     ran.clear()
-    some = list(TeacherForward(llama)(ids_BL, layers=[2, 1]))
+    some = list(TeacherForward(base)(ids_BL, layers=[2, 1]))
     assert ran == [("attention", 0), ("mlp", 0), ("attention", 1), ("mlp", 1), ("attention", 2)]
     assert [layer.layer_index for layer in some] == [1, 2]
     for layer in some:  # a subset of layers sees what all layers see, bit for bit
         assert torch.equal(layer.q_BHLD, all_layers[layer.layer_index].q_BHLD)
     ran.clear()
-    assert list(TeacherForward(llama)(ids_BL, layers=[])) == [] and ran == []
+    assert list(TeacherForward(base)(ids_BL, layers=[])) == [] and ran == []
 
 
-def test_left_padding_and_packing(llama, token_ids, left_padded):
+def test_left_padding_and_packing(base, token_ids, left_padded):
     rows = [token_ids(1, length, seed=length)[0] for length in (6, 11)]
-    alone = [list(TeacherForward(llama)(row[None])) for row in rows]
+    alone = [list(TeacherForward(base)(row[None])) for row in rows]
     ids_BL, mask_BL = left_padded(rows)
-    for layer in TeacherForward(llama)(ids_BL, mask_BL=mask_BL):
+    for layer in TeacherForward(base)(ids_BL, mask_BL=mask_BL):
         for row, length in enumerate((6, 11)):
             expected = alone[row][layer.layer_index]
             for name in ("q_BHLD", "k_BKLD", "v_BKLV", "o_BHLV", "log_sum_exp_BHL"):
@@ -124,19 +146,19 @@ def test_left_padding_and_packing(llama, token_ids, left_padded):
     packed_ids = torch.cat([*rows, torch.zeros(3, dtype=torch.long)])[None]
     segment_ids = torch.tensor([[0] * 6 + [1] * 14])
     packed_mask = torch.tensor([[1] * 17 + [0] * 3])
-    for layer in TeacherForward(llama)(packed_ids, mask_BL=packed_mask, segment_ids_BL=segment_ids):
+    for layer in TeacherForward(base)(packed_ids, mask_BL=packed_mask, segment_ids_BL=segment_ids):
         for name in ("q_BHLD", "k_BKLD", "v_BKLV", "o_BHLV", "log_sum_exp_BHL"):
             expected = torch.cat([getattr(alone[row][layer.layer_index], name) for row in (0, 1)], dim=2)
             torch.testing.assert_close(getattr(layer, name)[:, :, :17], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_right_padding_needs_no_spans_and_equals_llama(llama, token_ids):
+def test_right_padding_needs_no_spans_and_equals_the_model(base, token_ids):
     ids_BL = token_ids(2, 9)
     mask_BL = torch.tensor([[1] * 5 + [0] * 4, [1] * 9])
     assert attention_spans(mask_BL, None) is None
-    expected = attention_outputs(llama, input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
+    expected = attention_outputs(base, input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
     real = mask_BL.bool()
-    for layer, o_BLE in zip(TeacherForward(llama)(ids_BL, mask_BL=mask_BL), expected, strict=True):
+    for layer, o_BLE in zip(TeacherForward(base)(ids_BL, mask_BL=mask_BL), expected, strict=True):
         torch.testing.assert_close(flat(layer.o_BHLV)[real], o_BLE[real], rtol=1e-4, atol=1e-5)
 
 
@@ -164,17 +186,19 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_no_quadratic_tensor(llama, token_ids, padded):
+def test_no_quadratic_tensor(new_base, token_ids, padded):
     length = 1024
+    base = new_base(max_position_embeddings=length)
     mask_BL = torch.ones(1, length, dtype=torch.long)
     mask_BL[0, :7] = 0
+    list(TeacherForward(base)(token_ids(1, 8)))  # the log-sum-exp is seen to be right once a process
     with LargestTensor() as seen:
-        for _ in TeacherForward(llama)(token_ids(1, length), mask_BL=mask_BL if padded else None):
+        for _ in TeacherForward(base)(token_ids(1, length), mask_BL=mask_BL if padded else None):
             pass
-    assert 0 < seen.largest <= length * 96  # the MLP's width; L × L would be ten times that
+    assert 0 < seen.largest <= length * 192  # the widest projection; L × L would be five times that
 
 
-def test_keeps_nothing_of_a_layer_and_leaves_the_grad_mode_alone(llama, token_ids):
+def test_keeps_nothing_of_a_layer_and_leaves_the_grad_mode_alone(base, token_ids):
     """Nor is it there while its own MLP runs, or the next layer."""
     from hedgehog.pipeline.distillation import Teacher
 
@@ -188,14 +212,15 @@ def test_keeps_nothing_of_a_layer_and_leaves_the_grad_mode_alone(llama, token_id
         assert not layer.q_BHLD.requires_grad
         earlier.extend(weakref.ref(tensor) for tensor in (layer.q_BHLD, layer.k_BKLD, layer.v_BKLV, layer.o_BHLV))
 
-    for layer in llama.model.layers:
-        layer.input_layernorm.register_forward_hook(look)
+    family = architecture_of(base)
+    for layer in family.layers(base):
+        getattr(layer, family.of_layer[1]).register_forward_hook(look)
         layer.mlp.register_forward_hook(look)
-    Teacher(llama, (0, 1))({"input_ids": token_ids(1, 8), "mask": None, "position_ids": None}, False, visit)
+    Teacher(base, (0, 1))({"input_ids": token_ids(1, 8), "mask": None, "position_ids": None}, False, visit)
     assert len(earlier) == 8
     assert alive == [0, 0, 0]
 
 
-def test_unknown_layer(llama, token_ids):
+def test_unknown_layer(base, token_ids):
     with pytest.raises(ValueError, match=r"layers \[2\] do not exist"):
-        list(TeacherForward(llama)(token_ids(1, 4), layers=[0, 2]))
+        list(TeacherForward(base)(token_ids(1, 4), layers=[0, 2]))
