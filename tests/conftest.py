@@ -111,31 +111,30 @@ def override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
     return values
 
 
-@pytest.fixture(scope="session")
-def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished prepare stage to copy from."""
+def _base_config(family: str) -> Any:
+    """Weights large enough that attention is not flat; GPT-2 with its usual dropout."""
+    from transformers import GPT2Config, LlamaConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
+    shared = {**sizes, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "gpt2":
+        return GPT2Config(**shared, n_inner=48)
+    if family == "gpt2 without dropout":
+        return GPT2Config(**shared, n_inner=48, resid_pdrop=0, embd_pdrop=0)
+    return LlamaConfig(**shared, intermediate_size=48, num_key_value_heads=2)
+
+
+def _prepare(folder: Path, family: str) -> None:
+    """A finished prepare stage."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from hedgehog.pipeline.data.tokens import TokenizedSplit
     from hedgehog.pipeline.manifest import Manifest, describe_artifact
 
-    folder = tmp_path_factory.mktemp("prepared") / "prepare"
     folder.mkdir()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,  # attention that is not flat
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "base_model")
+    AutoModelForCausalLM.from_config(_base_config(family)).save_pretrained(folder / "base_model")
     generator = torch.Generator().manual_seed(1)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -153,20 +152,27 @@ def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fingerprint="",
         config={},
         artifacts={name: describe_artifact(folder, path) for name, path in artifacts.items()},
-        summary={"base_model": str(folder / "base_model"), "tokenizer": str(folder / "base_model")},
+        summary={
+            "base_model": str(folder / "base_model"),
+            "tokenizer": str(folder / "base_model"),
+            "model_type": family.partition(" ")[0],
+        },
     ).write(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def new_run(_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingRun]:
-    """`new_run(engine__zero_stage=2)`: a fresh run folder after prepare."""
+def new_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingRun]:
+    """`new_run(engine__zero_stage=2)`: a fresh run folder after prepare; `family="gpt2"` for another base."""
+    prepared: dict[str, Path] = {}
 
-    def make(**overrides: Any) -> TrainingRun:
+    def make(family: str = "llama", **overrides: Any) -> TrainingRun:
         import shutil
 
+        if family not in prepared:
+            prepared[family] = tmp_path_factory.mktemp("prepared") / "prepare"
+            _prepare(prepared[family], family)
         root = tmp_path_factory.mktemp("run")
-        shutil.copytree(_prepared, root / "prepare")
+        shutil.copytree(prepared[family], root / "prepare")
         schedule = {
             "max_steps": NUM_STEPS,
             "global_batch_size": 4,
