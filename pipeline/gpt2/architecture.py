@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2Model
 
 from ..modeling.architecture import SMALL_MODELS_INITIAL, Architecture
@@ -35,9 +36,18 @@ class GPT2Architecture(Architecture):
     layers_name = "h"
     attention_name = "attn"
 
-    def config_fields(self, base_config: PreTrainedConfig, attention: str) -> dict[str, Any]:
-        # OpenAI's checkpoints have 0.1, and linear attention forms no weights that could be dropped
-        return {"attn_pdrop": 0.0} if attention == "linear" else {}
+    def config_fields(self) -> dict[str, Any]:
+        # OpenAI's checkpoints have 0.1. Linear attention forms no weights that could be dropped, and softmax attention
+        # is its baseline; with dropout torch's CPU attention would also form T x T weights.
+        return {"attn_pdrop": 0.0}
+
+    def complete(self, model: Any) -> None:
+        """GPT-2's activation in one operation: gelu_new is the same function in eight, four results of which training
+        keeps, and each of which bfloat16 rounds."""
+        if model.config.activation_function == "gelu_new":
+            model.config.activation_function = "gelu_pytorch_tanh"
+            for block in model.transformer.h:
+                block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
 
     def tiny_config(self, tiny: TinyConfig) -> GPT2Config:
         return GPT2Config(

@@ -134,10 +134,10 @@ class GPT2Shape(ModelShape):
         return "norms 2Ep, dropout 2E", (2.0 * p + 2) * self.hidden_size
 
     def saved_by_mlp(self, p: int) -> tuple[str, float]:
-        return "MLP 4Ip", 4.0 * self.intermediate_size * p
+        return "MLP Ip", 1.0 * self.intermediate_size * p
 
     def mlp_at_once(self, p: int) -> tuple[str, float]:
-        return "4Ip", 4.0 * self.intermediate_size * p
+        return "2Ip", 2.0 * self.intermediate_size * p
 
     def positions_at_once(self, p: int) -> tuple[str, float]:
         return "0", 0.0

@@ -55,8 +55,8 @@ class Architecture(ABC):
         """The decoder layers."""
         return getattr(self.decoder(model), self.layers_name)
 
-    def config_fields(self, base_config: PreTrainedConfig, attention: str) -> dict[str, Any]:
-        """Fields of a converted model's config that differ from the base's, for this kind of attention."""
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of a converted model's config that differ from the base's."""
         return {}
 
     def complete(self, model: Any) -> None:  # noqa: B027 (most have nothing to do)

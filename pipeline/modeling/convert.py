@@ -42,7 +42,7 @@ def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogCausa
     """
     architecture = architecture_of(base)
     fields = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_CARRIED_OVER}
-    fields |= architecture.config_fields(base.config, hedgehog_fields.get("attention", "linear"))
+    fields |= architecture.config_fields()
     try:
         config: Any = architecture.config_class(**{**fields, **hedgehog_fields})
         with no_init_weights(), torch.device("meta"):

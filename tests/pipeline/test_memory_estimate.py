@@ -16,6 +16,7 @@ from hedgehog.pipeline.allocation_peak import allocation_peak
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.families import HUB_SHAPES, lora_modules
 from hedgehog.pipeline.feature_map_checks import feature_map_size
+from hedgehog.pipeline.gpt2.shape import GPT2Shape
 from hedgehog.pipeline.llama.shape import LlamaShape
 from hedgehog.pipeline.memory_estimate import GIB, _Sizes, estimate_memory, saved_per_token, state_bytes
 
@@ -48,9 +49,7 @@ def stages(config: RunConfig, *, world_size: int = 1, shape: LlamaShape = LLAMA_
 
 
 def test_models_have_their_published_numbers_of_weights():
-    counts = {
-        name: shape.num_weights for name, shape in HUB_SHAPES.items() if "chat" not in name and "-community" not in name
-    }
+    counts = {name.split("/")[-1]: shape.num_weights for name, shape in HUB_SHAPES.items() if "chat" not in name}
     assert counts == {
         "Llama-2-7b-hf": 6_738_415_616,
         "Llama-2-13b-hf": 13_015_864_320,
@@ -181,6 +180,35 @@ def test_the_teachers_pass_takes_what_the_estimate_says(num_key_value_heads: int
     assert "teacher's MLP" in [term.name for term in terms], "else the loss is the peak, not the pass"
     estimated = sum(term.num_bytes for term in terms if term.kind == "activations")
     assert estimated == pytest.approx(peak.num_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("mlp", [1024, 2048])
+def test_the_pass_of_a_gpt2_teacher_takes_what_the_estimate_says(mlp: int):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from hedgehog.pipeline.distillation import Teacher
+    from hedgehog.pipeline.modeling.architecture import architecture_of
+
+    length, width, vocab = 4096, 256, 64
+    shape = GPT2Shape(width, 3, 8, 8, 32, mlp, vocab, length)
+    sizes = {"n_embd": width, "n_inner": mlp, "n_layer": 3, "n_head": 8, "n_positions": length}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=vocab, bos_token_id=2, eos_token_id=2))
+    architecture_of(base).complete(base)
+    batch = {
+        "input_ids": torch.zeros(1, length, dtype=torch.long),
+        "mask": torch.ones(1, length, dtype=torch.bool),
+        "position_ids": torch.arange(length).unsqueeze(0),
+    }
+    with allocation_peak("cpu") as peak:
+        Teacher(base, range(3))(batch, False, lambda seen: None)
+    config = make_config(
+        data={"dataset": "a/b", "max_length_tokens": length},
+        engine={"precision": "float32"},
+        distill={"micro_batch_size": 1, "query_block": 128},
+    )
+    terms = estimate_memory(config, shape, world_size=1, device="cpu")[0].terms
+    assert "teacher's MLP" in [term.name for term in terms], "else the loss is the peak, not the pass"
+    assert sum(t.num_bytes for t in terms if t.kind == "activations") == pytest.approx(peak.num_bytes, rel=0.1)
 
 
 def test_what_each_setting_saves():

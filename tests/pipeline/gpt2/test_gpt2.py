@@ -11,15 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hedgehog.pipeline.config import LoraConfig
+from hedgehog.pipeline.allocation_peak import allocation_peak
+from hedgehog.pipeline.config import LoraConfig, RunConfig
 from hedgehog.pipeline.errors import ConfigError, ModelError
 from hedgehog.pipeline.families import shape_from_fields
 from hedgehog.pipeline.generation import check_room
 from hedgehog.pipeline.gpt2.configuration_hedgehog_gpt2 import HedgehogGPT2Config
 from hedgehog.pipeline.lora import attach_lora
+from hedgehog.pipeline.memory_estimate import estimate_memory
 from hedgehog.pipeline.merging import merged_tensors
 from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules
 from hedgehog.pipeline.modeling.load_base import load_base
+from hedgehog.pipeline.summary_loss import SummaryLoss
 
 
 def make_gpt2(**fields: Any) -> GPT2LMHeadModel:
@@ -56,7 +59,9 @@ def test_openais_own_files_load(tmp_path, ids_BL):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     old = {"model_type": "gpt2", "n_ctx": 32, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
     (tmp_path / "config.json").write_text(json.dumps({**old, "vocab_size": 61}))
-    assert torch.equal(load_base(tmp_path, dtype="float32")(ids_BL).logits, model(ids_BL).logits)
+    loaded = load_base(tmp_path, dtype="float32")
+    torch.testing.assert_close(loaded(ids_BL).logits, model(ids_BL).logits, rtol=1e-5, atol=1e-5)
+    assert loaded.config.activation_function == "gelu_pytorch_tanh", "the same function in one operation"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,39 @@ def test_a_position_beyond_the_table_is_refused(attention):
         with pytest.raises(ValueError, match="fewer new tokens"):
             model.generate(ids_BL[:, :30], max_new_tokens=5, min_new_tokens=5, do_sample=False)
         assert model.generate(ids_BL[:, :30], max_new_tokens=3, min_new_tokens=3).shape == (1, 33)
+
+
+@pytest.mark.parametrize("attention", ["linear", "softmax"])
+def test_a_step_takes_what_the_estimate_says(attention):
+    """Weights, AdamW's moments and what a training step of stage two allocates, the embedding's dropout included."""
+    width, length = 128, 512
+    sizes = {"n_embd": width, "n_layer": 4, "vocab_size": 256, "n_positions": length}
+    model: Any = convert_base(make_gpt2(**sizes), attention=attention)
+    values = {
+        "name": "x",
+        "model": {"base": "gpt2", "attention": attention},
+        "data": {"dataset": "a/b", "max_length_tokens": length},
+        "engine": {"precision": "float32", "zero_stage": 0},
+        "finetune": {"micro_batch_size": 4},
+    }
+    config = RunConfig.model_validate(values)
+    adapted: Any = attach_lora(model, config.finetune.lora, seed=0).train()
+    for feature_map in feature_map_modules(model).values():
+        feature_map.requires_grad_(True)
+    ids_BL = torch.randint(3, 256, (4, length), generator=torch.Generator().manual_seed(0))
+    labels_BL = ids_BL.masked_fill(torch.arange(length)[None] < length * 3 // 4, -100)
+    batch = {"input_ids": ids_BL, "labels": labels_BL, "position_ids": torch.arange(length)[None].expand(4, -1)}
+    loss = SummaryLoss(adapted, packed=False)
+    loss(batch).backward()  # gradients are there from the first step on
+    with allocation_peak("cpu") as peak:
+        loss.zero_grad(set_to_none=True)
+        loss(batch).backward()
+    learned = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    measured = sum(p.nbytes for p in adapted.parameters()) + 8 * learned + peak.num_bytes
+    shape = shape_from_fields(model.config.to_dict() | {"model_type": "gpt2"})
+    terms = next(e for e in estimate_memory(config, shape, world_size=1, device="cpu") if e.stage == "finetune").terms
+    estimated = sum(term.num_bytes for term in terms if term.kind != "overhead")
+    assert estimated == pytest.approx(measured, rel=0.1)
 
 
 def test_room_for_new_tokens():

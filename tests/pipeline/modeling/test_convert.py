@@ -116,14 +116,15 @@ def test_a_softmax_model_is_a_plain_gpt2_again(new_gpt2, token_ids, tmp_path):
     plain.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
-    assert config["attn_pdrop"] == 0.1, "softmax attention keeps its dropout"
+    assert config["attn_pdrop"] == 0, "linear attention's baseline drops as little"
     assert not {"feature_map", "attention", "chunk_size", "auto_map"} & set(config)
     ids_BL = token_ids(2, 7)
     assert torch.equal(GPT2LMHeadModel.from_pretrained(tmp_path)(ids_BL).logits, gpt2(ids_BL).logits)
 
 
-def test_linear_attention_drops_nothing_where_gpt2_did(new_gpt2):
-    assert convert_base(new_gpt2(attn_pdrop=0.1)).config.attn_pdrop == 0
+def test_no_attention_weight_is_dropped_where_gpt2_did(new_gpt2):
+    for attention in ("linear", "softmax"):
+        assert convert_base(new_gpt2(attn_pdrop=0.1), attention=attention).config.attn_pdrop == 0
     with pytest.raises(ModelError, match="add_cross_attention"):
         convert_base(new_gpt2(), add_cross_attention=True)
 
