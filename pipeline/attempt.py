@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .config import RunConfig
-from .config_loading import apply_variant, config_differences, flatten
+from .config_loading import apply_variant, as_recorded, config_differences, flatten
 from .distributed import World
 from .errors import CheckpointError
 from .manifest import Manifest, StageInput, fingerprint, read_manifest
@@ -32,11 +32,6 @@ from .run_folder import (
 from .stage_context import VariantInputs
 
 STAGE_MODULES = {stage: f"hedgehog.stages.{stage}" for stage in STAGES}
-_DEFAULTS_SINCE: dict[str, tuple[Any, Any]] = {
-    "tiny.architecture": ("llama", None),
-    "finetune.lora.target_modules": (None, ["q_proj", "k_proj", "v_proj", "o_proj"]),
-}
-"""Defaults that came when runs existed: what those recorded in their place (None: no such key). They go on."""
 _MAP_KEYS = frozenset(
     {
         "model.feature_map",
@@ -134,21 +129,14 @@ def stage_module(stage: str) -> ModuleType:
 
 def stage_sections(config: RunConfig, module: ModuleType) -> dict[str, Any]:
     """The part of the config that a stage's result depends on, flattened to dotted keys."""
-    flat = flatten(config)
+    flat = as_recorded(flatten(config))
     wanted = tuple(module.SECTIONS)
     ignored = module.IGNORED | (_MAP_KEYS if config.model.attention == "softmax" else frozenset())
-    sections = {
+    return {
         key: value
         for key, value in flat.items()
         if not _under(key, ignored) and any(_under(key, (name,)) for name in wanted)
     }
-    for key, (default, recorded) in _DEFAULTS_SINCE.items():
-        if key in sections and sections[key] == default:
-            if recorded is None:
-                del sections[key]
-            else:
-                sections[key] = recorded
-    return sections
 
 
 def _under(key: str, names: Iterable[str]) -> bool:

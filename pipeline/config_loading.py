@@ -40,6 +40,11 @@ _PATH_KEYS = (
     "engine.deepspeed_config",
 )
 _MAX_REPAIRS = 4
+_DEFAULTS_SINCE: dict[str, tuple[Any, Any]] = {
+    "tiny.architecture": ("llama", None),
+    "finetune.lora.target_modules": (None, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+}
+"""Defaults that came when runs existed, and what those recorded in their place (None: no such key)."""
 _ABSENT = "(not set)"
 _NULLS = ("", "null", "~")
 
@@ -154,6 +159,18 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     _flatten_into(flat, "", config)
     return flat
+
+
+def as_recorded(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config as manifests have it: what a new key or default stands for is written as it was before there was
+    one, so that runs go on that were begun then."""
+    recorded = dict(flat)
+    for key, (default, before) in _DEFAULTS_SINCE.items():
+        if key in recorded and recorded[key] == default:
+            del recorded[key]
+            if before is not None:
+                recorded[key] = before
+    return recorded
 
 
 def config_differences(old: RunConfig | Mapping[str, Any], new: RunConfig | Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import yaml
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import (
     apply_variant,
+    as_recorded,
     config_differences,
     dump_resolved,
     flatten,
@@ -326,3 +327,14 @@ def test_flat_keys_and_differences(tmp_path):
 def test_loading_a_config_imports_no_torch():
     code = "import sys, hedgehog.pipeline.config_loading; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_defaults_that_came_later_are_recorded_as_before():
+    """A run that was begun without `tiny.architecture`, and with LoRA's modules spelt out, goes on."""
+    base = {"name": "x", "tiny": {}}
+    recorded = as_recorded(flatten(RunConfig.model_validate(base)))
+    assert "tiny.architecture" not in recorded
+    assert recorded["finetune.lora.target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    other = {**base, "tiny": {"architecture": "gpt2"}, "finetune": {"lora": {"target_modules": ["c_attn"]}}}
+    recorded = as_recorded(flatten(RunConfig.model_validate(other)))
+    assert recorded["tiny.architecture"] == "gpt2" and recorded["finetune.lora.target_modules"] == ["c_attn"]
