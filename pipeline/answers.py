@@ -152,6 +152,8 @@ def _open(folder: RunFolder, name: str, config: RunConfig, given: Sequence[str])
     template = config.data.prompt_template
     if _TEMPLATE not in given:  # evaluate reads the prompts that prepare made, whatever the config says since
         template = prepare.manifest.config.get(_TEMPLATE, template)
+    if prepare.summary.get("kind") == "text":
+        template = "{dialogue}"  # it goes on with the text
     return Variant(name, config, {**inputs, "prepare": _found_today(prepare, config, given)}, template)
 
 

@@ -51,10 +51,16 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Dialogues and summaries, and how they become tokens."""
 
+    kind: Literal["dialogues", "text"] = "dialogues"
+    """`dialogues`: rows of a dialogue and its summary. `text`: running text, cut into rows of `max_length_tokens`; both
+    stages learn on it, and `evaluate` measures its perplexity."""
     dataset: str | None = None
-    """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl). Instead of the files below."""
+    """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl; of text also .txt). Instead of
+    the files below."""
+    dataset_config: str | None = None
+    """Which of its configurations, where a dataset on the hub has several."""
     train_file: str | None = None
-    """JSON (a list of objects) or JSONL file of training rows."""
+    """JSON (a list of objects) or JSONL file of training rows; of text also a file of plain text."""
     validation_file: str | None = None
     """Rows for KL and loss while training. Null: `num_validation_examples` are held out of train."""
     test_file: str | None = None
@@ -65,10 +71,14 @@ class DataConfig(Section):
     """Key of the dialogue text."""
     summary_field: str = "summary"
     """Key of the reference summary."""
+    text_field: str = "text"
+    """Key of the text, where `kind` is text."""
+    text_end: Literal["eos", "nothing"] = "eos"
+    """What stands behind each text of a JSON file or of the hub; `nothing` where rows are lines of one text."""
     prompt_template: str = "Summarize this dialogue.\n{dialogue}\n---\nSummary:\n"
     """Text before the summary; must contain {dialogue} exactly once."""
     max_length_tokens: int = Field(default=1024, ge=16)
-    """Longest prompt + summary. Longer rows follow `overlong`."""
+    """Longest prompt + summary. Longer rows follow `overlong`. Rows of text have this length."""
     overlong: Literal["drop", "truncate_dialogue"] = "drop"
     """A longer row is dropped, or its dialogue is cut at the end. Both are counted; a summary is never cut."""
     num_validation_examples: int = Field(default=200, ge=1)

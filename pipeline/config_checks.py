@@ -101,6 +101,10 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
         made += [
             f"data.{name}" for name in ("dataset", "train_file", "validation_file", "test_file") if getattr(data, name)
         ]
+        if data.kind != "dialogues":
+            yield Problem(
+                ("data.kind", "tiny"), "the section `tiny` makes dialogues; leave this out, or set tiny: null."
+            )
         for key in made:
             yield Problem(
                 (key, "tiny"), "the section `tiny` makes this input itself; remove this key, or set tiny: null."
@@ -114,9 +118,10 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
     if data.dataset is None:
         for split in ("train", "test"):
             if getattr(data, f"{split}_file") is None:
+                files = ".txt, .json or .jsonl" if data.kind == "text" else ".json or .jsonl"
                 yield Problem(
                     (f"data.{split}_file", "data.dataset", "tiny"),
-                    f"left open; give a .json or .jsonl file, here or on the command line: data.{split}_file=… "
+                    f"left open; give a {files} file, here or on the command line: data.{split}_file=… "
                     "(or data.dataset=…, a folder or hub id).",
                 )
 

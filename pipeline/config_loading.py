@@ -42,6 +42,10 @@ _PATH_KEYS = (
 _MAX_REPAIRS = 4
 _DEFAULTS_SINCE: dict[str, tuple[Any, Any]] = {
     "tiny.architecture": ("llama", None),
+    "data.kind": ("dialogues", None),
+    "data.dataset_config": (None, None),
+    "data.text_field": ("text", None),
+    "data.text_end": ("eos", None),
     "finetune.lora.target_modules": (None, ["q_proj", "k_proj", "v_proj", "o_proj"]),
 }
 """Defaults that came when runs existed, and what those recorded in their place (None: no such key)."""

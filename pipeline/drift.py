@@ -30,6 +30,9 @@ PROBE_POSITIONS = 64
 PROBE_NEW_TOKENS = 32
 """Tokens generated greedily after each prompt."""
 
+_TEXT_PROMPT = 32
+"""Tokens that a row of running text is continued from."""
+
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SHOWN_ERROR_LINES = 15
 _MIN_EQUAL_UNCACHED = 0.5
@@ -48,7 +51,7 @@ class Probe:
     prompt_mask_BL: Tensor
     prompts: list[str]
     prompt_tokens: list[list[int]]
-    """The prompts' tokens as in training: BOS (where there is one) first."""
+    """The prompts' tokens as in training: BOS (where there is one) first. Neither is there of running text."""
     num_new_tokens: int = PROBE_NEW_TOKENS
     """Generated after each prompt."""
 
@@ -66,16 +69,19 @@ class ProbeAnswer:
 
 
 def make_probe(
-    split: TokenizedSplit, prompts: Sequence[str], pad_id: int, *, num_positions: int | None = None
+    split: TokenizedSplit, prompts: Sequence[str] | None, pad_id: int, *, num_positions: int | None = None
 ) -> Probe:
     """The first rows of a split.
 
     Args:
+        prompts: the rows' prompts as text; None where rows are running text, of which the first tokens are the prompt.
         num_positions: of the model, where they are a table: no more tokens are generated than it has room for.
     """
     cpu = torch.device("cpu")
     rows = [split[index] for index in range(min(PROBE_ROWS, len(split)))]
     whole = left_pad([row for row, _ in rows], pad_id, cpu)
+    if prompts is None:
+        rows = [(row, min(_TEXT_PROMPT, len(row) - 1)) for row, _ in rows]
     prompt_rows = [row[:prompt_length] for row, prompt_length in rows]
     prompt_batch = left_pad(prompt_rows, pad_id, cpu)
     return Probe(
@@ -83,8 +89,8 @@ def make_probe(
         mask_BL=whole["attention_mask"],
         prompt_ids_BL=prompt_batch["input_ids"],
         prompt_mask_BL=prompt_batch["attention_mask"],
-        prompts=list(prompts[: len(rows)]),
-        prompt_tokens=[row.tolist() for row in prompt_rows],
+        prompts=list((prompts or [])[: len(rows)]),
+        prompt_tokens=[] if prompts is None else [row.tolist() for row in prompt_rows],
         num_new_tokens=min(PROBE_NEW_TOKENS, room_for_answers(num_positions, prompt_batch["input_ids"].shape[1])),
     )
 

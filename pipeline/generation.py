@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ConfigError
+from .memory_estimate import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -136,9 +137,16 @@ def reference_losses(
     batch = left_pad([row for row, _ in rows], pad_id, device)
     num_targets_B = torch.tensor([len(row) - prompt_length for row, prompt_length in rows], device=device)
     longest = int(num_targets_B.max())
-    logits_BLV = model(**batch, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
     targets_BL = batch["input_ids"][:, -longest:]
-    loss_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), targets_BL, reduction="none")
+    hidden_BLE = model.base_model(**batch, use_cache=False).last_hidden_state[:, -longest - 1 : -1]  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    # a few columns at a time: a wide vocabulary's logits of whole rows of text are larger than the model
+    at_once = max(1, LOGITS_AT_ONCE // (len(rows) * head.weight.shape[0]))
+    losses = [
+        F.cross_entropy(head(hidden_BCE).float().transpose(1, 2), targets_BC, reduction="none")
+        for hidden_BCE, targets_BC in zip(hidden_BLE.split(at_once, 1), targets_BL.split(at_once, 1), strict=True)
+    ]
+    loss_BL = torch.cat(losses, dim=1)
     # left padding: a row's summary is its last num_targets columns
     column_L = torch.arange(longest, device=device)
     is_summary_BL = column_L >= longest - num_targets_B[:, None]

@@ -40,6 +40,8 @@ BUCKET_BYTES = 200 * 10**6
 """Largest ZeRO communication bucket: 50 M fp32 numbers, never more than what learns."""
 GATHERED_WEIGHTS = 10**9
 """Weights that ZeRO-3 lets live at once where they are trained (DeepSpeed's stage3_max_live_parameters)."""
+LOGITS_AT_ONCE = 1 << 26
+"""Logits that evaluate's loss of references forms at a time."""
 SUMMARY_SHARE = 0.25
 """Part of a training row's tokens that belong to the summary and get logits (SAMSum: 0.15 to 0.2)."""
 FEATURE_RESULTS = {"hedgehog_exp": 1.5, "performer": 2.0, "taylor": 2.0}
@@ -368,10 +370,13 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     workspace = max(mlp, tokens * attention + span - mlp)
     formula = f"max(B T {inside}, B T {formula}{span_formula} less the MLP's B T {inside}, which is gone by then)"
     terms.append(Term("backward of one layer", workspace, formula))
-    share = 1.0 if finetune.packing else SUMMARY_SHARE
+    is_text = config.data.kind == "text"
+    share = 1.0 if finetune.packing or is_text else SUMMARY_SHARE
     # log-softmax, its gradient and the loss's, each in fp32; the logits themselves are gone by then
     logits = tokens * share * shape.vocab_size * 12
-    where = "packed rows: up to all" if finetune.packing else f"{SUMMARY_SHARE:g} of"
+    where = f"{SUMMARY_SHARE:g} of"
+    if share == 1:
+        where = "all" if is_text else "packed rows: up to all"
     later = workspace + (layer if finetune.gradient_checkpointing else 0)
     if logits > later:
         terms.append(
@@ -443,9 +448,11 @@ def _evaluate_terms(sizes: _Sizes) -> list[Term]:
     prompt = tokens * ((4 + 3 * p) * shape.hidden_size + of_positions) + layer
     formula = f"batch T (4E + 3Ep + {positions}) + max(batch T {formula}{span_formula}, batch T {inside})"
     terms.append(Term("one layer of the prompts", prompt, formula))
-    targets = evaluate.batch_size * (evaluate.max_new_tokens if evaluate.perplexity else 1)
-    logits = max(targets, rows) * shape.vocab_size * (p + 8)
-    terms.append(Term("logits", logits, "(p + 8) S · batch · summary"))
+    columns = length if config.data.kind == "text" else evaluate.max_new_tokens
+    targets = evaluate.batch_size * (columns if evaluate.perplexity else 1)
+    at_once = max(evaluate.batch_size * shape.vocab_size, LOGITS_AT_ONCE)
+    logits = max(min(targets * shape.vocab_size, at_once), rows * shape.vocab_size) * (p + 8)
+    terms.append(Term("logits", logits, f"(p + 8) min(S · batch · targets, {at_once:,})"))
     terms.append(sizes.overhead_term())
     return terms
 

@@ -70,7 +70,7 @@ def _front_matter(config: RunConfig, linear: bool) -> str:
         lines.append(f"base_model: {name}")
     if config.tiny is None:
         lines += ["license: other", "license_name: licence-of-the-base-model"]
-    lines += ["tags:", "- summarization"]
+    lines += ["tags:"] + ["- summarization"] * (config.data.kind == "dialogues")
     if linear:
         lines += ["- linear-attention", "- hedgehog"]
     return "\n".join([*lines, "---"])
@@ -78,14 +78,15 @@ def _front_matter(config: RunConfig, linear: bool) -> str:
 
 def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     base = base_name(config)
+    purpose = "summarize dialogues" if config.data.kind == "dialogues" else "go on with text"
     if not linear:
         return (
-            f"# {config.name}\n\n{base} with its softmax attention, finetuned with LoRA to summarize dialogues: the "
+            f"# {config.name}\n\n{base} with its softmax attention, finetuned with LoRA to {purpose}: the "
             f"baseline of a {facts.family.hedgehog_title} conversion. A plain {facts.family.title}."
         )
     return (
         f"# {config.name}\n\nA {facts.family.hedgehog_title}: {base} with every softmax attention replaced by learned "
-        f"linear attention (feature map `{config.model.feature_map}`) that imitates it, made to summarize dialogues. "
+        f"linear attention (feature map `{config.model.feature_map}`) that imitates it, made to {purpose}. "
         "Cost grows linearly with length, and the decoding state has a constant size. Method: Zhang, Bhatia, Kumbong, "
         'Ré, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024).'
     )
@@ -93,7 +94,11 @@ def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
 
 def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     trust = ", trust_remote_code=True" if linear else ""
-    prompt = json.dumps(config.data.prompt_template, ensure_ascii=False)
+    prompt = ['prompt = "Once upon a time"']
+    if config.data.kind == "dialogues":
+        template = json.dumps(config.data.prompt_template, ensure_ascii=False)
+        said = '    "{dialogue}", "Ann: Lunch at one? Bob: Yes, see you there!"'
+        prompt = [f"prompt = {template}.replace(", said, ")"]
     bos = "" if facts.tokenizer_adds_bos else "tokenizer.bos_token + "
     code = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -101,9 +106,7 @@ def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         'folder = "."  # this folder, or its hub id',
         f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})',
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
-        f"prompt = {prompt}.replace(",
-        '    "{dialogue}", "Ann: Lunch at one? Bob: Yes, see you there!"',
-        ")",
+        *prompt,
         f'inputs = tokenizer({bos}prompt, return_tensors="pt", return_token_type_ids=False)',
         f"output = model.generate(**inputs, max_new_tokens={config.evaluate.max_new_tokens})",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -119,21 +122,24 @@ def _scores(facts: CardFacts) -> str:
     if facts.scores is None:
         return title + "Not measured: these weights had not been scored by `hedgehog evaluate` when they were exported."
     entries = [facts.scores] + ([facts.baseline] if facts.baseline is not None else [])
-    lines = [
-        "| | ROUGE-1 (95 % interval) | ROUGE-2 | ROUGE-L | ROUGE-Lsum | loss (nats a token) | perplexity |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
-    ]
+    has_rouge = facts.scores["all"].get("rouge1") is not None
+    columns = ["ROUGE-1 (95 % interval)", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"] * has_rouge
+    columns += ["loss (nats a token)", "perplexity"]
+    lines = ["| | " + " | ".join(columns) + " |", "|:--|" + "--:|" * len(columns)]
     for entry in entries:
         scores = entry["all"]
-        cells = [entry["label"], _with_interval(scores["rouge1"])]
-        cells += [f"{scores[key]['value']:.2f}" for key in ("rouge2", "rougeL", "rougeLsum")]
+        cells = [entry["label"]]
+        if has_rouge:
+            cells += [_with_interval(scores["rouge1"])]
+            cells += [f"{scores[key]['value']:.2f}" for key in ("rouge2", "rougeL", "rougeLsum")]
         cells += [
             f"{scores[key]['value']:{form}}" if key in scores else "–"
             for key, form in (("loss_nats_per_token", ".4f"), ("perplexity", ".2f"))
         ]
         lines.append("| " + " | ".join(cells) + " |")
     ratio = facts.scores["all"].get("rouge1_ratio")
-    sentence = f"Unmerged weights, {facts.num_examples} test dialogues, ROUGE F1 x 100 with stemming."
+    what = "test dialogues, ROUGE F1 x 100 with stemming" if has_rouge else "test rows of text, each read by itself"
+    sentence = f"Unmerged weights, {facts.num_examples} {what}."
     if ratio is not None and facts.baseline is not None:
         sentence += f" ROUGE-1 is {ratio['value']:.1%} of {facts.baseline['label']}'s."
     return title + "\n".join(lines) + "\n\n" + sentence

@@ -284,6 +284,7 @@ def count_train_rows(main: Conversion, *, read: bool = True) -> tuple[int | None
         return min(limit, tiny.num_train_dialogues), []
     from .data.sources import find_sources, missing_splits, on_hub, read_sources, select_examples
 
+    read = read and data.kind == "dialogues"  # rows of text are counted in tokens
     sources, problems = find_sources(data)
     if data.dataset is not None and not on_hub(data):  # where there is none, the config is said to lack it
         problems += missing_splits(data, sources, problems)

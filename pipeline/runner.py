@@ -94,7 +94,8 @@ def _say_where_things_are(config: RunConfig) -> None:
     """The last lines of a whole run: what there is now, and what to do with it."""
     root = RunFolder.of(config)
     exported = (root.stage("export") / "model").resolve()
-    generate = ("hedgehog", "generate", str(root.root), "--text", "Ann: Lunch at one? Bob: Gladly.")
+    text = "Ann: Lunch at one? Bob: Gladly." if config.data.kind == "dialogues" else "Once upon a time"
+    generate = ("hedgehog", "generate", str(root.root), "--text", text)
     remote_code = "" if config.model.attention == "softmax" else ", trust_remote_code=True"
     reporter = Reporter("run", None, is_main=int(os.environ.get("RANK", 0)) == 0)
     reporter.info("finished.")

@@ -21,7 +21,8 @@ class VariantScores:
     """Everything measured about one variant, over the N test examples in their order."""
 
     label: str
-    rouge: rouge.RougeScores
+    rouge: rouge.RougeScores | None
+    """None where there was nothing to generate."""
     loss_N: Tensor | None
     """Summed loss of each reference summary, nats. None where perplexity was not asked for."""
     num_tokens_N: Tensor | None
@@ -68,13 +69,14 @@ def _subset_figures(
     scores: VariantScores, against: VariantScores | None, keep_N: Tensor, weights_SN: Tensor
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {"num_examples": int(keep_N.sum())}
-    for name in rouge.ROUGE_TYPES:
-        figures[name] = {
-            **rouge.mean(scores.rouge.f1_N[name][keep_N], weights_SN).as_dict(POINTS),
-            "precision": float(scores.rouge.precision_N[name][keep_N].mean()) * POINTS,
-            "recall": float(scores.rouge.recall_N[name][keep_N].mean()) * POINTS,
-        }
-    if against is not None:
+    if scores.rouge is not None:
+        for name in rouge.ROUGE_TYPES:
+            figures[name] = {
+                **rouge.mean(scores.rouge.f1_N[name][keep_N], weights_SN).as_dict(POINTS),
+                "precision": float(scores.rouge.precision_N[name][keep_N].mean()) * POINTS,
+                "recall": float(scores.rouge.recall_N[name][keep_N].mean()) * POINTS,
+            }
+    if scores.rouge is not None and against is not None and against.rouge is not None:
         ratio = rouge.ratio_of_means(
             scores.rouge.f1_N["rouge1"][keep_N], against.rouge.f1_N["rouge1"][keep_N], weights_SN
         )

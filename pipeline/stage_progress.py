@@ -143,7 +143,8 @@ def _summaries(
 
     Two kinds of batches take their own time each: those that generate, and those that measure the references' loss.
     """
-    num_made = _num_lines(place / "predictions")
+    is_text = config.data.kind == "text"
+    num_made = _num_lines(place / ("reference_losses" if is_text else "predictions"))
     num_rows = _num_rows(folder, "test")
     if num_rows is None:
         return num_made, None, None
@@ -154,6 +155,9 @@ def _summaries(
     num_made = min(num_made, total)
     generating = _step_times([record for record in records if "loss_nats" not in record])[-_ETA_STEPS:]
     measuring = _step_times([record for record in records if "loss_nats" in record])[-_ETA_STEPS:]
+    if is_text and measuring:
+        remaining_s = (total - num_made) / batch_size * sum(measuring) / len(measuring)
+        return num_made, total, remaining_s / manifest.world_size
     if not generating:
         return num_made, total, None
     remaining_s = (total - num_made) / batch_size * sum(generating) / len(generating)

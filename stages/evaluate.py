@@ -23,7 +23,7 @@ import torch
 
 from ..pipeline.data.tokenize import choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
-from ..pipeline.errors import CheckpointError, DataError, ModelError
+from ..pipeline.errors import CheckpointError, ConfigError, DataError, ModelError
 from ..pipeline.generation import (
     check_room,
     generate_summaries,
@@ -37,7 +37,7 @@ from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, UNSCORABLE, num_unsc
 from ..pipeline.row_log import RowLog, read_complete_rows
 from ..pipeline.run_folder import atomic_write, check_shard, write_json
 from ..pipeline.score_report import VariantScores, summarize_scores
-from ..pipeline.score_table import NARROW_COLUMNS, TABLE_COLUMNS, comparison_lines, markdown_report, table_rows
+from ..pipeline.score_table import comparison_lines, markdown_report, table_columns, table_rows
 from ..pipeline.stage_context import StageContext, StageResult, VariantInputs
 from ..pipeline.variants import load_variant_model, softmax_reference
 
@@ -60,6 +60,8 @@ class _TestSplit:
     tokens: TokenizedSplit
     prompt_batches: list[list[int]]
     reference_batches: list[list[int]]
+    is_text: bool = False
+    """Running text: there is nothing to generate, and no text beside the tokens."""
 
     def prompt(self, index: int) -> torch.Tensor:
         input_ids, prompt_length = self.tokens[index]
@@ -122,9 +124,11 @@ def _take_over_shards(ctx: StageContext) -> None:
 
 def _shard_result(ctx: StageContext) -> StageResult:
     """The rows are the artifact; scores need those of all shards."""
-    num_rows = {name: len(read_complete_rows(_predictions_file(ctx, name))) for name in ctx.variants}
-    ctx.reporter.info(f"shard {ctx.shard}: {', '.join(f'{n} summaries of {name}' for name, n in num_rows.items())}")
-    artifacts = {"predictions": "predictions"}
+    is_text = ctx.inputs["prepare"].summary.get("kind") == "text"
+    rows_file, what = (_losses_file, "losses") if is_text else (_predictions_file, "summaries")
+    num_rows = {name: len(read_complete_rows(rows_file(ctx, name))) for name in ctx.variants}
+    ctx.reporter.info(f"shard {ctx.shard}: {', '.join(f'{n} {what} of {name}' for name, n in num_rows.items())}")
+    artifacts = {} if is_text else {"predictions": "predictions"}
     if ctx.config.evaluate.perplexity:
         artifacts["reference_losses"] = "reference_losses"
     return StageResult(artifacts=artifacts, summary={"shard": ctx.shard, "num_rows": num_rows})
@@ -132,9 +136,16 @@ def _shard_result(ctx: StageContext) -> StageResult:
 
 def _open_test_split(ctx: StageContext) -> _TestSplit:
     prepare, settings = ctx.inputs["prepare"], ctx.config.evaluate
+    tokens = TokenizedSplit.open(prepare.artifact("tokens_test"))
+    is_text = prepare.summary.get("kind") == "text"
+    if is_text:
+        if not settings.perplexity:
+            raise ConfigError("evaluate.perplexity: false leaves nothing to measure on running text; set it to true.")
+        examples = [{"id": f"row-{number}", "seen_in_train": False} for number in range(len(tokens))]
+        batches = length_sorted_batches(tokens.lengths.tolist(), settings.batch_size)
+        return _TestSplit(examples, tokens, prompt_batches=[], reference_batches=batches, is_text=True)
     with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
         examples = [json.loads(line) for line in file]
-    tokens = TokenizedSplit.open(prepare.artifact("tokens_test"))
     if not examples:
         raise DataError("the test split has no rows: give data.test_file rows that fit data.max_length_tokens")
     check_room(
@@ -179,11 +190,15 @@ def _run_variant(ctx: StageContext, variant: VariantInputs, test: _TestSplit, nu
         to_measure = _unfinished(ctx, test.reference_batches, losses.done) if ctx.config.evaluate.perplexity else []
         if not to_generate and not to_measure:
             all_rows = f"all {len(test.examples)}" if ctx.shard is None else "this shard's"
-            ctx.reporter.info(f"{variant.label}: {all_rows} summaries are there already")
+            what = "losses" if test.is_text else "summaries"
+            ctx.reporter.info(f"{variant.label}: {all_rows} {what} are there already")
             return
-        done = f", {len(predictions.done)} done already" if predictions.done else ""
+        num_done = len((losses if test.is_text else predictions).done)
+        done = f", {num_done} done already" if num_done else ""
         of_shard = f"shard {ctx.shard} of " if ctx.shard else ""
-        ctx.reporter.info(f"{variant.label}: summarizes {of_shard}{len(test.examples)} dialogues{done}")
+        doing = f"reads {of_shard}{len(test.examples)} rows of text" if test.is_text else ""
+        doing = doing or f"summarizes {of_shard}{len(test.examples)} dialogues"
+        ctx.reporter.info(f"{variant.label}: {doing}{done}")
         generation = _load_generation(ctx)
         model = load_variant_model(
             variant.config, variant.inputs, ctx.world.device, ctx.config.engine.precision, ctx.reporter.info
@@ -278,10 +293,10 @@ def _generate_rows(model: Any, test: _TestSplit, generation: _Generation, batch:
 def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
     """Score what all ranks wrote; write rouge.json and results.md; show the table and a sample."""
     settings = ctx.config.evaluate
-    scores = {name: _score(ctx, variant) for name, variant in ctx.variants.items()}
+    scores = {name: _score(ctx, variant, test) for name, variant in ctx.variants.items()}
     reference = softmax_reference({name: variant.config for name, variant in ctx.variants.items()})
     seen_N = torch.tensor([bool(example["seen_in_train"]) for example in test.examples])
-    unscorable = num_unscorable(example["summary"] for example in test.examples)
+    unscorable = 0 if test.is_text else num_unscorable(example["summary"] for example in test.examples)
     figures = summarize_scores(
         scores,
         seen_in_train_N=seen_N,
@@ -292,6 +307,7 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
     write_json(
         ctx.folder / "rouge.json",
         {
+            "kind": "text" if test.is_text else "dialogues",
             "settings": {
                 "metric": "rouge-score, F1 in points (x 100), Porter stemming",
                 "sentences_of_rougeLsum": SENTENCE_RULE,
@@ -317,27 +333,30 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
     )
     training = {name: _training_facts(variant) for name, variant in ctx.variants.items()}
     rows, comparisons = table_rows(figures, training), comparison_lines(figures, reference)
-    title = f"{ctx.config.name}: {len(test.examples)} test dialogues"
-    atomic_write(
-        ctx.folder / "results.md", markdown_report(title, rows, comparisons, _notes(ctx, test, seen_N, unscorable))
-    )
+    title = f"{ctx.config.name}: {len(test.examples)} test {'rows of text' if test.is_text else 'dialogues'}"
+    columns, narrow = table_columns(figures)
+    notes = _notes_on_text(ctx, test) if test.is_text else _notes(ctx, test, seen_N, unscorable)
+    atomic_write(ctx.folder / "results.md", markdown_report(title, columns, rows, comparisons, notes))
 
-    ctx.reporter.table(title, TABLE_COLUMNS, rows, narrow=NARROW_COLUMNS)
+    ctx.reporter.table(title, columns, rows, narrow=narrow)
     for line in comparisons:
         ctx.reporter.info(line)
     for name, variant in figures.items():
-        if variant["generation"]["num_truncated"]:
+        if variant["generation"] and variant["generation"]["num_truncated"]:
             ctx.reporter.warning(
                 f"{ctx.variants[name].label}: {variant['generation']['num_truncated']} of {len(test.examples)} "
                 f"summaries were cut at evaluate.max_new_tokens={settings.max_new_tokens}"
             )
     if unscorable:
         ctx.reporter.warning(f"{unscorable} of {len(test.examples)} references {UNSCORABLE}. Compare the losses")
-    _show_sample(ctx, test)
-    for what, name in (("scores", "rouge.json"), ("table", "results.md"), ("summaries", "predictions")):
+    files, artifacts = {"scores": "rouge.json", "table": "results.md"}, {"rouge": "rouge.json"}
+    if not test.is_text:
+        _show_sample(ctx, test)
+        files["summaries"] = artifacts["predictions"] = "predictions"
+    for what, name in files.items():
         ctx.reporter.info(f"{what:<9} {ctx.folder / name}")
     return StageResult(
-        artifacts={"rouge": "rouge.json", "predictions": "predictions"},
+        artifacts=artifacts,
         summary={
             "num_examples": len(test.examples),
             "softmax_reference": reference,
@@ -348,7 +367,7 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
     )
 
 
-def _score(ctx: StageContext, variant: VariantInputs) -> VariantScores:
+def _score(ctx: StageContext, variant: VariantInputs, test: _TestSplit) -> VariantScores:
     predictions = read_complete_rows(_predictions_file(ctx, variant.name))
     loss_N = num_tokens_N = None
     if ctx.config.evaluate.perplexity:
@@ -358,17 +377,21 @@ def _score(ctx: StageContext, variant: VariantInputs) -> VariantScores:
         bad = [row["index"] for row in losses if not math.isfinite(row["loss_nats"])]
         if bad:
             raise ModelError(
-                f"{variant.label}: the loss of {len(bad)} reference summaries is not finite (first: row {bad[0]}); the "
+                f"{variant.label}: the loss of {len(bad)} test rows is not finite (first: row {bad[0]}); the "
                 "model's weights or feature maps hold NaN or overflow: look at its distill and finetune metrics"
             )
     model = variant.config.model
     linear = model.attention == "linear"
     return VariantScores(
         label=variant.label,
-        rouge=score_rouge([row["prediction"] for row in predictions], [row["reference"] for row in predictions]),
+        rouge=None
+        if test.is_text
+        else score_rouge([row["prediction"] for row in predictions], [row["reference"] for row in predictions]),
         loss_N=loss_N,
         num_tokens_N=num_tokens_N,
-        generation={
+        generation={}
+        if test.is_text
+        else {
             "num_truncated": sum(row["truncated"] for row in predictions),
             "num_empty": sum(not row["prediction"] for row in predictions),
             "mean_new_tokens": sum(row["num_tokens"] for row in predictions) / len(predictions),
@@ -413,6 +436,18 @@ def _notes(ctx: StageContext, test: _TestSplit, seen_N: torch.Tensor, unscorable
         "summaries, end token included. KL (nats): of the distilled from the softmax attention, after stage one. "
         "Train: minutes of distill + finetune; memory: the peak of one process.",
         *unseen_by_rouge,
+    ]
+
+
+def _notes_on_text(ctx: StageContext, test: _TestSplit) -> list[str]:
+    intervals = f" {INTERVAL_LEVEL:.0%} bootstrap intervals over rows: `rouge.json`." * bool(
+        ctx.config.evaluate.bootstrap_samples
+    )
+    return [
+        f"{len(test.examples)} rows of at most {int(test.tokens.lengths.max()):,} tokens, each read by itself, "
+        f"{ctx.config.engine.precision}. Loss (nats) and perplexity: per token, each row's first one aside.{intervals} "
+        "KL (nats): of the distilled from the softmax attention, after stage one. Train: minutes of distill + "
+        "finetune; memory: the peak of one process."
     ]
 
 

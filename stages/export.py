@@ -102,8 +102,10 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
     dtype = getattr(torch, config.export.dtype)
     tokenizer = load_prepared_tokenizer(prepare, config.model, ctx.reporter.warning)
     pad_id, _ = choose_pad_id(tokenizer)
-    with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
-        prompts = [json.loads(line)["prompt"] for line in file]
+    prompts = None
+    if prepare.summary.get("kind") != "text":
+        with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
+            prompts = [json.loads(line)["prompt"] for line in file]
     probe = make_probe(
         TokenizedSplit.open(prepare.artifact("tokens_test")),
         prompts,
@@ -114,7 +116,7 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
     stop_if_asked(_SAVED)
     model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision, ctx.reporter.info)
     stop_if_asked(_SAVED)
-    ctx.reporter.info(f"the unmerged model answers {len(probe.prompts)} test prompts")
+    ctx.reporter.info(f"the unmerged model answers {len(probe.prompt_ids_BL)} test prompts")
     reference = answer_probe(model, probe, eos_id=tokenizer.eos_token_id, pad_id=pad_id)
     stop_if_asked(_SAVED)
     tensors = merged_tensors(model, dtype)
@@ -197,6 +199,8 @@ def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: Prob
             f"export.max_logit_drift={limit:g} ({ctx.folder / 'drift.json'} has the report): export with a wider "
             "export.dtype, or raise the limit. The rejected folder was removed."
         )
+    if not probe.prompts:
+        return drift, facts["adds_bos"]
     return drift, facts["encoded_with_special_tokens"] == probe.prompt_tokens
 
 

@@ -15,6 +15,7 @@ from ..pipeline.base_folder import check_convertible
 from ..pipeline.config import DataConfig, RunConfig
 from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
 from ..pipeline.data.sources import SPLITS, Split, resolve_splits
+from ..pipeline.data.text_rows import describe_counts, read_text_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
 from ..pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
 from ..pipeline.errors import ConfigError, DataError
@@ -71,7 +72,7 @@ def _prepare(ctx: StageContext) -> StageResult:
 
     stop_if_asked(_SAVED)
     # Everything that can be refused cheaply is refused before the slow work.
-    splits = resolve_splits(data, ctx.rng)
+    splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     base_config = check_base(base, revision=model.revision)
     check_convertible(base, base_config.to_dict(), ctx.config)
     num_positions = table_length(base_config)
@@ -83,12 +84,8 @@ def _prepare(ctx: StageContext) -> StageResult:
     tokenizer_source = model.tokenizer or base
     tokenizer = load_tokenizer(tokenizer_source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)  # before its first use, which sets truncation and padding
-    dialogues = [example.dialogue for example in splits["train"].examples]
-    for doubt in [*check_vocabulary(tokenizer, base_config), *check_unknown_tokens(tokenizer, dialogues)]:
+    for doubt in check_vocabulary(tokenizer, base_config):
         ctx.reporter.warning(doubt)
-    unscorable = num_unscorable(example.summary for example in splits["test"].examples)
-    if unscorable:
-        ctx.reporter.warning(f"{unscorable} of {len(splits['test'].examples)} test summaries {UNSCORABLE}")
     pad_id, pad_reason = choose_pad_id(tokenizer)
     ctx.reporter.info(f"padding with token {pad_id}: {pad_reason}")
 
@@ -102,6 +99,47 @@ def _prepare(ctx: StageContext) -> StageResult:
     write_json(ctx.folder / "base_model.json", described)
     artifacts.setdefault("base_model", "base_model.json")
 
+    if data.kind == "text":
+        figures = _write_text(ctx, tokenizer, data, artifacts)
+    else:
+        figures = _write_dialogues(ctx, tokenizer, data, splits, artifacts, num_positions)
+
+    longest_input = getattr(base_config, "max_position_embeddings", None)
+    longest_row = max(split["length_max"] for split in figures.values())
+    if longest_input is not None and longest_row > longest_input:
+        ctx.reporter.warning(
+            f"rows of up to {longest_row} tokens, but the base model was made for {longest_input}: "
+            "lower data.max_length_tokens"
+        )
+    summary: dict[str, Any] = {
+        "kind": data.kind,
+        "base_model": base,
+        "model_type": base_config.model_type,
+        "tokenizer": tokenizer_source,
+        "base_fingerprint": described["fingerprint"],
+        "tokenizer_fingerprint": described["tokenizer_fingerprint"],
+        "pad_id": pad_id,
+        "num_positions": num_positions,
+        "splits": figures,
+    }
+    return StageResult(artifacts=artifacts, summary=summary)
+
+
+def _write_dialogues(
+    ctx: StageContext,
+    tokenizer: Any,
+    data: DataConfig,
+    splits: dict[str, Split],
+    artifacts: dict[str, str],
+    num_positions: int | None,
+) -> dict[str, dict[str, int]]:
+    """Write every split and enter it in `artifacts`; returns the counts of each."""
+    dialogues = [example.dialogue for example in splits["train"].examples]
+    for doubt in check_unknown_tokens(tokenizer, dialogues):
+        ctx.reporter.warning(doubt)
+    unscorable = num_unscorable(example.summary for example in splits["test"].examples)
+    if unscorable:
+        ctx.reporter.warning(f"{unscorable} of {len(splits['test'].examples)} test summaries {UNSCORABLE}")
     figures: dict[str, dict[str, int]] = {}
     for name in SPLITS:
         stop_if_asked(_SAVED)
@@ -122,26 +160,21 @@ def _prepare(ctx: StageContext) -> StageResult:
                 "the longest test prompt",
                 "a lower data.max_length_tokens",
             )
-    _show(ctx, figures, splits)
+    _show(ctx, figures, {name: splits[name].source for name in SPLITS}, _TABLE_ROWS)
+    return figures
 
-    longest_input = getattr(base_config, "max_position_embeddings", None)
-    longest_row = max(split["length_max"] for split in figures.values())
-    if longest_input is not None and longest_row > longest_input:
-        ctx.reporter.warning(
-            f"rows of up to {longest_row} tokens, but the base model was made for {longest_input}: "
-            "lower data.max_length_tokens"
-        )
-    summary: dict[str, Any] = {
-        "base_model": base,
-        "model_type": base_config.model_type,
-        "tokenizer": tokenizer_source,
-        "base_fingerprint": described["fingerprint"],
-        "tokenizer_fingerprint": described["tokenizer_fingerprint"],
-        "pad_id": pad_id,
-        "num_positions": num_positions,
-        "splits": figures,
-    }
-    return StageResult(artifacts=artifacts, summary=summary)
+
+def _write_text(
+    ctx: StageContext, tokenizer: Any, data: DataConfig, artifacts: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    """The same of running text, of which no examples are kept: its rows are tokens."""
+    splits = read_text_splits(tokenizer, data, ctx.rng)
+    for name, split in splits.items():
+        artifacts[f"tokens_{name}"] = f"tokens_{name}.safetensors"
+        split.rows.write(ctx.folder / artifacts[f"tokens_{name}"])
+    figures = describe_counts(splits)
+    _show(ctx, figures, {name: split.source for name, split in splits.items()}, _TEXT_TABLE_ROWS)
+    return figures
 
 
 def _make_tiny_inputs(ctx: StageContext) -> tuple[str, DataConfig]:
@@ -211,8 +244,21 @@ _TABLE_ROWS = {
 }
 
 
-def _show(ctx: StageContext, figures: dict[str, dict[str, int]], splits: dict[str, Split]) -> None:
+_TEXT_TABLE_ROWS = {
+    "rows": "rows cut",
+    "held_out": "held out for validation",
+    "left_out": "left out (sampled)",
+    "used": "rows used",
+    "tokens": "tokens",
+    "length_p50": "  a row: median",
+    "length_max": "  a row: longest",
+}
+
+
+def _show(
+    ctx: StageContext, figures: dict[str, dict[str, int]], sources: dict[str, str], shown: dict[str, str]
+) -> None:
     for name in SPLITS:
-        ctx.reporter.info(f"{name}: {splits[name].source}")
-    rows = [[label, *(f"{figures[name][key]:,}" for name in SPLITS)] for key, label in _TABLE_ROWS.items()]
+        ctx.reporter.info(f"{name}: {sources[name]}")
+    rows = [[label, *(f"{figures[name][key]:,}" for name in SPLITS)] for key, label in shown.items()]
     ctx.reporter.table("Rows and tokens", ["", *SPLITS], rows)

@@ -54,7 +54,8 @@ def fingerprint_local_inputs(model: ModelConfig, data: DataConfig) -> dict[str, 
             if path is not None and path.is_file():
                 found[f"{key} {value}"] = hash_file(path)
             elif path is not None and path.is_dir():
-                files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+                suffixes = (".json", ".jsonl", ".txt") if data.kind == "text" else (".json", ".jsonl")
+                files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
                 found[f"{key} {value}"] = _fingerprint_files(files)
     base = Path(model.base).expanduser() if model.base else None
     tokenizer = Path(model.tokenizer).expanduser() if model.tokenizer else base

@@ -1,4 +1,4 @@
-"""Rows of a JSON file, either one list of objects or one object a line, told apart by the content."""
+"""Rows of a JSON file, either one list of objects or one object a line, told apart by the content; and plain text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ..errors import DataError
 _JSON_TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
+_TEXT_BYTES = 1 << 16
+"""About as much of a text file is one row."""
 _BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
@@ -43,6 +45,30 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _list_rows(path, text)
     else:
         yield from _line_rows(path, text)
+
+
+def read_text(path: Path, field: str) -> Iterator[Row]:
+    """Yield a file of plain text in parts of some pages that end with a line, each as `field` of a row.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8; with file and line.
+    """
+    number = 1
+    try:
+        with open(path, "rb") as file:
+            while lines := file.readlines(_TEXT_BYTES):
+                part = b"".join(lines)
+                try:
+                    text = part.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    line = number + error.object[: error.start].count(b"\n")
+                    raise DataError(
+                        f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
+                    ) from None
+                yield Row({field: text}, f"{path}:{number}")
+                number += len(lines)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _list_rows(path: Path, text: str) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..config import DataConfig
 from ..config_checks import Problem
 from ..errors import DataError
-from .json_rows import Row, read_rows
+from .json_rows import Row, read_rows, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def read_splits(data: DataConfig) -> tuple[dict[str, Split], list[Problem]]:
     sources, problems = find_sources(data)
     if on_hub(data):
         try:
-            sources = _hub_sources(str(data.dataset)) | sources
+            sources = _hub_sources(str(data.dataset), data.dataset_config) | sources
         except DataError as error:
             problems.append(Problem(("data.dataset",), str(error)))
     problems += missing_splits(data, sources, problems)
@@ -114,6 +114,21 @@ def read_sources(sources: Mapping[str, Source], data: DataConfig) -> tuple[dict[
     return splits, problems
 
 
+def read_sources_of(data: DataConfig) -> dict[str, Source]:
+    """The source of every split that has one, in the order of SPLITS; a dataset on the hub is fetched.
+
+    Raises:
+        DataError: train or test has none, or what is named cannot be one.
+    """
+    sources, problems = find_sources(data)
+    if on_hub(data):
+        sources = _hub_sources(str(data.dataset), data.dataset_config) | sources
+    problems += missing_splits(data, sources, problems)
+    if problems:
+        raise DataError("\n".join(str(problem) for problem in problems))
+    return {name: sources[name] for name in SPLITS if name in sources}
+
+
 def missing_splits(data: DataConfig, sources: Mapping[str, Source], problems: Iterable[Problem]) -> list[Problem]:
     """Splits that a run needs and nothing gives, apart from those that `problems` are about."""
     told = {problem.keys[0] for problem in problems}
@@ -121,9 +136,10 @@ def missing_splits(data: DataConfig, sources: Mapping[str, Source], problems: It
     for split in ("train", "test"):
         if split not in sources and not told & {f"data.{split}_file", "data.dataset"}:
             where = f"{data.dataset} has no {split} split" if data.dataset else f"there is no {split} split"
+            stem, *others = [_FILE_STEMS[split][0] + _suffixes(data)[0], *_suffixes(data)[1:]]
             message = (
-                f"{where}; set data.{split}_file to a .json or .jsonl file, or data.dataset to a folder that holds "
-                f"{_FILE_STEMS[split][0]}.json or .jsonl"
+                f"{where}; set data.{split}_file to a {' or '.join(_suffixes(data))} file, or data.dataset to a folder "
+                f"that holds {' or '.join([stem, *others])}"
             )
             found.append(Problem((f"data.{split}_file", "data.dataset"), message))
     return found
@@ -172,6 +188,8 @@ class Source:
     read: Callable[[], Iterable[Row]]
     key: str = "data.dataset"
     """The config's key that names it."""
+    is_one_text: bool = False
+    """Whether its rows are the lines of one text."""
 
 
 def on_hub(data: DataConfig) -> bool:
@@ -200,11 +218,22 @@ def find_sources(data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
         if file is not None:
             path, key = Path(file).expanduser(), f"data.{split}_file"
             if path.is_file():
-                sources[split] = Source(str(path), partial(read_rows, path), key)
+                sources[split] = _file_source(path, data, key)
             else:
                 sources.pop(split, None)
                 problems.append(Problem((key,), f"{file} is a folder" if path.is_dir() else f"there is no file {file}"))
     return sources, problems
+
+
+def _suffixes(data: DataConfig) -> tuple[str, ...]:
+    return (".txt", *_FILE_SUFFIXES) if data.kind == "text" else _FILE_SUFFIXES
+
+
+def _file_source(path: Path, data: DataConfig, key: str = "data.dataset") -> Source:
+    """JSON rows, or of running text also a file of it, whatever it is called."""
+    if data.kind == "text" and path.suffix not in _FILE_SUFFIXES:
+        return Source(str(path), partial(read_text, path, data.text_field), key, is_one_text=True)
+    return Source(str(path), partial(read_rows, path), key)
 
 
 def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
@@ -213,7 +242,7 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
     for split, stems in _FILE_STEMS.items():
         if getattr(data, f"{split}_file") is not None:
             continue
-        names = [stem + suffix for stem in stems for suffix in _FILE_SUFFIXES]
+        names = [stem + suffix for stem in stems for suffix in _suffixes(data)]
         found = [folder / name for name in names if (folder / name).is_file()]
         if len(found) > 1:
             message = (
@@ -222,18 +251,18 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
             )
             problems.append(Problem((f"data.{split}_file", "data.dataset"), message))
         elif found:
-            sources[split] = Source(str(found[0]), partial(read_rows, found[0]))
+            sources[split] = _file_source(found[0], data)
     if not sources and not problems and any(getattr(data, f"{split}_file") is None for split in ("train", "test")):
-        message = f"{folder}: holds no train, validation (val) or test file ending in .json or .jsonl"
+        message = f"{folder}: holds no train, validation (val) or test file ending in {' or '.join(_suffixes(data))}"
         problems.append(Problem(("data.dataset",), message))
     return sources, problems
 
 
-def _hub_sources(name: str) -> dict[str, Source]:
+def _hub_sources(name: str, config: str | None) -> dict[str, Source]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the hub's client has a family of errors of its own, and network ones besides
         reason = " ".join(str(error).split())[:200]
         raise DataError(

@@ -125,6 +125,10 @@ class TextEncoder:
         """Tokens of whole texts, with BOS and EOS: what a base model is pretrained on."""
         return [self._prefix + ids for ids in self.summaries(texts)]
 
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts that are parts of something longer: neither BOS nor EOS."""
+        return self._encode(texts)
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []

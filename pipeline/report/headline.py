@@ -7,7 +7,7 @@ from collections import Counter
 from ..go_on import shown
 from ..model_card import base_name, short_name
 from ..run_folder import MAIN, STAGES
-from ..score_table import TABLE_COLUMNS, comparison_lines, table_rows
+from ..score_table import comparison_lines, table_columns, table_rows
 from ..status import StageStatus
 from .blocks import prose
 from .markup import Markup, joined, tag
@@ -91,9 +91,11 @@ def _result(scores: Scores) -> str:
     if MAIN not in main:
         return ""
     nothing = {name: {"minutes": None, "peak_memory_bytes": None} for name in main}
-    row = dict(zip(TABLE_COLUMNS, table_rows(main, nothing)[0], strict=True))
-    loss = "" if row["loss"] == "–" else f", loss {row['loss']} nats a token"
-    return f"{row['variant']}: ROUGE-1 is {row['ROUGE-1']}{loss}."
+    row = dict(zip(table_columns(main)[0], table_rows(main, nothing)[0], strict=True))
+    said = [f"ROUGE-1 is {row['ROUGE-1']}"] if "ROUGE-1" in row else []
+    said += [f"loss {row['loss']} nats a token"] if row["loss"] != "–" else []
+    said += [f"perplexity {row['perplexity']}"] if "ROUGE-1" not in row else []
+    return f"{row['variant']}: {', '.join(said)}."
 
 
 def _stage(run: RunFiles, stage: str, stale: Stale) -> Markup:
@@ -107,7 +109,7 @@ def _stage(run: RunFiles, stage: str, stale: Stale) -> Markup:
     parts = [
         s.state == "done" for s in run.statuses if s.stage == stage and s.variant is None and (s.layers or s.shard)
     ]
-    said, state = _state(main), main.state
+    said, state = _state(main, run), main.state
     if state == "not started" and parts:
         said, state = f"in parts, {sum(parts)} of {len(parts)} done", "unfinished"
     if main.title in stale.titles:
@@ -122,12 +124,12 @@ def _stage(run: RunFiles, stage: str, stale: Stale) -> Markup:
     )
 
 
-def _state(status: StageStatus) -> str:
+def _state(status: StageStatus, run: RunFiles) -> str:
     if status.state == "skipped":
         return "had nothing to do"
     if status.state != "unfinished" or status.step is None:
         return status.state
-    what = "summaries" if status.stage == "evaluate" else "steps"
+    what = ("rows" if run.is_text else "summaries") if status.stage == "evaluate" else "steps"
     return f"unfinished, {status.step:,} of {status.total_steps:,} {what}" if status.total_steps else status.state
 
 

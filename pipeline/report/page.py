@@ -41,7 +41,7 @@ def page(run: RunFiles, written_at: datetime) -> str:
             stage_one(run),
             stage_two(run),
             cost(run, stale),
-            summaries(run),
+            None if run.is_text else summaries(run),
             provenance(run),
         ),
         tag("footer", f"Written by hedgehog report on {written_at:%Y-%m-%d %H:%M} UTC."),

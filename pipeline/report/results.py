@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..score_table import TABLE_COLUMNS, comparison_lines, table_rows
+from ..score_table import comparison_lines, table_columns, table_rows
 from .blocks import figure, notes, prose, section, table
 from .interval_chart import Estimate, interval_chart
 from .markup import Markup, tag
@@ -30,7 +30,7 @@ def results(run: RunFiles, scores: Scores | str, stale: Stale) -> Markup:
         "Results",
         _outdated(stale),
         prose("What evaluate noted of the training cannot be read.", "warning") if training is None else None,
-        table(TABLE_COLUMNS, rows, caption="Scores of all variants"),
+        table(table_columns(scores.figures)[0], rows, caption="Scores of all variants"),
         tag("ul", *(tag("li", line) for line in comparisons)) if comparisons else None,
         tag(
             "div",
@@ -96,6 +96,16 @@ def _outdated(stale: Stale) -> Markup | None:
 
 def _how_measured(scores: Scores) -> Iterator[str]:
     file = scores.file
+    if file.kind == "text":
+        yield f"{file.num_examples} rows of text, each read by itself, {file.settings.precision}."
+        if file.settings.intervals.samples:
+            yield "The chart's lines are 95 % bootstrap intervals over rows."
+        yield (
+            "Loss and perplexity: per token, each row's first one aside. KL, in nats: of the distilled from the "
+            "softmax attention, after stage one. Train: minutes of distill and finetune; memory: the peak of one "
+            "process."
+        )
+        return
     generation = file.settings.generation
     search = "greedy" if generation.num_beams == 1 else f"{generation.num_beams} beams"
     seen = file.num_examples_seen_in_train
@@ -106,7 +116,7 @@ def _how_measured(scores: Scores) -> Iterator[str]:
     without = [
         f"{variant['label']} {variant['unseen']['rouge1']['value']:.2f}"
         for variant in scores.figures.values()
-        if variant["unseen"] is not None
+        if variant["unseen"] is not None and variant["unseen"]["rouge1"] is not None
     ]
     if seen and without:
         yield f"ROUGE-1 without those: {', '.join(without)}."

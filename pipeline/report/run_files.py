@@ -91,6 +91,11 @@ class RunFiles:
         return next((files for files in self.of_stage(stage) if files.variant == name and not files.is_part), None)
 
     @property
+    def is_text(self) -> bool:
+        """Whether it is a run on running text, of which nothing is summarized."""
+        return self.config is not None and self.config.data.kind == "text"
+
+    @property
     def converted_to(self) -> str:
         """What the conversion makes: `Hedgehog-Llama`, which it was where prepare did not yet say so."""
         prepare = self.whole("prepare")

@@ -22,9 +22,9 @@ class _Figure(_Read):
 
 class _Subset(_Read):
     num_examples: int
-    rouge1: _Figure
-    rouge2: _Figure
-    rougeL: _Figure
+    rouge1: _Figure | None = None
+    rouge2: _Figure | None = None
+    rougeL: _Figure | None = None
     rouge1_ratio: _Figure | None = None
     loss_nats_per_token: _Figure | None = None
     loss_gap_nats_per_token: _Figure | None = None
@@ -54,6 +54,7 @@ class _Settings(_Read):
 
 
 class _File(_Read):
+    kind: str = "dialogues"
     settings: _Settings
     num_examples: int
     num_examples_seen_in_train: int = 0

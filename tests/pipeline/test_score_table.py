@@ -55,7 +55,7 @@ def test_table_and_sentences():
         "loss +0.5000 nats a token (+0.2500 to +0.7500)",
         "plain: ROUGE-1 is 0.0% of softmax + LoRA's",
     ]
-    report = markdown_report("title", rows, lines, ["note"])
+    report = markdown_report("title", TABLE_COLUMNS, rows, lines, ["note"])
     assert report.startswith("# title\n\n| variant | ROUGE-1 |") and report.endswith("note\n")
     assert report.count("\n| ") == 4
 

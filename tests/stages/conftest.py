@@ -203,3 +203,38 @@ def copied_run(finished_run: RunConfig, tmp_path: Path) -> RunConfig:
     """A copy of `finished_run` for one test alone."""
     shutil.copytree(finished_run.output_dir, tmp_path / "runs")
     return finished_run.model_copy(update={"output_dir": str(tmp_path / "runs")})
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., RunConfig]:
+    """tiny_config(root, **sections): a run `g` that makes a GPT-2 of 60,000 weights, softmax attention beside it."""
+
+    def make(root: Path, **sections: Any) -> RunConfig:
+        schedule = {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 4}
+        values: dict[str, Any] = {
+            "name": "g",
+            "output_dir": str(root),
+            "tiny": {
+                "architecture": "gpt2",
+                "num_train_dialogues": 30,
+                "num_validation_dialogues": 5,
+                "num_test_dialogues": 6,
+                "vocab_size": 400,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "intermediate_size": 64,
+                "pretrain_steps": 6,
+                "pretrain_batch_size": 4,
+            },
+            "data": {"max_length_tokens": 512},
+            "distill": schedule,
+            "finetune": schedule,
+            "evaluate": {"batch_size": 3, "max_new_tokens": 8, "bootstrap_samples": 20},
+            "engine": {"zero_stage": 0, "precision": "float32", "device": "cpu", "cpu_threads": 1},
+            "export": {"dtype": "float32"},
+            "variants": {"softmax": {"overrides": {"model.attention": "softmax"}}},
+        }
+        return RunConfig.model_validate({**values, **sections})
+
+    return make

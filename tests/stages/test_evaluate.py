@@ -361,7 +361,7 @@ def test_a_model_that_gives_nan_is_named(copied_run: RunConfig, monkeypatch: pyt
         return [(math.nan, 1) for _ in rows]
 
     monkeypatch.setattr(evaluate, "reference_losses", nan_losses)
-    with pytest.raises(ModelError, match=r"main: the loss of 7 reference summaries is not finite"):
+    with pytest.raises(ModelError, match=r"main: the loss of 7 test rows is not finite"):
         run_stage(copied_run, "evaluate")
 
 

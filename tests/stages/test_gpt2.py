@@ -102,40 +102,11 @@ def test_packed_rows_have_the_loss_of_their_own(new_run: Callable[..., Run]) -> 
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., RunConfig]) -> Path:
     """All stages of a built-in GPT-2, softmax attention beside it."""
     root = tmp_path_factory.mktemp("tiny")
     run_pipeline(tiny_config(root))
     return root / "g"
-
-
-def tiny_config(root: Path, **sections: Any) -> RunConfig:
-    schedule = {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 4}
-    values: dict[str, Any] = {
-        "name": "g",
-        "output_dir": str(root),
-        "tiny": {
-            "architecture": "gpt2",
-            "num_train_dialogues": 30,
-            "num_validation_dialogues": 5,
-            "num_test_dialogues": 6,
-            "vocab_size": 400,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 2,
-            "intermediate_size": 64,
-            "pretrain_steps": 6,
-            "pretrain_batch_size": 4,
-        },
-        "data": {"max_length_tokens": 512},
-        "distill": schedule,
-        "finetune": schedule,
-        "evaluate": {"batch_size": 3, "max_new_tokens": 8, "bootstrap_samples": 20},
-        "engine": {"zero_stage": 0, "precision": "float32", "device": "cpu", "cpu_threads": 1},
-        "export": {"dtype": "float32"},
-        "variants": {"softmax": {"overrides": {"model.attention": "softmax"}}},
-    }
-    return RunConfig.model_validate({**values, **sections})
 
 
 def test_the_whole_pipeline(tiny_run: Path) -> None:
@@ -170,7 +141,7 @@ def test_the_export_pads_with_its_end(tiny_run: Path) -> None:
         assert torch.equal(row[-5:], alone[-5:])
 
 
-def test_a_softmax_variant_is_exported_as_a_plain_gpt2(tiny_run: Path) -> None:
+def test_a_softmax_variant_is_exported_as_a_plain_gpt2(tiny_run: Path, tiny_config: Callable[..., RunConfig]) -> None:
     run_stage(tiny_config(tiny_run.parent), "export", variant="softmax")
     folder = tiny_run / "variants/softmax/export/model"
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), GPT2LMHeadModel)
@@ -184,7 +155,9 @@ def test_the_report_says_what_was_made(tiny_run: Path) -> None:
     assert "Hedgehog-GPT-2 conversion" in page and "a small GPT-2 pretrained" in page and "Llama" not in page
 
 
-def test_more_new_tokens_than_positions_are_refused_before_any_work(tiny_run: Path, tmp_path: Path) -> None:
+def test_more_new_tokens_than_positions_are_refused_before_any_work(
+    tiny_run: Path, tmp_path: Path, tiny_config: Callable[..., RunConfig]
+) -> None:
     wanted = tiny_config(tmp_path, evaluate={"max_new_tokens": 1000})
     with pytest.raises(ConfigError, match=r"longest test prompt has \d+ tokens, with 1000 new ones .* 1024 positions"):
         run_stage(wanted, "prepare")

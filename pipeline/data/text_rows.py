@@ -1,0 +1,194 @@
+"""Running text becomes rows of equal length, for runs on plain text (`data.kind: text`):
+
+    documents, EOS behind each ──▶ one stream of tokens ──▶ [BOS] data.max_length_tokens - 1 of them, again and again
+
+A row's first token is its prompt: all others are predicted, so that the loss of finetuning and of evaluation is that of
+language modelling, each row by itself. BOS stands where the tokenizer has one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import DataConfig
+from ..errors import DataError
+from ..interrupts import stop_if_asked
+from .sources import SPLITS, Source, SplitCounts, read_sources_of
+from .tokenize import TextEncoder
+from .tokens import TokenizedSplit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_CHARACTERS_AT_ONCE = 1 << 20
+"""Text per call of the tokenizer."""
+_SHORTEST_ROW = 16
+"""Tokens; what is left over at a split's end and is shorter is dropped."""
+
+
+@dataclass
+class TextSplit:
+    """Rows of one split, where they came from, and what became of what was read."""
+
+    rows: TokenizedSplit
+    source: str
+    counts: SplitCounts
+
+
+def read_text_splits(
+    tokenizer: Any, data: DataConfig, generator: Callable[[str], torch.Generator]
+) -> dict[str, TextSplit]:
+    """Train, validation and test as rows of `data.max_length_tokens` tokens.
+
+    Without a source of its own, validation is `data.num_validation_examples` rows of train. `data.max_train_examples`
+    samples rows; `data.max_test_examples` takes the first ones.
+
+    Raises:
+        DataError: a split without a source or without rows, a file that cannot be read, a row without text.
+        Interrupted: a signal came; nothing is saved.
+    """
+    splits = {}
+    for name, source in read_sources_of(data).items():
+        rows, num_texts, num_empty = _cut(tokenizer, source, data)
+        if not len(rows):
+            raise DataError(
+                f"{source.name}: less text than a row of {_SHORTEST_ROW} tokens ({num_texts} texts, {num_empty} empty)"
+            )
+        splits[name] = TextSplit(rows, source.name, SplitCounts(rows=len(rows)))
+    train, test = splits["train"], splits["test"]
+    if "validation" in splits:
+        _keep(splits["validation"], data.num_validation_examples, generator("validation sample"))
+    else:
+        splits["validation"] = _hold_out(train, data.num_validation_examples, generator("validation held out"))
+    if data.max_train_examples is not None:
+        _keep(train, data.max_train_examples, generator("train sample"))
+    if data.max_test_examples is not None and len(test.rows) > data.max_test_examples:
+        test.counts.left_out = len(test.rows) - data.max_test_examples
+        test.rows = _take(test.rows, list(range(data.max_test_examples)))
+    for split in splits.values():
+        split.counts.used = len(split.rows)
+    return {name: splits[name] for name in SPLITS}
+
+
+def _cut(tokenizer: Any, source: Source, data: DataConfig) -> tuple[TokenizedSplit, int, int]:
+    """The rows of a source, the number of its texts, and of those that were empty."""
+    encoder = TextEncoder(tokenizer)
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    body = data.max_length_tokens - len(head)
+    flat, offsets, waiting = array("i"), array("q", [0]), array("i")
+
+    def close(num_tokens: int) -> None:
+        flat.extend(head)
+        flat.extend(waiting[:num_tokens])
+        offsets.append(len(flat))
+        del waiting[:num_tokens]
+
+    counts = _Counts()
+    end = tokenizer.eos_token_id if data.text_end == "eos" else None
+    for texts, ends in _batches(source, data, counts):
+        stop_if_asked("tokenizing begins anew")
+        for ids, is_end in zip(encoder.pieces(texts), ends, strict=True):
+            waiting.extend(ids)
+            if is_end and end is not None:
+                waiting.append(end)
+        while len(waiting) >= body:
+            close(body)
+    if len(waiting) + len(head) >= _SHORTEST_ROW:
+        close(len(waiting))
+    rows = TokenizedSplit(
+        torch.frombuffer(flat, dtype=torch.int32) if flat else torch.empty(0, dtype=torch.int32),
+        torch.frombuffer(offsets, dtype=torch.int64),
+        torch.ones(len(offsets) - 1, dtype=torch.int32),
+    )
+    return rows, counts.texts, counts.empty
+
+
+@dataclass
+class _Counts:
+    texts: int = 0
+    empty: int = 0
+
+
+def _batches(source: Source, data: DataConfig, counts: _Counts) -> Iterator[tuple[list[str], list[bool]]]:
+    """Texts to tokenize together, and behind which of them a document ends."""
+    texts: list[str] = []
+    ends: list[bool] = []
+    num_characters = 0
+    for row in source.read():
+        counts.texts += 1
+        if data.text_field not in row.fields:
+            found = ", ".join(sorted(map(str, row.fields))) or "none"
+            raise DataError(
+                f"{row.place}: no field '{data.text_field}' (fields found: {found}); set data.text_field to the right "
+                "one"
+            )
+        text = row.fields[data.text_field]
+        if not isinstance(text, str):
+            raise DataError(f"{row.place}: field '{data.text_field}' must be text, not {type(text).__name__}")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        if not text:
+            counts.empty += 1
+            continue
+        texts.append(text)
+        ends.append(not source.is_one_text)
+        num_characters += len(text)
+        if num_characters >= _CHARACTERS_AT_ONCE:
+            yield texts, ends
+            texts, ends, num_characters = [], [], 0
+    if texts:
+        ends[-1] = True
+        yield texts, ends
+
+
+def _take(rows: TokenizedSplit, indices: list[int]) -> TokenizedSplit:
+    """These rows, in this order."""
+    lengths = rows.lengths[indices]
+    pieces = [rows.input_ids[int(rows.offsets[i]) : int(rows.offsets[i + 1])] for i in indices]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return TokenizedSplit(torch.cat(pieces), offsets, rows.prompt_lengths[indices])
+
+
+def _sample(count: int, size: int, generator: torch.Generator) -> list[int]:
+    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
+
+
+def _keep(split: TextSplit, size: int, generator: torch.Generator) -> None:
+    if len(split.rows) > size:
+        split.counts.left_out += len(split.rows) - size
+        split.rows = _take(split.rows, _sample(len(split.rows), size, generator))
+
+
+def _hold_out(train: TextSplit, size: int, generator: torch.Generator) -> TextSplit:
+    if size * 2 > len(train.rows):
+        raise DataError(
+            f"{train.source}: {len(train.rows)} rows are too few to hold {size} out for validation; lower "
+            "data.num_validation_examples or give data.validation_file"
+        )
+    chosen = _sample(len(train.rows), size, generator)
+    others = sorted(set(range(len(train.rows))) - set(chosen))
+    held_out = TextSplit(_take(train.rows, chosen), f"{train.source} (held out)", SplitCounts(rows=size))
+    train.counts.held_out = size
+    train.rows = _take(train.rows, others)
+    return held_out
+
+
+def describe_counts(splits: Mapping[str, TextSplit]) -> dict[str, dict[str, int]]:
+    """Counts of each split, and its tokens, as a manifest's summary has them."""
+    figures = {}
+    for name, split in splits.items():
+        lengths = split.rows.lengths.sort().values
+        figures[name] = {
+            **split.counts.as_dict(),
+            "tokens": int(lengths.sum()),
+            "length_p50": int(lengths[len(lengths) // 2]),
+            "length_max": int(lengths[-1]),
+        }
+    return figures
+
+
+__all__ = ["TextSplit", "describe_counts", "read_text_splits"]

@@ -1,0 +1,143 @@
+"""Running text becomes rows: nothing lost, nothing twice, EOS where a text ends, a message for what cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hedgehog.pipeline.config import DataConfig
+from hedgehog.pipeline.data import json_rows, text_rows
+from hedgehog.pipeline.data.text_rows import describe_counts, read_text_splits
+from hedgehog.pipeline.data.tiny_tokenizer import make_tokenizer
+from hedgehog.pipeline.data.tokenize import load_tokenizer
+from hedgehog.pipeline.errors import DataError
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "that", "ran", "to", "park", "Friday", "\n"]
+
+
+def text(num_words: int, seed: int = 0) -> str:
+    picks = torch.randint(0, len(WORDS), (num_words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[i] for i in picks) + "\n"
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def tokenizer(request, tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    make_tokenizer(request.param, [text(2000), "Zoë's café 😀"], 320, folder)
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    (tmp_path / "train.txt").write_text(text(3000), encoding="utf-8")
+    (tmp_path / "test.txt").write_text(text(400, seed=1), encoding="utf-8")
+    return tmp_path
+
+
+def splits(tokenizer: Any, folder: Path, **data: Any) -> dict[str, Any]:
+    values = {"kind": "text", "dataset": str(folder), "max_length_tokens": 32, "num_validation_examples": 3, **data}
+    return read_text_splits(tokenizer, DataConfig.model_validate(values), lambda name: torch.Generator().manual_seed(1))
+
+
+def stream(split: Any, bos: int | None) -> list[int]:
+    """All tokens in order, the BOS that begins each row aside."""
+    rows = [split.rows[i][0].tolist() for i in range(len(split.rows))]
+    assert bos is None or all(row[0] == bos for row in rows)
+    return [token for row in rows for token in (row if bos is None else row[1:])]
+
+
+def test_a_plain_file_is_one_text_cut_into_equal_rows(tokenizer, files):
+    found = splits(tokenizer, files)["test"]
+    assert found.rows.lengths[:-1].unique().tolist() == [32] and 16 <= found.rows.lengths[-1] <= 32
+    assert found.rows.prompt_lengths.tolist() == [1] * len(found.rows)
+    ids = stream(found, tokenizer.bos_token_id)
+    written = (files / "test.txt").read_text(encoding="utf-8")
+    expected = [*tokenizer(written, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert ids == expected[: len(ids)] and len(expected) - len(ids) < 16, "no more than a short rest is dropped"
+    assert ids.count(tokenizer.eos_token_id) <= 1
+
+
+def test_parts_of_a_long_file_are_put_together_again(tokenizer, files, monkeypatch):
+    """Lines are read some pages at a time, and tokenized so: tokens may differ at those borders only."""
+    whole = tokenizer.decode(stream(splits(tokenizer, files)["test"], tokenizer.bos_token_id))
+    monkeypatch.setattr(json_rows, "_TEXT_BYTES", 100)
+    monkeypatch.setattr(text_rows, "_CHARACTERS_AT_ONCE", 250)
+    in_parts = tokenizer.decode(stream(splits(tokenizer, files)["test"], tokenizer.bos_token_id))
+    # sentencepiece begins each part with a space of its own
+    assert in_parts.replace(" ", "")[:900] == whole.replace(" ", "")[:900]
+
+
+@pytest.mark.parametrize("text_end", ["eos", "nothing"])
+def test_each_text_of_a_json_file_ends(tokenizer, files, text_end):
+    texts = [text(30, seed=seed).replace("\n", "\r\n") for seed in range(12)]
+    lines = [json.dumps({"text": t}) for t in [*texts, ""]]
+    (files / "test.txt").unlink()
+    (files / "test.jsonl").write_text("\n".join(lines))
+    found = splits(tokenizer, files, text_end=text_end)["test"]
+    ids = stream(found, tokenizer.bos_token_id)
+    eos = tokenizer.eos_token_id
+    expected: list[int] = []
+    for one in texts:
+        expected += tokenizer(one.replace("\r\n", "\n"), add_special_tokens=False).input_ids
+        expected += [eos] * (text_end == "eos")
+    expected += [eos] * (text_end == "nothing")  # where everything ends
+    assert ids == expected[: len(ids)] and len(expected) - len(ids) < 16
+
+
+def test_end_tokens_inside_a_text_are_plain_characters(tokenizer, files):
+    (files / "test.txt").write_text(f"{text(100)}{tokenizer.eos_token}{text(100)}")
+    ids = stream(splits(tokenizer, files)["test"], tokenizer.bos_token_id)
+    assert tokenizer.eos_token_id not in ids[:-1]
+
+
+def test_rows_are_held_out_sampled_and_counted(tokenizer, files):
+    whole = splits(tokenizer, files)
+    rows = {
+        tuple(whole[name].rows[i][0].tolist()) for name in ("train", "validation") for i in range(len(whole[name].rows))
+    }
+    total = whole["train"].counts.rows
+    assert len(whole["validation"].rows) == 3 and len(whole["train"].rows) == total - 3
+    assert whole["train"].counts.held_out == 3 and len(rows) == total, "no row is lost, none is in both"
+    less = splits(tokenizer, files, max_train_examples=5, max_test_examples=2)
+    assert [len(less[name].rows) for name in ("train", "validation", "test")] == [5, 3, 2]
+    assert less["test"].rows[1][0].tolist() == whole["test"].rows[1][0].tolist()
+    figures = describe_counts(less)
+    assert figures["train"]["left_out"] == total - 8 and figures["train"]["used"] == 5
+    assert figures["test"]["tokens"] == 64
+    (files / "validation.txt").write_text(text(300, seed=3))
+    own = splits(tokenizer, files)
+    assert own["train"].counts.held_out == 0 and len(own["validation"].rows) == 3
+    again = splits(tokenizer, files)
+    assert all(torch.equal(again[name].rows.input_ids, own[name].rows.input_ids) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "test.jsonl",
+            b'{"story": "x"}',
+            r"test\.jsonl:1: no field 'text' \(fields found: story\); set data\.text_field",
+        ),
+        ("test.jsonl", b'{"text": 3}', r"test\.jsonl:1: field 'text' must be text, not int"),
+        ("test.txt", b"good line\n\xff\xfe bad\n", r"test\.txt:2: not UTF-8 text"),
+        ("test.txt", b"short", r"test\.txt: less text than a row of 16 tokens"),
+        ("test.txt", b"", r"test\.txt: less text than a row"),
+        (None, b"", r"has no test split; set data\.test_file to a \.txt or \.json or \.jsonl file"),
+    ],
+)
+def test_what_cannot_be_used_is_told(tokenizer, files, name, content, message):
+    (files / "test.txt").unlink()
+    if name is not None:
+        (files / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        splits(tokenizer, files)
+
+
+def test_too_few_rows_to_hold_some_out(tokenizer, files):
+    with pytest.raises(DataError, match=r"are too few to hold 5000 out for validation; lower data\.num_validation"):
+        splits(tokenizer, files, num_validation_examples=5000)
