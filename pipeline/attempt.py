@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .config import RunConfig
-from .config_loading import apply_variant, as_recorded, config_differences, flatten
+from .config_loading import apply_variant, canonical, config_differences, flatten
 from .distributed import World
 from .errors import CheckpointError
 from .manifest import Manifest, StageInput, fingerprint, read_manifest
@@ -112,7 +112,7 @@ def describe(
         variants=variants,
         sections=sections,
         consumed=consumed,
-        fingerprint=fingerprint({"stage": stage, "config": sections, "consumed": consumed}),
+        fingerprint=fingerprint({"stage": stage, "config": canonical(sections), "consumed": consumed}),
         force=force,
         unfinished=getattr(module, "still_to_do", None),
         quiet=Reporter(title, None, is_main=world.is_main),
@@ -129,7 +129,7 @@ def stage_module(stage: str) -> ModuleType:
 
 def stage_sections(config: RunConfig, module: ModuleType) -> dict[str, Any]:
     """The part of the config that a stage's result depends on, flattened to dotted keys."""
-    flat = as_recorded(flatten(config))
+    flat = flatten(config)
     wanted = tuple(module.SECTIONS)
     ignored = module.IGNORED | (_MAP_KEYS if config.model.attention == "softmax" else frozenset())
     return {

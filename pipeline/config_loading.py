@@ -40,15 +40,15 @@ _PATH_KEYS = (
     "engine.deepspeed_config",
 )
 _MAX_REPAIRS = 4
-_DEFAULTS_SINCE: dict[str, tuple[Any, Any]] = {
-    "tiny.architecture": ("llama", None),
-    "data.kind": ("dialogues", None),
-    "data.dataset_config": (None, None),
-    "data.text_field": ("text", None),
-    "data.text_end": ("eos", None),
-    "finetune.lora.target_modules": (None, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+_SAME: dict[str, tuple[list[Any], Any]] = {
+    "tiny.architecture": (["llama"], None),
+    "data.kind": (["dialogues"], None),
+    "data.dataset_config": ([None], None),
+    "data.text_field": (["text"], None),
+    "data.text_end": (["eos"], None),
+    "finetune.lora.target_modules": ([None, ["c_attn", "attn.c_proj"]], ["q_proj", "k_proj", "v_proj", "o_proj"]),
 }
-"""Defaults that came when runs existed, and what those recorded in their place (None: no such key)."""
+"""Values that say the same as what runs recorded before there were such (None: they had no such key)."""
 _ABSENT = "(not set)"
 _NULLS = ("", "null", "~")
 
@@ -165,25 +165,26 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def as_recorded(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat config as manifests have it: what a new key or default stands for is written as it was before there was
-    one, so that runs go on that were begun then."""
-    recorded = dict(flat)
-    for key, (default, before) in _DEFAULTS_SINCE.items():
-        if key in recorded and recorded[key] == default:
-            del recorded[key]
+def canonical(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config as fingerprints are taken of it: keys and defaults that came later are written as what stood for
+    them before, so that runs go on that were begun then."""
+    found = dict(flat)
+    for key, (same, before) in _SAME.items():
+        if key in found and found[key] in same:
+            del found[key]
             if before is not None:
-                recorded[key] = before
-    return recorded
+                found[key] = before
+    return found
 
 
 def config_differences(old: RunConfig | Mapping[str, Any], new: RunConfig | Mapping[str, Any]) -> list[str]:
     """Lines such as `distill.learning_rate: 0.01 → 0.001` for every key that differs; flat mappings do as well."""
     before = flatten(old) if isinstance(old, RunConfig) else dict(old)
     after = flatten(new) if isinstance(new, RunConfig) else dict(new)
+    was, is_now = canonical(before), canonical(after)
     lines = []
     for key in [*before, *(key for key in after if key not in before)]:
-        if key in before and key in after and before[key] == after[key]:
+        if was.get(key, _ABSENT) == is_now.get(key, _ABSENT):
             continue
         shown = [show_value(values[key]) if key in values else _ABSENT for values in (before, after)]
         lines.append(f"{key}: {shown[0]} → {shown[1]}")

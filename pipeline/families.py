@@ -48,13 +48,22 @@ def shape_from_fields(fields: Mapping[str, Any]) -> ModelShape:
     return family_of("config.json", fields.get("model_type")).from_fields(fields)
 
 
+def family_of_config(config: Any) -> type[ModelShape]:
+    """The family of a transformers configuration, of a base model or a converted one.
+
+    Raises:
+        ModelError: none of them.
+    """
+    return family_of("the model", config.model_type.removeprefix("hedgehog_"))
+
+
 def table_length(config: Any) -> int | None:
     """How many positions a model has, where they are a table; None where any position can be had.
 
     Args:
         config: a transformers configuration, of a base model or a converted one.
     """
-    family = FAMILIES[config.model_type.removeprefix("hedgehog_")]
+    family = family_of_config(config)
     return config.max_position_embeddings if family.positions_are_a_table else None
 
 
@@ -63,4 +72,12 @@ def lora_modules(config: LoraConfig, family: type[ModelShape]) -> tuple[str, ...
     return family.attention_modules if config.target_modules is None else config.target_modules
 
 
-__all__ = ["FAMILIES", "HUB_SHAPES", "family_of", "lora_modules", "shape_from_fields", "table_length"]
+__all__ = [
+    "FAMILIES",
+    "HUB_SHAPES",
+    "family_of",
+    "family_of_config",
+    "lora_modules",
+    "shape_from_fields",
+    "table_length",
+]

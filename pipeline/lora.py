@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import CheckpointError, ConfigError
-from .families import FAMILIES, lora_modules
+from .families import family_of_config, lora_modules
 from .run_folder import atomic_directory
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Pef
     import peft
     from transformers.pytorch_utils import Conv1D
 
-    targets = lora_modules(config, FAMILIES[model.config.model_type.removeprefix("hedgehog_")])
+    targets = lora_modules(config, family_of_config(model.config))
     names = [name for name, _ in model.named_modules()]
     unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unknown:  # peft only complains where nothing at all matches

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import FAMILIES
-from .model_shape import ModelShape
+from .families import family_of_config
 
 _FULL_PRECISION_MODULES = ("feature_map_q", "feature_map_k")
 
@@ -58,7 +57,7 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, MergedTens
                 continue
             if not adapted:
                 written.add(id(tensor))
-            is_turned = _is_quantized(tensor) and _family(model).linears_are_transposed
+            is_turned = _is_quantized(tensor) and family_of_config(model.config).linears_are_transposed
             shape = _full_shape(tensor)
             tensors[f"{name}.{key}"] = MergedTensor(
                 shape=shape[::-1] if is_turned else shape,
@@ -83,10 +82,6 @@ def _full_shape(tensor: Tensor) -> tuple[int, ...]:
     """Shape after dequantization: four-bit weights are stored packed."""
     state: Any = getattr(tensor, "quant_state", None)
     return tuple(tensor.shape if state is None else state.shape)
-
-
-def _family(model: Any) -> type[ModelShape]:
-    return FAMILIES[model.config.model_type.removeprefix("hedgehog_")]
 
 
 def _merge(module: nn.Module, key: str, lora: Any, dtype: torch.dtype, is_turned: bool) -> Callable[[], Tensor]:

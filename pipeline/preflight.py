@@ -178,7 +178,7 @@ def _module_errors(config: RunConfig, shape: ModelShape | None) -> Iterator[Prob
         yield Problem(key, f"empty; {theirs}.")
     for module in modules:
         if module not in known:
-            near = difflib.get_close_matches(module, known, n=1)
+            near = difflib.get_close_matches(module, known, n=1, cutoff=0.75)
             meant = f"did you mean {near[0]}?" if near else f"{theirs}."
             yield Problem(key, f"unknown module {module}; {meant}")
 
@@ -249,12 +249,18 @@ def _base_errors(reading: Reading) -> Iterator[Problem]:
 
 def _length_errors(config: RunConfig) -> list[Problem]:
     """Rows that are longer than the base's table of positions, where it has one."""
-    shape, length = _shape(config), config.data.max_length_tokens
-    if shape is None or not shape.positions_are_a_table or length <= (shape.max_length_tokens or 0):
+    shape, length, new = _shape(config), config.data.max_length_tokens, config.evaluate.max_new_tokens
+    if shape is None or not shape.positions_are_a_table:
         return []
-    keys = ("data.max_length_tokens", "model.base", "tiny.architecture")
-    most = shape.max_length_tokens
-    return [Problem(keys, f"{length}, but the base model has {most} positions: give at most {most}.")]
+    most = shape.max_length_tokens or 0
+    found = []
+    if length > most:
+        keys = ("data.max_length_tokens", "model.base", "tiny.architecture")
+        found.append(Problem(keys, f"{length}, but the base model has {most} positions: give at most {most}."))
+    if new >= most:
+        keys = ("evaluate.max_new_tokens", "model.base", "tiny.architecture")
+        found.append(Problem(keys, f"{new}, but the base model has {most} positions for a prompt and new tokens."))
+    return found
 
 
 def _tokenizer_errors(config: RunConfig) -> list[Problem]:

@@ -157,7 +157,7 @@ def _length_notes(config: RunConfig, shape: ModelShape) -> list[str]:
         return []
     if longest > limit:
         return [f"data.max_length_tokens: {longest} is more than the {limit} tokens that the base model was made for."]
-    if longest + new > limit:
+    if longest + new > limit and config.data.kind == "dialogues":
         return [
             f"evaluate.max_new_tokens: {longest} tokens of a prompt and {new} new ones pass the base model's {limit}."
         ]

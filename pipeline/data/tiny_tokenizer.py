@@ -11,10 +11,11 @@ from typing import Any
 
 def make_tokenizer(architecture: str, texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Train the family's kind of tokenizer on `texts` and save it, so that AutoTokenizer loads `folder`."""
-    if architecture == "gpt2":
-        _save_byte_level_bpe(texts, vocab_size, folder)
-    else:
-        save_tokenizer(train_tokenizer(texts, vocab_size), folder)
+    _KINDS[architecture](texts, vocab_size, folder)
+
+
+def _save_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    save_tokenizer(train_tokenizer(texts, vocab_size), folder)
 
 
 def _save_byte_level_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
@@ -78,3 +79,6 @@ def _llama_tokenizer(folder: Path) -> Any:
     from transformers import LlamaTokenizer
 
     return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+
+
+_KINDS = {"llama": _save_sentencepiece, "gpt2": _save_byte_level_bpe}

@@ -41,12 +41,12 @@ class GPT2Architecture(Architecture):
         # is its baseline; with dropout torch's CPU attention would also form T x T weights.
         return {"attn_pdrop": 0.0}
 
-    def complete(self, model: Any) -> None:
+    def loaded(self, base: Any) -> None:
         """GPT-2's activation in one operation: gelu_new is the same function in eight, four results of which training
         keeps, and each of which bfloat16 rounds."""
-        if model.config.activation_function == "gelu_new":
-            model.config.activation_function = "gelu_pytorch_tanh"
-            for block in model.transformer.h:
+        if base.config.activation_function == "gelu_new":
+            base.config.activation_function = "gelu_pytorch_tanh"
+            for block in base.transformer.h:
                 block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
 
     def tiny_config(self, tiny: TinyConfig) -> GPT2Config:

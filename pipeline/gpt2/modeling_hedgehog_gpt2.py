@@ -79,7 +79,7 @@ class HedgehogGPT2PreTrainedModel(HedgehogPreTrainedModel, GPT2PreTrainedModel):
 class HedgehogGPT2Model(HedgehogDecoder, HedgehogGPT2PreTrainedModel):
     """The decoder stack: see HedgehogDecoder for its arguments.
 
-    ValueError for a token beyond the `n_positions` that there are.
+    ValueError for more tokens than the `n_positions` that there are; on a CPU also for a position given beyond them.
     """
 
     unread_arguments = ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask")

@@ -42,7 +42,7 @@ class GPT2Shape(ModelShape):
     def from_fields(cls, fields: Mapping[str, Any]) -> GPT2Shape:
         sizes: dict[str, Any] = {name: fields.get(own, fields.get(name)) for name, own in _NAMES.items()}
         whole_sizes({own: sizes[name] for name, own in _NAMES.items()}, tuple(_NAMES.values()))
-        whole_sizes(fields, ("vocab_size",))
+        whole_sizes(fields, ("vocab_size",) if fields.get("n_inner") is None else ("vocab_size", "n_inner"))
         hidden, num_heads = sizes["hidden_size"], sizes["num_attention_heads"]
         if hidden % num_heads:
             raise ModelError(f"config.json has n_embd {hidden}, no multiple of n_head {num_heads}")
@@ -54,7 +54,7 @@ class GPT2Shape(ModelShape):
             num_heads=num_heads,
             num_key_value_heads=num_heads,
             head_dim=hidden // num_heads,
-            intermediate_size=fields.get("n_inner") or 4 * hidden,
+            intermediate_size=4 * hidden if fields.get("n_inner") is None else fields["n_inner"],
             vocab_size=fields["vocab_size"],
             max_length_tokens=sizes["max_position_embeddings"],
             tied_embeddings=bool(fields.get("tie_word_embeddings", True)),

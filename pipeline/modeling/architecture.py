@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..families import family_of
+from ..families import family_of, family_of_config
 from .hedgehog_decoder import HedgehogCausalLM
 
 if TYPE_CHECKING:
@@ -59,8 +59,12 @@ class Architecture(ABC):
         """Fields of a converted model's config that differ from the base's."""
         return {}
 
+    def loaded(self, base: Any) -> None:
+        """What a base model gets in place of modules that transformers gave it; its numbers stay, but for roundings."""
+        self.complete(base)
+
     def complete(self, model: Any) -> None:  # noqa: B027 (most have nothing to do)
-        """What is left to do for a model that was loaded, or that has another's modules, to stand on its own."""
+        """What is left to do for a model that has another's modules to stand on its own."""
 
     @abstractmethod
     def tiny_config(self, tiny: TinyConfig) -> PreTrainedConfig:
@@ -99,8 +103,7 @@ def architecture_of(model_or_config: Any) -> Architecture:
     Raises:
         ModelError: of a family that cannot be converted.
     """
-    config = getattr(model_or_config, "config", model_or_config)
-    return architecture(config.model_type.removeprefix("hedgehog_"))
+    return architecture(family_of_config(getattr(model_or_config, "config", model_or_config)).model_type)
 
 
 def architecture(model_type: str) -> Architecture:

@@ -27,7 +27,6 @@ __all__ = [
     "load_feature_maps",
     "load_hedgehog",
     "save_feature_maps",
-    "to_plain_base",
 ]
 
 _NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "auto_map", "quantization_config")
@@ -41,7 +40,12 @@ def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogCausa
     Raises ModelError for a value that the config refuses.
     """
     architecture = architecture_of(base)
-    fields = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_CARRIED_OVER}
+    fields = {
+        name: value
+        for name, value in base.config.to_dict().items()
+        # what is derived from others may stand in a config.json all the same
+        if name not in _NOT_CARRIED_OVER and not isinstance(getattr(architecture.config_class, name, None), property)
+    }
     fields |= architecture.config_fields()
     try:
         config: Any = architecture.config_class(**{**fields, **hedgehog_fields})
@@ -75,34 +79,6 @@ def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogCausa
     if getattr(base.config, "quantization_config", None) is not None:
         config.quantization_config = base.config.quantization_config
     return model.train(base.training)
-
-
-def to_plain_base(model: HedgehogCausalLM) -> PreTrainedModel:
-    """The family's plain model that an attention="softmax" model is, around the same modules: its export needs no
-    custom code.
-
-    Raises ValueError for a model with linear attention.
-    """
-    if model.config.attention != "softmax":
-        raise ValueError("only a model with attention='softmax' is a plain one of its family")
-    architecture = architecture_of(model)
-    known = set(architecture.base_config_class().to_dict())
-    fields = {
-        name: value for name, value in model.config.to_dict().items() if name in known and name not in _NOT_CARRIED_OVER
-    }
-    config: Any = architecture.base_config_class(**fields)
-    config._attn_implementation = model.config._attn_implementation
-    config.architectures = [architecture.base_class.__name__]
-    with no_init_weights(), torch.device("meta"):
-        plain: Any = architecture.base_class(config)
-    share_modules(architecture.decoder(plain), architecture.decoder(model), architecture.of_decoder)
-    plain.lm_head = model.lm_head
-    names = (architecture.attention_name, *architecture.of_layer)
-    for plain_layer, layer in zip(architecture.layers(plain), architecture.layers(model), strict=True):
-        share_modules(plain_layer, layer, names)
-    architecture.complete(plain)
-    plain.generation_config = model.generation_config
-    return plain.train(model.training)
 
 
 def feature_map_modules(model: HedgehogCausalLM) -> dict[tuple[int, str], nn.Module]:

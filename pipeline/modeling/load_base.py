@@ -78,7 +78,7 @@ def load_base(
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
     if quantization == "nf4":
         _keep_weights_differentiable(base)
-    architecture.complete(base)
+    architecture.loaded(base)
     return base.eval()
 
 

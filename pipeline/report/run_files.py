@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..base_folder import known_shape
 from ..config import RunConfig
-from ..errors import ConfigError, ResourceError
+from ..errors import ConfigError, ModelError, ResourceError
 from ..families import FAMILIES
 from ..go_on import commands_to_finish, shown
 from ..llama.shape import LlamaShape
@@ -97,10 +99,18 @@ class RunFiles:
 
     @property
     def converted_to(self) -> str:
-        """What the conversion makes: `Hedgehog-Llama`, which it was where prepare did not yet say so."""
+        """What the conversion makes, as the config or prepare says; of a base that nobody has looked at: `Hedgehog`."""
+        if self.config is not None and self.config.tiny is not None:
+            return FAMILIES[self.config.tiny.architecture].hedgehog_title
         prepare = self.whole("prepare")
-        model_type = None if prepare is None else prepare.manifest.summary.get("model_type")
-        return FAMILIES.get(str(model_type), LlamaShape).hedgehog_title
+        if prepare is not None and prepare.manifest.status == "done":
+            # before it was noted, there were Llamas only
+            noted = prepare.manifest.summary.get("model_type", LlamaShape.model_type)
+            return FAMILIES[noted].hedgehog_title if noted in FAMILIES else "Hedgehog"
+        shape = None
+        with suppress(ModelError):
+            shape = known_shape(self.config) if self.config is not None and self.config.model.base else None
+        return "Hedgehog" if shape is None else shape.hedgehog_title
 
     def what_makes(self, missing: str) -> str:
         """The sentence that names the command by which something comes about; empty where the run is finished."""

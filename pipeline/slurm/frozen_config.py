@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from ..config import RunConfig
-from ..config_loading import as_recorded, config_differences, dump_resolved, flatten, load_config
+from ..config_loading import config_differences, dump_resolved, flatten, load_config
 from ..errors import ConfigError, ResourceError
 from ..run_folder import atomic_write
 
@@ -26,7 +26,7 @@ def freeze(config: RunConfig, file: Path) -> None:
 def differences(submitted: RunConfig, now: RunConfig) -> list[str]:
     """Lines such as `finetune.epochs: 2.0 → 3.0` for what matters to a job."""
     before, after = (
-        {k: v for k, v in as_recorded(flatten(config)).items() if not k.startswith(_FREE) and k not in _OWN_OPTIONS}
+        {k: v for k, v in flatten(config).items() if not k.startswith(_FREE) and k not in _OWN_OPTIONS}
         for config in (submitted, now)
     )
     return config_differences(before, after)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..base_folder import known_shape
 from ..config import RunConfig
-from ..config_loading import apply_variant, as_recorded, config_differences, flatten
+from ..config_loading import apply_variant, config_differences, flatten
 from ..errors import ConfigError
 from ..feature_map_checks import UNTRAINED_MAPS
 from ..manifest import read_manifest
@@ -280,6 +280,8 @@ def _train_rows(config: RunConfig, folder: RunFolder) -> tuple[int | None, float
     rows = HUB_TRAIN_ROWS.get(str(config.data.dataset))
     if config.tiny is not None:
         rows = config.tiny.num_train_dialogues
+    if config.data.kind == "text":
+        return config.data.max_train_examples, config.data.max_length_tokens, True
     rows = rows if rows is None else min(rows, config.data.max_train_examples or rows)
     return rows, _ASSUMED_FILL * config.data.max_length_tokens, True
 
@@ -290,10 +292,10 @@ def _check_manifests(config: RunConfig, folder: RunFolder, jobs: Sequence[Job]) 
     Raises:
         ConfigError: with the differences.
     """
-    main = as_recorded(flatten(config))
+    main = flatten(config)
     faults: list[str] = []
     for job in jobs:
-        values = main if job.variant is None else as_recorded(flatten(apply_variant(config, job.variant)))
+        values = main if job.variant is None else flatten(apply_variant(config, job.variant))
         stage = job.run_stage
         folders = [folder.stage(stage, job.variant)]
         if job.element_option == "--layers":

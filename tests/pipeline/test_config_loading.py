@@ -12,7 +12,7 @@ import yaml
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import (
     apply_variant,
-    as_recorded,
+    canonical,
     config_differences,
     dump_resolved,
     flatten,
@@ -329,12 +329,17 @@ def test_loading_a_config_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_defaults_that_came_later_are_recorded_as_before():
+def test_what_came_later_is_no_difference_to_runs_from_before():
     """A run that was begun without `tiny.architecture`, and with LoRA's modules spelt out, goes on."""
-    base = {"name": "x", "tiny": {}}
-    recorded = as_recorded(flatten(RunConfig.model_validate(base)))
-    assert "tiny.architecture" not in recorded
-    assert recorded["finetune.lora.target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    other = {**base, "tiny": {"architecture": "gpt2"}, "finetune": {"lora": {"target_modules": ["c_attn"]}}}
-    recorded = as_recorded(flatten(RunConfig.model_validate(other)))
-    assert recorded["tiny.architecture"] == "gpt2" and recorded["finetune.lora.target_modules"] == ["c_attn"]
+    now = flatten(RunConfig.model_validate({"name": "x", "tiny": {}}))
+    before = {key: value for key, value in now.items() if key not in ("tiny.architecture", "data.kind")}
+    before["finetune.lora.target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert canonical(now) == canonical(before) and config_differences(before, now) == []
+    gpt2 = flatten(RunConfig.model_validate({"name": "x", "tiny": {"architecture": "gpt2"}}))
+    assert canonical(gpt2)["tiny.architecture"] == "gpt2"
+    assert config_differences(before, gpt2) == ['tiny.architecture: (not set) → "gpt2"']
+    spelt_out = {**gpt2, "finetune.lora.target_modules": ["c_attn", "attn.c_proj"]}
+    assert config_differences(gpt2, spelt_out) == [], "null, for a GPT-2"
+    less = {**now, "finetune.lora.target_modules": ["q_proj"]}
+    assert config_differences(now, less) == ['finetune.lora.target_modules: null → ["q_proj"]']
+    assert config_differences(now, {**now, "data.kind": "text"}) == ['data.kind: "dialogues" → "text"']

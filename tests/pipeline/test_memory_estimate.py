@@ -193,7 +193,7 @@ def test_the_pass_of_a_gpt2_teacher_takes_what_the_estimate_says(mlp: int):
     shape = GPT2Shape(width, 3, 8, 8, 32, mlp, vocab, length)
     sizes = {"n_embd": width, "n_inner": mlp, "n_layer": 3, "n_head": 8, "n_positions": length}
     base = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=vocab, bos_token_id=2, eos_token_id=2))
-    architecture_of(base).complete(base)
+    architecture_of(base).loaded(base)
     batch = {
         "input_ids": torch.zeros(1, length, dtype=torch.long),
         "mask": torch.ones(1, length, dtype=torch.bool),

@@ -20,6 +20,7 @@ from hedgehog.pipeline.gpt2.configuration_hedgehog_gpt2 import HedgehogGPT2Confi
 from hedgehog.pipeline.lora import attach_lora
 from hedgehog.pipeline.memory_estimate import estimate_memory
 from hedgehog.pipeline.merging import merged_tensors
+from hedgehog.pipeline.modeling.architecture import architecture_of
 from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules
 from hedgehog.pipeline.modeling.load_base import load_base
 from hedgehog.pipeline.summary_loss import SummaryLoss
@@ -73,6 +74,7 @@ def test_openais_own_files_load(tmp_path, ids_BL):
         ({"n_positions": 64}, r"wpe\.weight has shape \[32, 64\], config.json makes it \[64, 64\]"),
         ({"n_head": 3}, "n_embd 64, no multiple of n_head 3"),
         ({"n_head": 0}, "config.json lacks n_head, or they are no positive numbers"),
+        ({"n_inner": 0}, "config.json lacks n_inner, or they are no positive numbers"),
         ({"add_cross_attention": True}, "add_cross_attention: only a GPT-2 by itself"),
         ({"model_type": "hedgehog_gpt2"}, "already a Hedgehog-GPT-2; a run starts from the GPT-2"),
         ({"n_embd": "large"}, "config.json: not a valid GPT-2 configuration|config.json lacks n_embd"),
@@ -110,7 +112,9 @@ def test_a_step_takes_what_the_estimate_says(attention):
     """Weights, AdamW's moments and what a training step of stage two allocates, the embedding's dropout included."""
     width, length = 128, 512
     sizes = {"n_embd": width, "n_layer": 4, "vocab_size": 256, "n_positions": length}
-    model: Any = convert_base(make_gpt2(**sizes), attention=attention)
+    base = make_gpt2(**sizes)
+    architecture_of(base).loaded(base)
+    model: Any = convert_base(base, attention=attention)
     values = {
         "name": "x",
         "model": {"base": "gpt2", "attention": attention},
@@ -145,6 +149,18 @@ def test_room_for_new_tokens():
         check_room(32, 30, 4, "the prompt", "a shorter text")
     with pytest.raises(ConfigError, match="positions that the base model has: a shorter text"):
         check_room(32, 40, 4, "the prompt", "a shorter text")
+
+
+def test_a_position_given_beyond_the_table_is_refused(ids_BL):
+    with pytest.raises(ValueError, match="position 40, and"):
+        convert_base(make_gpt2())(ids_BL, position_ids=torch.arange(32, 41)[None])
+
+
+def test_a_derived_size_in_config_json_is_passed_over(tmp_path, ids_BL):
+    make_gpt2().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "head_dim": 16}))
+    assert convert_base(load_base(tmp_path, dtype="float32"))(ids_BL).logits.isfinite().all()
 
 
 def test_arguments_that_would_be_passed_over_are_refused(ids_BL):

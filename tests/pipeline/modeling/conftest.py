@@ -55,7 +55,6 @@ def make_gpt2(**overrides) -> GPT2LMHeadModel:
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
-        "activation_function": "gelu_pytorch_tanh",
         "tie_word_embeddings": False,
     }
     overrides.pop("num_key_value_heads", None)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from hedgehog.pipeline.errors import ModelError
 from hedgehog.pipeline.feature_map_file import read_feature_maps, write_feature_maps
@@ -18,7 +15,6 @@ from hedgehog.pipeline.modeling.convert import (
     load_feature_maps,
     load_hedgehog,
     save_feature_maps,
-    to_plain_base,
 )
 
 LEARNED = ["hedgehog_softmax", "hedgehog_exp", "hedgehog_joint", "relu"]
@@ -94,32 +90,6 @@ def test_rope_frequencies_survive_a_cast_to_bfloat16(new_llama):
     model = convert_base(llama).to(torch.bfloat16)
     assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
-
-
-def test_a_softmax_model_is_a_plain_llama_again(new_llama, token_ids, tmp_path):
-    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
-    llama = new_llama(rope_parameters=rope)
-    plain = to_plain_base(convert_base(llama, attention="softmax"))
-    plain.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
-    assert not {"feature_map", "attention", "chunk_size", "auto_map"} & set(config)
-    ids_BL = token_ids(2, 7)
-    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path)(ids_BL).logits, llama(ids_BL).logits)
-    with pytest.raises(ValueError, match="softmax"):
-        to_plain_base(convert_base(llama))
-
-
-def test_a_softmax_model_is_a_plain_gpt2_again(new_gpt2, token_ids, tmp_path):
-    gpt2 = new_gpt2(attn_pdrop=0.1, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=True)
-    plain = to_plain_base(convert_base(gpt2, attention="softmax"))
-    plain.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
-    assert config["attn_pdrop"] == 0, "linear attention's baseline drops as little"
-    assert not {"feature_map", "attention", "chunk_size", "auto_map"} & set(config)
-    ids_BL = token_ids(2, 7)
-    assert torch.equal(GPT2LMHeadModel.from_pretrained(tmp_path)(ids_BL).logits, gpt2(ids_BL).logits)
 
 
 def test_no_attention_weight_is_dropped_where_gpt2_did(new_gpt2):
