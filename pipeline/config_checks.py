@@ -79,6 +79,21 @@ def check_world(config: RunConfig, world_size: int, stage: str | None = None) ->
         raise ConfigError("\n".join(str(problem) for problem in problems))
 
 
+_OF_DIALOGUES = (
+    ("data", "dialogue_field"),
+    ("data", "summary_field"),
+    ("data", "id_field"),
+    ("data", "prompt_template"),
+    ("data", "overlong"),
+    ("data", "drop_train_duplicates"),
+    ("evaluate", "num_beams"),
+    ("evaluate", "min_new_tokens"),
+    ("evaluate", "no_repeat_ngram_size"),
+)
+_OF_TEXT = (("data", "text_field"), ("data", "text_end"))
+"""Keys, with their section, that runs on the other kind of data do not look at."""
+
+
 def notes(config: RunConfig) -> list[Problem]:
     """Settings without effect, which somebody may have meant otherwise."""
     return list(_notes(config))
@@ -165,6 +180,11 @@ def _notes(config: RunConfig) -> Iterator[Problem]:
         for key in ("feature_dim", "feature_map_options"):
             if getattr(model, key):
                 yield Problem((f"model.{key}",), "has no effect while model.attention is softmax.")
+    kind = config.data.kind
+    for section, name in _OF_DIALOGUES if kind == "text" else _OF_TEXT:
+        part = getattr(config, section)
+        if getattr(part, name) != type(part).model_fields[name].default:
+            yield Problem((f"{section}.{name}",), f"has no effect while data.kind is {kind}.")
     for name, schedule in (("distill", config.distill), ("finetune", finetune)):
         if (
             schedule.max_steps is not None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from hedgehog.pipeline import generation
 from hedgehog.pipeline.config import EvaluateConfig
 from hedgehog.pipeline.generation import (
     generate_summaries,
@@ -111,7 +112,10 @@ def test_shortest_length_and_ngrams_are_obeyed(model):
         assert len(set(row.token_ids)) == len(row.token_ids)
 
 
-def test_reference_loss_is_that_of_each_row_alone(model):
+@pytest.mark.parametrize("logits_at_once", [1 << 26, 300, 1])
+def test_reference_loss_is_that_of_each_row_alone(model, logits_at_once, monkeypatch):
+    """However few positions have their logits at a time."""
+    monkeypatch.setattr(generation, "LOGITS_AT_ONCE", logits_at_once)
     rows = [(torch.cat([prompt, torch.tensor([4, 5, EOS][:n])]), len(prompt)) for n, prompt in enumerate(prompts(), 1)
             if n <= 3]  # fmt: skip
     measured = reference_losses(model, rows, PAD)

@@ -282,6 +282,8 @@ def test_rows_that_are_no_json(folder):
         (["finetune.train_feature_maps=false", "finetune.feature_map_learning_rate=1e-3"], "has no effect"),
         (["distill.max_steps=3", "distill.epochs=2"], "distill.epochs: has no effect while max_steps is set"),
         (["model.attention=softmax", "model.feature_dim=8"], "has no effect while model.attention is softmax"),
+        (["data.kind=text", "data.overlong=truncate_dialogue"], "overlong: has no effect while data.kind is text"),
+        (["data.text_end=nothing"], "data.text_end: has no effect while data.kind is dialogues"),
         (["engine.zero_stage=3"], "hold the whole model in every process"),
         (["distill.layers=0"], "joined by `hedgehog merge`"),
     ],
