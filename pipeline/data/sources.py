@@ -262,7 +262,7 @@ def _hub_sources(name: str, config: str | None) -> dict[str, Source]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, config)
+        loaded = datasets.load_dataset(name) if config is None else datasets.load_dataset(name, config)
     except Exception as error:  # the hub's client has a family of errors of its own, and network ones besides
         reason = " ".join(str(error).split())[:200]
         raise DataError(
