@@ -170,6 +170,8 @@ def _evaluate_errors(config: RunConfig) -> Iterator[Problem]:
             ("evaluate.min_new_tokens", "evaluate.max_new_tokens"),
             f"{evaluate.min_new_tokens} is more than max_new_tokens {evaluate.max_new_tokens}.",
         )
+    if config.data.kind == "text" and not evaluate.perplexity:
+        yield Problem(("evaluate.perplexity", "data.kind"), "false leaves nothing to measure on running text.")
 
 
 def _notes(config: RunConfig) -> Iterator[Problem]:

@@ -98,6 +98,10 @@ def _cut(tokenizer: Any, source: Source, data: DataConfig) -> tuple[TokenizedSpl
                 waiting.append(end)
         while len(waiting) >= body:
             close(body)
+    if source.is_one_text and end is not None and counts.texts > counts.empty:
+        waiting.append(end)
+    while len(waiting) >= body:
+        close(body)
     if len(waiting) + len(head) >= _SHORTEST_ROW:
         close(len(waiting))
     rows = TokenizedSplit(
@@ -141,7 +145,6 @@ def _batches(source: Source, data: DataConfig, counts: _Counts) -> Iterator[tupl
             yield texts, ends
             texts, ends, num_characters = [], [], 0
     if texts:
-        ends[-1] = True
         yield texts, ends
 
 

@@ -122,6 +122,10 @@ KINDS: dict[str, tuple[list[str], str]] = {
         ["distill.global_batch_size=9", "distill.micro_batch_size=2"],
         "distill.global_batch_size (command line): 9 is not a multiple of micro_batch_size 2",
     ),
+    "nothing to measure": (
+        ["data.kind=text", "evaluate.perplexity=false"],
+        "evaluate.perplexity (command line): false leaves nothing to measure on running text",
+    ),
     "feature map": (["model.feature_map=hedgehog"], "model.feature_map (command line): unknown feature map"),
     "module": (["finetune.lora.target_modules=[fc1]"], "target_modules (command line): unknown module fc1"),
     "layers": (["distill.layers=0-2"], "distill.layers (command line): 0-2 asks for layer 2"),

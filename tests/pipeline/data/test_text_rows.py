@@ -88,6 +88,17 @@ def test_each_text_of_a_json_file_ends(tokenizer, files, text_end):
     assert ids == expected[: len(ids)] and len(expected) - len(ids) < 16
 
 
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
+def test_a_plain_file_ends_wherever_its_last_part_falls(tokenizer, files, at_once, monkeypatch):
+    """Also where that part fills a batch by itself."""
+    monkeypatch.setattr(text_rows, "_CHARACTERS_AT_ONCE", at_once)
+    found = splits(
+        tokenizer, files, max_length_tokens=4096, num_validation_examples=1, validation_file=str(files / "test.txt")
+    )
+    ids = stream(found["test"], tokenizer.bos_token_id)
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+
+
 def test_end_tokens_inside_a_text_are_plain_characters(tokenizer, files):
     (files / "test.txt").write_text(f"{text(100)}{tokenizer.eos_token}{text(100)}")
     ids = stream(splits(tokenizer, files)["test"], tokenizer.bos_token_id)
