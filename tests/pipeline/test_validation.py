@@ -122,10 +122,6 @@ KINDS: dict[str, tuple[list[str], str]] = {
         ["distill.global_batch_size=9", "distill.micro_batch_size=2"],
         "distill.global_batch_size (command line): 9 is not a multiple of micro_batch_size 2",
     ),
-    "nothing to measure": (
-        ["data.kind=text", "evaluate.perplexity=false"],
-        "evaluate.perplexity (command line): false leaves nothing to measure on running text",
-    ),
     "feature map": (["model.feature_map=hedgehog"], "model.feature_map (command line): unknown feature map"),
     "module": (["finetune.lora.target_modules=[fc1]"], "target_modules (command line): unknown module fc1"),
     "layers": (["distill.layers=0-2"], "distill.layers (command line): 0-2 asks for layer 2"),
@@ -270,6 +266,11 @@ def test_a_base_that_is_nowhere(folder):
     assert any("somebody/llama is on the hub" in note for note in report.notes)
     report = validate_config(folder / "config.yaml", ["data.dataset=samsum", "data.train_file="])
     assert any("samsum is on the hub" in note for note in report.notes), "or a folder's name that is mistyped"
+
+
+def test_text_without_its_perplexity_has_nothing_to_measure(folder):
+    (error,) = errors(folder, "data.kind=text", "evaluate.perplexity=false")
+    assert error == "evaluate.perplexity: false leaves nothing to measure on running text."
 
 
 def test_rows_that_are_no_json(folder):
