@@ -91,7 +91,6 @@ def main(folder: Path) -> None:
             tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in request["texts"]
         ],
         "encoded_with_special_tokens": [tokenizer(text).input_ids for text in request["texts"]],
-        "adds_bos": tokenizer.bos_token_id is None or tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id],
         "project_modules": sorted(name for name in sys.modules if name.partition(".")[0] == "hedgehog"),
     }
     (folder / "answer.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -74,7 +74,8 @@ class DataConfig(Section):
     text_field: str = "text"
     """Key of the text, where `kind` is text."""
     text_end: Literal["eos", "nothing"] = "eos"
-    """What stands behind each text of a JSON file or of the hub; `nothing` where rows are lines of one text."""
+    """What stands behind each text, of which a plain file is one; `nothing` where the rows of a JSON file or of the hub
+    are lines of a single text."""
     prompt_template: str = "Summarize this dialogue.\n{dialogue}\n---\nSummary:\n"
     """Text before the summary; must contain {dialogue} exactly once."""
     max_length_tokens: int = Field(default=1024, ge=16)

@@ -51,7 +51,7 @@ class Probe:
     prompt_mask_BL: Tensor
     prompts: list[str]
     prompt_tokens: list[list[int]]
-    """The prompts' tokens as in training: BOS (where there is one) first. Neither is there of running text."""
+    """The prompts' tokens as in training: BOS (where there is one) first."""
     num_new_tokens: int = PROBE_NEW_TOKENS
     """Generated after each prompt."""
 
@@ -74,7 +74,8 @@ def make_probe(
     """The first rows of a split.
 
     Args:
-        prompts: the rows' prompts as text; None where rows are running text, of which the first tokens are the prompt.
+        prompts: the rows' prompts as text; None where rows are running text: their first tokens are continued then, and
+            which texts the tokenizers are compared on is left to the caller.
         num_positions: of the model, where they are a table: no more tokens are generated than it has room for.
     """
     cpu = torch.device("cpu")

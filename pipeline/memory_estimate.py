@@ -426,12 +426,15 @@ def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[t
 def _evaluate_terms(sizes: _Sizes) -> list[Term]:
     shape, config = sizes.shape, sizes.config
     evaluate, p = config.evaluate, sizes.precision_bytes
-    rows = evaluate.batch_size * evaluate.num_beams
+    is_text = config.data.kind == "text"  # nothing is generated: neither beams, nor what is kept between tokens
+    rows = evaluate.batch_size * (1 if is_text else evaluate.num_beams)
     terms = sizes.base_terms(sharded=False)
     adapter = 4 * sizes.num_lora_weights if config.finetune.enabled else 0
     terms.append(Term("maps and adapter", 4 * sizes.num_map_weights + adapter, "4 (N_map + N_lora)", "weights"))
     length = config.data.max_length_tokens
-    if sizes.linear:
+    if is_text:
+        pass
+    elif sizes.linear:
         state = rows * state_bytes(config, shape)
         terms.append(Term("decoding state", state, "4 L H F (D + 1) · batch · beams"))
     else:
@@ -448,7 +451,7 @@ def _evaluate_terms(sizes: _Sizes) -> list[Term]:
     prompt = tokens * ((4 + 3 * p) * shape.hidden_size + of_positions) + layer
     formula = f"batch T (4E + 3Ep + {positions}) + max(batch T {formula}{span_formula}, batch T {inside})"
     terms.append(Term("one layer of the prompts", prompt, formula))
-    columns = length if config.data.kind == "text" else evaluate.max_new_tokens
+    columns = length if is_text else evaluate.max_new_tokens
     targets = evaluate.batch_size * (columns if evaluate.perplexity else 1)
     at_once = max(evaluate.batch_size * shape.vocab_size, LOGITS_AT_ONCE)
     logits = max(min(targets * shape.vocab_size, at_once), rows * shape.vocab_size) * (p + 8)

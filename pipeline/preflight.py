@@ -257,7 +257,7 @@ def _length_errors(config: RunConfig) -> list[Problem]:
     if length > most:
         keys = ("data.max_length_tokens", "model.base", "tiny.architecture")
         found.append(Problem(keys, f"{length}, but the base model has {most} positions: give at most {most}."))
-    if new >= most:
+    if new >= most and config.data.kind == "dialogues":
         keys = ("evaluate.max_new_tokens", "model.base", "tiny.architecture")
         found.append(Problem(keys, f"{new}, but the base model has {most} positions for a prompt and new tokens."))
     return found
@@ -288,12 +288,21 @@ def count_train_rows(main: Conversion, *, read: bool = True) -> tuple[int | None
     if tiny is not None:
         limit = data.max_train_examples or tiny.num_train_dialogues
         return min(limit, tiny.num_train_dialogues), []
-    from .data.sources import find_sources, missing_splits, on_hub, read_sources, select_examples
+    from .data.sources import (
+        find_sources,
+        first_text_faults,
+        missing_splits,
+        on_hub,
+        read_sources,
+        select_examples,
+    )
 
-    read = read and data.kind == "dialogues"  # rows of text are counted in tokens
     sources, problems = find_sources(data)
     if data.dataset is not None and not on_hub(data):  # where there is none, the config is said to lack it
         problems += missing_splits(data, sources, problems)
+    if data.kind == "text":  # its rows are counted in tokens, by prepare
+        problems += first_text_faults(sources, data) if read else []
+        return None, untouched(problems, main.unknown)
     splits, unreadable = read_sources(sources, data) if read else ({}, [])
     problems = untouched([*problems, *unreadable], main.unknown)
     if on_hub(data):

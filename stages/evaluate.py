@@ -309,12 +309,7 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
         {
             "kind": "text" if test.is_text else "dialogues",
             "settings": {
-                "metric": "rouge-score, F1 in points (x 100), Porter stemming",
-                "sentences_of_rougeLsum": SENTENCE_RULE,
-                "generation": {
-                    key: getattr(settings, key)
-                    for key in ("max_new_tokens", "min_new_tokens", "num_beams", "no_repeat_ngram_size")
-                },
+                **({} if test.is_text else _how_generated(ctx)),
                 "intervals": {
                     "kind": "percentile bootstrap over examples, paired between variants",
                     "level": INTERVAL_LEVEL,
@@ -322,7 +317,6 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
                     "seed": ctx.config.seed,
                 },
                 "precision": ctx.config.engine.precision,
-                "prompt_template": ctx.config.data.prompt_template,
             },
             "num_examples": len(test.examples),
             "num_examples_seen_in_train": int(seen_N.sum()),
@@ -365,6 +359,17 @@ def _report(ctx: StageContext, test: _TestSplit) -> StageResult:
             "results": "results.md",
         },
     )
+
+
+def _how_generated(ctx: StageContext) -> dict[str, Any]:
+    """How summaries were made and scored, for rouge.json."""
+    keys = ("max_new_tokens", "min_new_tokens", "num_beams", "no_repeat_ngram_size")
+    return {
+        "metric": "rouge-score, F1 in points (x 100), Porter stemming",
+        "sentences_of_rougeLsum": SENTENCE_RULE,
+        "generation": {key: getattr(ctx.config.evaluate, key) for key in keys},
+        "prompt_template": ctx.config.data.prompt_template,
+    }
 
 
 def _score(ctx: StageContext, variant: VariantInputs, test: _TestSplit) -> VariantScores:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..pipeline.config import RunConfig
-from ..pipeline.data.tokenize import choose_pad_id, load_prepared_tokenizer
+from ..pipeline.data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.drift import Probe, ProbeAnswer, answer_in_clean_process, answer_probe, make_probe, measure_drift
 from ..pipeline.errors import ModelError
@@ -112,11 +113,14 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
         pad_id,
         num_positions=prepare.summary.get("num_positions"),
     )
+    if prompts is None:  # some of the text, for the exported tokenizer to give the same tokens of
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in probe.prompt_ids_BL.tolist()]
+        probe = replace(probe, prompts=texts, prompt_tokens=TextEncoder(tokenizer).prompts(texts))
 
     stop_if_asked(_SAVED)
     model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision, ctx.reporter.info)
     stop_if_asked(_SAVED)
-    ctx.reporter.info(f"the unmerged model answers {len(probe.prompt_ids_BL)} test prompts")
+    ctx.reporter.info(f"the unmerged model answers {len(probe.prompt_ids_BL)} prompts of the test rows")
     reference = answer_probe(model, probe, eos_id=tokenizer.eos_token_id, pad_id=pad_id)
     stop_if_asked(_SAVED)
     tensors = merged_tensors(model, dtype)
@@ -199,8 +203,6 @@ def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: Prob
             f"export.max_logit_drift={limit:g} ({ctx.folder / 'drift.json'} has the report): export with a wider "
             "export.dtype, or raise the limit. The rejected folder was removed."
         )
-    if not probe.prompts:
-        return drift, facts["adds_bos"]
     return drift, facts["encoded_with_special_tokens"] == probe.prompt_tokens
 
 

@@ -111,5 +111,5 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         kind = _JSON_TYPE_NAMES.get(type(value), "a number")
-        raise DataError(f"{place}: a row must be an object with a dialogue and a summary, not {kind}")
+        raise DataError(f"{place}: a row must be an object with named fields, not {kind}")
     return value

@@ -7,7 +7,7 @@ test        ──▶ its own file; a row says whether its dialogue also stands 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 _FILE_STEMS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 _FILE_SUFFIXES = (".json", ".jsonl")
+_JSON_SUFFIXES = (*_FILE_SUFFIXES, ".ndjson")
+"""Of files that are named themselves, where `data.kind` is text; dialogues are JSON whatever their file is called."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def read_splits(data: DataConfig) -> tuple[dict[str, Split], list[Problem]]:
     sources, problems = find_sources(data)
     if on_hub(data):
         try:
-            sources = _hub_sources(str(data.dataset), data.dataset_config) | sources
+            sources = _hub_sources(data) | sources
         except DataError as error:
             problems.append(Problem(("data.dataset",), str(error)))
     problems += missing_splits(data, sources, problems)
@@ -122,7 +124,7 @@ def read_sources_of(data: DataConfig) -> dict[str, Source]:
     """
     sources, problems = find_sources(data)
     if on_hub(data):
-        sources = _hub_sources(str(data.dataset), data.dataset_config) | sources
+        sources = _hub_sources(data) | sources
     problems += missing_splits(data, sources, problems)
     if problems:
         raise DataError("\n".join(str(problem) for problem in problems))
@@ -230,8 +232,8 @@ def _suffixes(data: DataConfig) -> tuple[str, ...]:
 
 
 def _file_source(path: Path, data: DataConfig, key: str = "data.dataset") -> Source:
-    """JSON rows, or of running text also a file of it, whatever it is called."""
-    if data.kind == "text" and path.suffix not in _FILE_SUFFIXES:
+    """JSON rows, or of running text also a file of it, by what it is called."""
+    if data.kind == "text" and path.suffix.lower() not in _JSON_SUFFIXES:
         return Source(str(path), partial(read_text, path, data.text_field), key, is_one_text=True)
     return Source(str(path), partial(read_rows, path), key)
 
@@ -258,9 +260,10 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
     return sources, problems
 
 
-def _hub_sources(name: str, config: str | None) -> dict[str, Source]:
+def _hub_sources(data: DataConfig) -> dict[str, Source]:
     import datasets
 
+    name, config, suffixes = str(data.dataset), data.dataset_config, _suffixes(data)
     try:
         loaded = datasets.load_dataset(name) if config is None else datasets.load_dataset(name, config)
     except Exception as error:  # the hub's client has a family of errors of its own, and network ones besides
@@ -268,7 +271,7 @@ def _hub_sources(name: str, config: str | None) -> dict[str, Source]:
         raise DataError(
             f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
             f"{reason}). Without a network, give local files: data.dataset=FOLDER holding train, validation and test "
-            ".json or .jsonl, or data.train_file, data.validation_file, data.test_file"
+            f"{' or '.join(suffixes)}, or data.train_file, data.validation_file, data.test_file"
         ) from None
 
     def source(split: str) -> Source:
@@ -318,6 +321,44 @@ def _text(row: Row, name: str) -> str:
     return value.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+def text_of(row: Row, data: DataConfig) -> str:
+    """A row's text where `data.kind` is text, lines ending in \\n; null is none.
+
+    Raises:
+        DataError: no such field, or no text in it.
+    """
+    name = data.text_field
+    if name not in row.fields:
+        raise DataError(_missing_field(row.place, "text_field", name, row.fields))
+    text = row.fields[name]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise DataError(f"{row.place}: field '{name}' must be text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.place}: field '{name}' is no text at character {error.start + 1} (half of a surrogate pair); mend "
+            "or remove it"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def first_text_faults(sources: Mapping[str, Source], data: DataConfig) -> list[Problem]:
+    """What is wrong with the beginning of each split's text: seen without its tokens, in little time."""
+    problems = []
+    for source in sources.values():
+        try:
+            row = next(iter(source.read()), None)
+            if row is None:
+                raise DataError(f"{source.name}: is empty")
+            text_of(row, data)
+        except DataError as error:
+            problems.append(Problem((source.key, "data.text_field", "data.kind"), str(error)))
+    return problems
+
+
 def _drop_duplicates(train: Split) -> None:
     first: dict[tuple[str, str], Example] = {}
     for example in train.examples:
@@ -326,17 +367,17 @@ def _drop_duplicates(train: Split) -> None:
     train.examples = list(first.values())
 
 
-def _sample(count: int, size: int, generator: torch.Generator) -> Iterator[int]:
+def sample(count: int, size: int, generator: torch.Generator) -> list[int]:
     """`size` of the numbers below `count`, without repetition, ascending."""
     import torch
 
-    return iter(sorted(torch.randperm(count, generator=generator)[:size].tolist()))
+    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
 
 
 def _keep_sample(split: Split, size: int, generator: torch.Generator) -> None:
     if len(split.examples) > size:
         split.counts.left_out += len(split.examples) - size
-        split.examples = [split.examples[i] for i in _sample(len(split.examples), size, generator)]
+        split.examples = [split.examples[i] for i in sample(len(split.examples), size, generator)]
 
 
 def _hold_out(train: Split, size: int, generator: torch.Generator) -> Split:
@@ -347,7 +388,7 @@ def _hold_out(train: Split, size: int, generator: torch.Generator) -> Split:
             f"{train.source}: {len(dialogues)} different dialogues are too few to hold {size} out for validation; "
             "lower data.num_validation_examples or give data.validation_file"
         )
-    chosen = {dialogues[i] for i in _sample(len(dialogues), size, generator)}
+    chosen = {dialogues[i] for i in sample(len(dialogues), size, generator)}
     first: dict[str, Example] = {}
     kept = []
     for example in train.examples:

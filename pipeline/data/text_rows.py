@@ -9,24 +9,23 @@ language modelling, each row by itself. BOS stands where the tokenizer has one.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..config import DataConfig
 from ..errors import DataError
 from ..interrupts import stop_if_asked
-from .sources import SPLITS, Source, SplitCounts, read_sources_of
+from .sources import SPLITS, Source, SplitCounts, read_sources_of, sample, text_of
 from .tokenize import TextEncoder
 from .tokens import TokenizedSplit
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 _CHARACTERS_AT_ONCE = 1 << 20
 """Text per call of the tokenizer."""
+_LONGEST_PIECE = 1 << 16
+"""Characters that are tokenized as one."""
 _SHORTEST_ROW = 16
 """Tokens; what is left over at a split's end and is shorter is dropped."""
 
@@ -82,11 +81,15 @@ def _cut(tokenizer: Any, source: Source, data: DataConfig) -> tuple[TokenizedSpl
     body = data.max_length_tokens - len(head)
     flat, offsets, waiting = array("i"), array("q", [0]), array("i")
 
-    def close(num_tokens: int) -> None:
-        flat.extend(head)
-        flat.extend(waiting[:num_tokens])
-        offsets.append(len(flat))
-        del waiting[:num_tokens]
+    def close(lengths: list[int]) -> None:
+        """Make rows of these many waiting tokens each."""
+        start = 0
+        for length in lengths:
+            flat.extend(head)
+            flat.extend(waiting[start : start + length])
+            offsets.append(len(flat))
+            start += length
+        del waiting[:start]  # once: it moves all that go on waiting
 
     counts = _Counts()
     end = tokenizer.eos_token_id if data.text_end == "eos" else None
@@ -96,14 +99,12 @@ def _cut(tokenizer: Any, source: Source, data: DataConfig) -> tuple[TokenizedSpl
             waiting.extend(ids)
             if is_end and end is not None:
                 waiting.append(end)
-        while len(waiting) >= body:
-            close(body)
+        close([body] * (len(waiting) // body))
     if source.is_one_text and end is not None and counts.texts > counts.empty:
         waiting.append(end)
-    while len(waiting) >= body:
-        close(body)
+    close([body] * (len(waiting) // body))
     if len(waiting) + len(head) >= _SHORTEST_ROW:
-        close(len(waiting))
+        close([len(waiting)])
     rows = TokenizedSplit(
         torch.frombuffer(flat, dtype=torch.int32) if flat else torch.empty(0, dtype=torch.int32),
         torch.frombuffer(offsets, dtype=torch.int64),
@@ -125,27 +126,36 @@ def _batches(source: Source, data: DataConfig, counts: _Counts) -> Iterator[tupl
     num_characters = 0
     for row in source.read():
         counts.texts += 1
-        if data.text_field not in row.fields:
-            found = ", ".join(sorted(map(str, row.fields))) or "none"
-            raise DataError(
-                f"{row.place}: no field '{data.text_field}' (fields found: {found}); set data.text_field to the right "
-                "one"
-            )
-        text = row.fields[data.text_field]
-        if not isinstance(text, str):
-            raise DataError(f"{row.place}: field '{data.text_field}' must be text, not {type(text).__name__}")
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if not text:
+        text = text_of(row, data)
+        # an empty line of one text is a part of it; a text of white space is none
+        if not text or not (source.is_one_text or data.text_end == "nothing" or text.strip()):
             counts.empty += 1
             continue
-        texts.append(text)
-        ends.append(not source.is_one_text)
-        num_characters += len(text)
-        if num_characters >= _CHARACTERS_AT_ONCE:
-            yield texts, ends
-            texts, ends, num_characters = [], [], 0
+        pieces = _pieces(text)
+        for number, piece in enumerate(pieces, start=1):
+            texts.append(piece)
+            ends.append(number == len(pieces) and not source.is_one_text)
+            num_characters += len(piece)
+            if num_characters >= _CHARACTERS_AT_ONCE:
+                yield texts, ends
+                texts, ends, num_characters = [], [], 0
     if texts:
         yield texts, ends
+
+
+def _pieces(text: str) -> list[str]:
+    """A text in parts that the tokenizer can hold: it takes some ninety bytes for each character of one.
+
+    A part ends before white space, where there is any within its second half: words stay whole.
+    """
+    pieces, start = [], 0
+    while len(text) - start > _LONGEST_PIECE:
+        end, half = start + _LONGEST_PIECE, start + _LONGEST_PIECE // 2
+        spaces = [text.rfind(space, half, end) for space in ("\n", " ")]
+        cut = next((place for place in spaces if place > 0), end)
+        pieces.append(text[start:cut])
+        start = cut
+    return [*pieces, text[start:]]
 
 
 def _take(rows: TokenizedSplit, indices: list[int]) -> TokenizedSplit:
@@ -156,14 +166,10 @@ def _take(rows: TokenizedSplit, indices: list[int]) -> TokenizedSplit:
     return TokenizedSplit(torch.cat(pieces), offsets, rows.prompt_lengths[indices])
 
 
-def _sample(count: int, size: int, generator: torch.Generator) -> list[int]:
-    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
-
-
 def _keep(split: TextSplit, size: int, generator: torch.Generator) -> None:
     if len(split.rows) > size:
         split.counts.left_out += len(split.rows) - size
-        split.rows = _take(split.rows, _sample(len(split.rows), size, generator))
+        split.rows = _take(split.rows, sample(len(split.rows), size, generator))
 
 
 def _hold_out(train: TextSplit, size: int, generator: torch.Generator) -> TextSplit:
@@ -172,7 +178,7 @@ def _hold_out(train: TextSplit, size: int, generator: torch.Generator) -> TextSp
             f"{train.source}: {len(train.rows)} rows are too few to hold {size} out for validation; lower "
             "data.num_validation_examples or give data.validation_file"
         )
-    chosen = _sample(len(train.rows), size, generator)
+    chosen = sample(len(train.rows), size, generator)
     others = sorted(set(range(len(train.rows))) - set(chosen))
     held_out = TextSplit(_take(train.rows, chosen), f"{train.source} (held out)", SplitCounts(rows=size))
     train.counts.held_out = size

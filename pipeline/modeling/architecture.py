@@ -70,9 +70,9 @@ class Architecture(ABC):
     def tiny_config(self, tiny: TinyConfig) -> PreTrainedConfig:
         """Configuration of the small model that a tiny run pretrains."""
 
+    @abstractmethod
     def embed(self, decoder: Any, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> torch.Tensor:
         """What the first layer reads (B, L, E)."""
-        raise NotImplementedError
 
     def positions(self, decoder: Any, hidden_BLE: torch.Tensor, position_ids_BL: torch.Tensor) -> Any:
         """What `heads` wants of positions, the same for every layer."""

@@ -48,7 +48,7 @@ class _Intervals(_Read):
 
 
 class _Settings(_Read):
-    generation: _Generation
+    generation: _Generation | None = None
     intervals: _Intervals
     precision: str
 

@@ -269,8 +269,28 @@ def test_a_base_that_is_nowhere(folder):
 
 
 def test_text_without_its_perplexity_has_nothing_to_measure(folder):
-    (error,) = errors(folder, "data.kind=text", "evaluate.perplexity=false")
+    (error,) = errors(folder, "data.kind=text", "data.text_field=dialogue", "evaluate.perplexity=false")
     assert error == "evaluate.perplexity: false leaves nothing to measure on running text."
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "data.test_file: {file}: is empty"),
+        (b"x\xff\n", "{file}:1: not UTF-8 text"),
+    ],
+)
+def test_text_is_looked_at_before_anything_slow(folder, tmp_path, content, expected):
+    file = tmp_path / "bad.txt"
+    file.write_bytes(content)
+    (error,) = errors(folder, "data.kind=text", "data.text_field=dialogue", f"data.test_file={file}")
+    assert expected.format(file=file) in error
+
+
+def test_the_field_of_texts_is_looked_for(folder):
+    assert all(
+        "no field 'text'" in error and "set data.text_field" in error for error in errors(folder, "data.kind=text")
+    )
 
 
 def test_rows_that_are_no_json(folder):
@@ -287,7 +307,10 @@ def test_rows_that_are_no_json(folder):
         (["finetune.train_feature_maps=false", "finetune.feature_map_learning_rate=1e-3"], "has no effect"),
         (["distill.max_steps=3", "distill.epochs=2"], "distill.epochs: has no effect while max_steps is set"),
         (["model.attention=softmax", "model.feature_dim=8"], "has no effect while model.attention is softmax"),
-        (["data.kind=text", "data.overlong=truncate_dialogue"], "overlong: has no effect while data.kind is text"),
+        (
+            ["data.kind=text", "data.text_field=dialogue", "data.overlong=truncate_dialogue"],
+            "overlong: has no effect while data.kind is text",
+        ),
         (["data.text_end=nothing"], "data.text_end: has no effect while data.kind is dialogues"),
         (["engine.zero_stage=3"], "hold the whole model in every process"),
         (["distill.layers=0"], "joined by `hedgehog merge`"),

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from hedgehog.pipeline.cli import app
 from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.data.batches import BatchPlan
 from hedgehog.pipeline.data.dialogue_corpus import pretraining_texts
+from hedgehog.pipeline.data.tiny_pretrain import OneProcess
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import ConfigError, DataError
 from hedgehog.pipeline.report.writing import write_report
@@ -88,17 +90,31 @@ def test_the_base_has_the_perplexity_that_transformers_gives(finished, base: Pat
     assert figures["num_reference_tokens"] == num_tokens
     assert figures["loss_nats_per_token"]["value"] == pytest.approx(float(nats / num_tokens), rel=1e-5)
     assert figures["perplexity"]["value"] == pytest.approx(float((nats / num_tokens).exp()), rel=1e-5)
+    assert not {"metric", "generation", "prompt_template"} & set(scores["settings"])
     assert "rouge1" not in figures and not (folder / "prepare/examples_test.jsonl").exists()
 
 
-def test_finetuning_learns_on_every_token_but_the_first(finished) -> None:
+def test_finetuning_learns_on_every_token_but_the_first(base: Path, corpus: Path, tmp_path: Path) -> None:
+    """The first step's loss, of softmax attention, is transformers' own on the whole rows of the same batch."""
+    every = {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4}
+    config = text_config(tmp_path, base, corpus, model={"base": str(base), "attention": "softmax"}, finetune=every)
+    for stage in ("prepare", "distill", "finetune"):
+        run_stage(config, stage)
+    record = json.loads((tmp_path / "t/finetune/metrics.jsonl").read_text().splitlines()[0])
+    split = TokenizedSplit.open(tmp_path / "t/prepare/tokens_train.safetensors")
+    assert set(split.prompt_lengths.tolist()) == {1}
+    plan = BatchPlan(split, config.finetune, 64, 0, config.seed, OneProcess(), loss_on="summary")
+    (batch,) = plan.step(0)
+    rows = [ids[:length] for ids, length in zip(batch["input_ids"], (batch["labels"] != -100).sum(1) + 1, strict=True)]
+    assert {len(row) for row in rows} <= set(split.lengths.tolist()), "labels are a row less its first token"
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        nats = sum(float(model(row[None], labels=row[None]).loss) * (len(row) - 1) for row in rows)
+    assert record["loss_nats"] == pytest.approx(nats / sum(len(row) - 1 for row in rows), rel=1e-4)
+
+
+def test_maps_learn_from_text(finished) -> None:
     _, folder = finished
-    split = TokenizedSplit.open(folder / "prepare/tokens_train.safetensors")
-    metrics = [json.loads(line) for line in (folder / "finetune/metrics.jsonl").read_text().splitlines()]
-    lengths = set(split.lengths.tolist())
-    assert lengths <= set(range(16, 65)) and 64 in lengths
-    for record in metrics:
-        assert 4 * 16 <= record["tokens"] <= 4 * 64
     maps = load_file(folder / "distill/feature_maps.safetensors")
     assert all(not torch.equal(weight, torch.eye(weight.shape[-1]).expand_as(weight)) for weight in maps.values())
 

@@ -142,6 +142,34 @@ def test_a_step_takes_what_the_estimate_says(attention):
     assert estimated == pytest.approx(measured, rel=0.1)
 
 
+def test_the_activation_keeps_half_as_much_and_says_the_same(ids_BL):
+    """What autograd keeps of a whole training pass with transformers' gelu_new, and with the one operation."""
+    base = make_gpt2(resid_pdrop=0, embd_pdrop=0)
+    converted: list[Any] = [convert_base(base), None]
+    kept, logits = [], []
+    for which in (0, 1):
+        if which:
+            architecture_of(base).loaded(base)
+            converted[1] = convert_base(base)
+        model: Any = attach_lora(converted[which], LoraConfig(), seed=0).train()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, Any] = {}
+
+        def keep(tensor: torch.Tensor, storages=storages, weights=weights) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        ids = torch.cat([ids_BL] * 3, dim=1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits.append(model(ids, logits_to_keep=1).logits)
+            kept.append(sum(storage.nbytes() for storage in storages.values()))
+        model.unload()
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+    assert kept[1] < 0.55 * kept[0]
+
+
 def test_room_for_new_tokens():
     check_room(None, 10**6, 10**6, "the prompt", "a shorter text")
     check_room(32, 30, 3, "the prompt", "a shorter text")  # the last token is not read
