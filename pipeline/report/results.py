@@ -106,14 +106,13 @@ def _how_measured(scores: Scores) -> Iterator[str]:
             "process."
         )
         return
-    how = ""
-    if (generation := file.settings.generation) is not None:
-        search = "greedy" if generation.num_beams == 1 else f"{generation.num_beams} beams"
-        how = f"{search}, at most {generation.max_new_tokens} new tokens, "
+    generation = file.settings.generation
+    assert generation is not None, "else scores.py has refused the file"
+    search = "greedy" if generation.num_beams == 1 else f"{generation.num_beams} beams"
     seen = file.num_examples_seen_in_train
     yield (
-        f"{file.num_examples} test dialogues, {seen} of which stand word for word in train; {how}"
-        f"{file.settings.precision}."
+        f"{file.num_examples} test dialogues, {seen} of which stand word for word in train; {search}, at most "
+        f"{generation.max_new_tokens} new tokens, {file.settings.precision}."
     )
     without = [
         f"{variant['label']} {variant['unseen']['rouge1']['value']:.2f}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class _Read(BaseModel):
@@ -61,6 +61,15 @@ class _File(_Read):
     num_references_that_rouge_cannot_score: int = 0
     softmax_reference: str | None = None
     variants: dict[str, _Variant]
+
+    @model_validator(mode="after")
+    def _dialogues_have_rouge(self) -> _File:
+        """Only of running text is nothing generated."""
+        subsets = [subset for one in self.variants.values() for subset in (one.all, one.unseen) if subset is not None]
+        complete = all(None not in (subset.rouge1, subset.rouge2, subset.rougeL) for subset in subsets)
+        if self.kind != "text" and not (complete and self.settings.generation is not None):
+            raise ValueError("a figure of ROUGE, or how summaries were generated, is missing")
+        return self
 
 
 @dataclass(frozen=True)

@@ -305,6 +305,11 @@ def test_process_hours_of_several_attempts_say_what_they_count(finished):
         ("[" * 100_000, "rouge.json cannot be read (brackets in brackets without end)"),
         ("[]", "rouge.json cannot be read (: Input should be a valid dictionary"),
         ('{"variants": {"main": {"label": "x", "all": null}}}', "rouge.json cannot be read (settings: Field required"),
+        (
+            '{"settings": {"intervals": {"samples": 0}, "precision": "float32"}, "num_examples": 1, '
+            '"variants": {"main": {"label": "x", "all": {"num_examples": 1}}}}',
+            "a figure of ROUGE, or how summaries were generated, is missing",
+        ),
     ],
 )
 def test_scores_that_cannot_be_read_are_told_of(finished, content, said):
