@@ -308,7 +308,7 @@ def test_process_hours_of_several_attempts_say_what_they_count(finished):
         (
             '{"settings": {"intervals": {"samples": 0}, "precision": "float32"}, "num_examples": 1, '
             '"variants": {"main": {"label": "x", "all": {"num_examples": 1}}}}',
-            "a figure of ROUGE, or how summaries were generated, is missing",
+            "rouge.json cannot be read (: Value error, a figure of ROUGE, or how summaries were generated, is missing)",
         ),
     ],
 )
