@@ -92,7 +92,7 @@ variants:
         "name (line 1): expected text (Name of the run folder: letters, digits and . _ - behind a letter or digit), "
         'got "bad name".',
         "model.feature_dim (line 4): expected a whole number ≥ 1 or null, got 0.",
-        'data.overlong (line 5): expected one of drop, truncate_dialogue, got "cut".',
+        'data.overlong (line 5): expected one of drop, truncate_dialogue, truncate, got "cut".',
         'finetune.learning_rate (line 7): expected a number > 0, got "3e-3" (without the quotes it is a number).',
         "finetune.global_batch_size (line 8): 7 is not a multiple of micro_batch_size 2; take 6 or 8",
         "finetune.lora.rnk (line 10): unknown key; did you mean finetune.lora.rank?",
