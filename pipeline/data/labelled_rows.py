@@ -60,6 +60,9 @@ def _label_of(row: Row, name: str, label_names: Sequence[str] | None) -> Label:
         fault = missing_field(row.place, "label_field", name, row.fields)
         raise DataError(f"{fault}, or take a split that has labels")
     label: Any = row.fields[name]
+    if isinstance(label, str):
+        check_encodable(row, name)
+        label = label.strip()
     if isinstance(label, bool):
         label = str(label).lower()
     if label is None or label == "":
@@ -71,8 +74,6 @@ def _label_of(row: Row, name: str, label_names: Sequence[str] | None) -> Label:
         )
     if not isinstance(label, (int, str)):
         raise DataError(f"{row.place}: field '{name}' must be text or a whole number, not {type(label).__name__}")
-    if isinstance(label, str):
-        check_encodable(Row({name: label}, row.place), name)
     if label == -1:
         raise DataError(
             f"{row.place}: its label is -1, which stands for one that is kept secret; take a split with labels, for "
