@@ -76,8 +76,8 @@ def _label_of(row: Row, name: str, label_names: Sequence[str] | None) -> Label:
         raise DataError(f"{row.place}: field '{name}' must be text or a whole number, not {type(label).__name__}")
     if label == -1:
         raise DataError(
-            f"{row.place}: its label is -1, which stands for one that is kept secret; take a split with labels, for "
-            "example the validation split as data.test_file"
+            f"{row.place}: its label is -1, which stands for one that is kept secret; take rows with labels, as "
+            "data.test_file or, of a dataset on the hub, with data.test_split=validation"
         )
     if isinstance(label, int) and label_names is not None:
         if not 0 <= label < len(label_names):

@@ -248,7 +248,14 @@ def _hub_sources(data: DataConfig) -> dict[str, Source]:
             label_names=None if names is None else tuple(names),
         )
 
-    return {split: source(split) for split in SPLITS if split in loaded}
+    named = {"validation": data.validation_split, "test": data.test_split}
+    for key, own in named.items():
+        if own is not None and own not in loaded:
+            raise DataError(f"data.{key}_split: {name} has no split {own}; it has {', '.join(loaded)}")
+    splits = {split: named.get(split) or split for split in SPLITS}
+    if data.validation_split is None and splits["test"] == splits["validation"]:
+        del splits["validation"]  # held out of train instead: what chooses the weights is not what scores them
+    return {split: source(own) for split, own in splits.items() if own in loaded}
 
 
 def _clean(source: Source, data: DataConfig, name: str) -> Split[Any]:

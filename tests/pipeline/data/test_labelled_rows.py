@@ -119,7 +119,10 @@ def test_bad_tables_are_named_with_line_and_cure(folder: Path, content: bytes, m
         (row(1, [1]), "3: field 'label' must be text or a whole number, not list"),
         (row(1, "1"), r"3: its label is '1', that of .*rows\.jsonl:1 0: take numbers or text, not both"),
         (row(1, True), "3: its label is 'true', that of .* 0: take numbers or text"),
-        (row(1, -1), "3: its label is -1, .*the validation split as data.test_file"),
+        (
+            row(1, -1),
+            "3: its label is -1, .*as data.test_file or, of a dataset on the hub, with data.test_split=validation",
+        ),
         (row(1, 1, text=5), "3: field 'text' must be text, not int"),
         (row(1, 1, text="half \ud800"), r"3: field 'text' is no text at character 6 \(half of a surrogate pair\)"),
         ({"id": "1", "text": "x"}, r"3: no field 'label' \(fields found: id, text\); set data\.label_field"),
@@ -183,6 +186,15 @@ def test_the_hub_names_its_classes(monkeypatch: pytest.MonkeyPatch, folder: Path
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
     with pytest.raises(DataError, match=r"someone/feelings \(test\) row 1: its label is -1"):
         resolve(dataset="someone/feelings")
+    splits = resolve(dataset="someone/feelings", test_split="validation", num_validation_examples=1)
+    assert splits["test"].source == "someone/feelings (validation)"
+    assert splits["validation"].source == "someone/feelings (train) (held out)"
+    splits = resolve(dataset="someone/feelings", test_split="validation", validation_split="train")
+    assert splits["validation"].source == "someone/feelings (train)" and len(splits["train"].examples) == 5
+    with pytest.raises(
+        DataError, match=r"data\.test_split: someone/feelings has no split dev; it has train, validation, test"
+    ):
+        resolve(dataset="someone/feelings", test_split="dev")
     local = write(folder / "local.jsonl", [row(1, "positive")])
     splits = resolve(dataset="someone/feelings", test_file=local)
     assert number_labels(splits, None) == (["negative", "positive", "neutral"], None)
