@@ -173,14 +173,13 @@ def test_single_texts_with_numbers_are_not_the_bases_classes(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, manifest = prepare(real_config(tmp_path, base))
-    # 0 and 1 are among the base's fifteen classes: they are what it calls its first two
-    assert manifest.summary["label_names"] == list(ANSWERS)
+    assert manifest.summary["label_names"] == ["0", "1"], "the base has fifteen classes: it was made for others"
     splits = manifest.summary["splits"]
     assert splits["train"]["used"] == 16 and splits["train"]["held_out"] == 4
-    assert splits["train"]["label_counts"][ANSWERS[0]] + splits["train"]["label_counts"][ANSWERS[1]] == 16
+    assert sum(splits["train"]["label_counts"].values()) == 16
     rows = rows_of(folder, "test")
     assert [list(row) for row in rows] == [["id", "text", "label", "seen_in_train"]] * 6
-    assert [row["label"] for row in rows] == [ANSWERS[(17 + i) % 2] for i in range(6)]
+    assert [row["label"] for row in rows] == [str((17 + i) % 2) for i in range(6)]
     train = [row["text"] for row in rows_of(folder, "train")]
     assert [row["seen_in_train"] for row in rows] == [row["text"] in train for row in rows]
     split = TokenizedSplit.open(folder / "tokens_test.safetensors")
@@ -218,7 +217,7 @@ def test_overlong_rows(base: Path, tmp_path: Path) -> None:
     rows = [{"text": "Anna " * (90 + i), "label": 0} for i in range(30)]
     rows += [{"text": "Anna " * (1 + i), "label": 1} for i in range(30)]
     one_class = write(tmp_path / "one_class.jsonl", rows)
-    with pytest.raises(DataError, match=r"one_class\.jsonl: every label of the rows used is 'tomorrow'"):
+    with pytest.raises(DataError, match=r"one_class\.jsonl: every label of the rows used is '1'"):
         prepare(real_config(tmp_path, base, train_file=one_class), force=True)
 
 

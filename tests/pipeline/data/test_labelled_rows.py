@@ -225,8 +225,8 @@ def labelled(*labels: int | str) -> dict[str, Any]:
         ((10, 9, 2), None, ["2", "9", "10"], [2, 1, 0]),
         ((1, 0), ("bad", "good"), ["bad", "good"], [1, 0]),
         ((2, 1), ("bad", "good"), ["bad", "good"], [1, 0]),
-        ((2, 0), ("bad", "so", "good"), ["bad", "so", "good"], [2, 0]),
-        ((3, 0), ("bad", "so", "good"), ["0", "3"], [1, 0]),
+        ((2, 0), ("bad", "so", "good"), ["0", "2"], [1, 0]),  # of another task, maybe
+        ((2, 0, 1), ("bad", "so", "good"), ["bad", "so", "good"], [2, 0, 1]),
         (("b", "a"), None, ["a", "b"], [1, 0]),
         (("b", "a"), ("b", "a"), ["b", "a"], [0, 1]),
         (("good", "bad"), ("BAD", "SO", "GOOD"), ["BAD", "SO", "GOOD"], [2, 0]),
