@@ -7,6 +7,7 @@ test        ──▶ its own file; a row says whether its dialogue (text) also 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from ..config_checks import Problem
 from ..errors import DataError
 from .examples import Example, Source, Split, SplitCounts, check_encodable, missing_field, text_field
 from .json_rows import Row, read_rows, read_text
-from .labelled_rows import check_labels, labelled_examples
+from .labelled_rows import check_labels, check_some_classes, labelled_examples
 from .table_rows import read_table
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def select_examples(
         split.counts.used = len(split.examples)
         if not split.examples:
             raise DataError(f"{split.source}: no usable {name} rows: {split.counts.described()}")
+    if data.kind == "classification":
+        check_some_classes(train.source, Counter(str(example.label) for example in train.examples))
     return splits
 
 

@@ -158,6 +158,9 @@ def test_one_class_is_nothing_to_tell_apart(folder: Path) -> None:
     file = write(folder / "one.jsonl", [row(i, "yes") for i in range(9)])
     with pytest.raises(DataError, match=r"one\.jsonl: every label is 'yes': there is nothing to tell apart"):
         resolve(train_file=file, test_file=file)
+    two = str(folder / "train.jsonl")
+    with pytest.raises(DataError, match=r"train\.jsonl: every label of the rows used is '[01]'"):
+        resolve(train_file=two, test_file=two, max_train_examples=1)
     with pytest.raises(DataError, match=r"every label of the rows used is 'a'.*max_train_examples"):
         check_some_classes("x", {"a": 5, "b": 0})
     check_some_classes("x", {"a": 5, "b": 1, "c": 0})
