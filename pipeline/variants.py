@@ -59,7 +59,7 @@ def load_variant_model(
             attention_backend=config.model.attention_backend,
             feature_map_seed=config.seed,
         )
-        hedgehog.decoder.report = report
+        hedgehog.report_to(report)
     if not inputs["finetune"].skipped:
         model = _attach_adapter(model, inputs["finetune"].artifact("adapter"))
     return model.eval()

@@ -29,7 +29,7 @@ from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
     from ..pipeline.distillation import FeatureMapDistillation
-    from ..pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
+    from ..pipeline.modeling.hedgehog_model import HedgehogPreTrainedModel
 
 CONSUMES = ("prepare",)
 SECTIONS = ("model", "distill", "data.max_length_tokens", "engine.precision", "seed")
@@ -311,7 +311,7 @@ class _Alone:
 _ALONE = _Alone()
 
 
-def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogCausalLM]:
+def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogPreTrainedModel]:
     # Importing transformers' models takes seconds, which `merge` need not wait.
     from ..pipeline.distillation import FeatureMapDistillation, Teacher
     from ..pipeline.layer_subset import parse_layers
@@ -361,7 +361,7 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogCausalLM]:
 
 def _save(
     ctx: StageContext,
-    hedgehog: HedgehogCausalLM,
+    hedgehog: HedgehogPreTrainedModel,
     module: FeatureMapDistillation,
     weights: dict[str, torch.Tensor],
     task: _Distillation,

@@ -29,7 +29,7 @@ from ..pipeline.summary_loss import SummaryLoss
 from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
-    from ..pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
+    from ..pipeline.modeling.hedgehog_model import HedgehogPreTrainedModel
 
 CONSUMES = ("prepare", "distill")
 SECTIONS = ("model", "finetune", "data.max_length_tokens", "engine.precision", "seed")
@@ -62,7 +62,7 @@ def run(ctx: StageContext) -> StageResult:
     if not config.finetune.enabled:
         return StageResult(skipped="finetune.enabled is false: the model is scored as distill left it")
     model = _load(ctx)
-    model.decoder.report = ctx.reporter.info
+    model.report_to(ctx.reporter.info)
     adapted = attach_lora(model, config.finetune.lora, seed=ctx.rng("finetune.lora").initial_seed())
     map_parameters = _release_feature_maps(ctx, model)
     if config.finetune.gradient_checkpointing:
@@ -169,7 +169,7 @@ class _Finetuning:
         return {self.FIGURE: loss / count}
 
 
-def _load(ctx: StageContext) -> HedgehogCausalLM:
+def _load(ctx: StageContext) -> HedgehogPreTrainedModel:
     """The converted model with its distilled maps; for softmax attention the same class without maps."""
     config = ctx.config
     sharded = config.engine.zero_stage == 3
@@ -196,7 +196,7 @@ def _load(ctx: StageContext) -> HedgehogCausalLM:
     )
 
 
-def _release_feature_maps(ctx: StageContext, model: HedgehogCausalLM) -> list[torch.Tensor]:
+def _release_feature_maps(ctx: StageContext, model: HedgehogPreTrainedModel) -> list[torch.Tensor]:
     """The feature maps' weights that are to learn, which peft froze with all the rest."""
     if not ctx.config.finetune.train_feature_maps:
         return []
@@ -217,7 +217,9 @@ def _parameter_groups(
     return groups
 
 
-def _save(ctx: StageContext, engine: TrainingEngine, module: SummaryLoss, model: HedgehogCausalLM) -> dict[str, str]:
+def _save(
+    ctx: StageContext, engine: TrainingEngine, module: SummaryLoss, model: HedgehogPreTrainedModel
+) -> dict[str, str]:
     """Write the artifacts (rank 0). Collective: the weights are gathered from all ranks."""
     weights = engine.full_weights()
     if not ctx.world.is_main:
