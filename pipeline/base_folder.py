@@ -67,6 +67,20 @@ def known_shape(config: RunConfig) -> ModelShape | None:
     return None
 
 
+def kind_fault(family: type[ModelShape], kind: str) -> str | None:
+    """Why models of a family cannot run on data of this kind (`data.kind`), with the cure; None where they can."""
+    encoders = " or ".join(f"a {one.title}" for one in FAMILIES.values() if one.is_encoder)
+    decoders = " or ".join(f"a {one.title}" for one in FAMILIES.values() if not one.is_encoder)
+    if family.is_encoder and kind != "classification":
+        return (
+            f"{kind}, but the base model is a {family.title}, an encoder: set data.kind to classification, or take "
+            f"{decoders}."
+        )
+    if kind == "classification" and not family.is_encoder:
+        return f"classification needs {encoders}, and the base model is a {family.title}: take another one of the two."
+    return None
+
+
 def check_not_quantized(name: str, fields: Mapping[str, Any]) -> None:
     """
     Raises:

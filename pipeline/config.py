@@ -22,7 +22,7 @@ class ModelConfig(Section):
     """The base model and the attention that replaces its softmax."""
 
     base: str | None = None
-    """Hub id or local folder of a Llama or GPT-2. Null only where the `tiny` section builds one."""
+    """Hub id or local folder of a Llama, GPT-2 or BERT. Null only where the `tiny` section builds one."""
     tokenizer: str | None = None
     """Hub id or local folder of the tokenizer. Null: the base model's own."""
     revision: str | None = None
@@ -49,18 +49,25 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Dialogues and summaries, and how they become tokens."""
+    """Rows of text, and how they become tokens."""
 
-    kind: Literal["dialogues", "text"] = "dialogues"
+    kind: Literal["dialogues", "text", "classification"] = "dialogues"
     """`dialogues`: rows of a dialogue and its summary. `text`: running text, cut into rows of `max_length_tokens`; both
-    stages learn on it, and `evaluate` measures its perplexity."""
+    stages learn on it, and `evaluate` measures its perplexity. `classification`: rows of a text, or of a pair, and its
+    class, which `evaluate` counts right or wrong; for a BERT, and a BERT needs it."""
     dataset: str | None = None
-    """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl; of text also .txt). Instead of
-    the files below."""
+    """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl; of text also .txt; of
+    classification also .tsv, and dev for validation). Instead of the files below."""
     dataset_config: str | None = None
     """Which of its configurations, where a dataset on the hub has several."""
+    validation_split: str | None = None
+    """Which split of a dataset on the hub is for validation. Null: `validation`, unless it is the `test_split`."""
+    test_split: str | None = None
+    """Which split of a dataset on the hub `evaluate` scores. Null: `test`. Take `validation` where the labels of test
+    are kept secret, as in GLUE."""
     train_file: str | None = None
-    """JSON (a list of objects) or JSONL file of training rows; of text also a file of plain text."""
+    """JSON (a list of objects) or JSONL file of training rows; of text also a file of plain text, of classification a
+    .tsv whose first line names its columns."""
     validation_file: str | None = None
     """Rows for KL and loss while training. Null: `num_validation_examples` are held out of train."""
     test_file: str | None = None
@@ -72,16 +79,21 @@ class DataConfig(Section):
     summary_field: str = "summary"
     """Key of the reference summary."""
     text_field: str = "text"
-    """Key of the text, where `kind` is text."""
+    """Key of the text, where `kind` is text or classification."""
+    second_text_field: str | None = None
+    """Key of a pair's second text, where `kind` is classification. Null: single texts."""
+    label_field: str = "label"
+    """Key of the class (text, or a whole number), where `kind` is classification."""
     text_end: Literal["eos", "nothing"] = "eos"
     """What stands behind each text, of which a plain file is one; `nothing` where the rows of a JSON file or of the hub
     are lines of a single text."""
     prompt_template: str = "Summarize this dialogue.\n{dialogue}\n---\nSummary:\n"
     """Text before the summary; must contain {dialogue} exactly once."""
     max_length_tokens: int = Field(default=1024, ge=16)
-    """Longest prompt + summary. Longer rows follow `overlong`. Rows of text have this length."""
-    overlong: Literal["drop", "truncate_dialogue"] = "drop"
-    """A longer row is dropped, or its dialogue is cut at the end. Both are counted; a summary is never cut."""
+    """Longest prompt + summary, or text to classify. Longer rows follow `overlong`. Rows of text have this length."""
+    overlong: Literal["drop", "truncate_dialogue", "truncate"] = "drop"
+    """A longer row is dropped, or cut at its end: its dialogue (`truncate_dialogue`; a summary is never cut), or the
+    text to classify (`truncate`; of a pair the longer one). Both are counted."""
     num_validation_examples: int = Field(default=200, ge=1)
     """Held out of train when there is no validation file; at most this many are used for validation otherwise."""
     max_train_examples: int | None = Field(default=None, ge=1)
@@ -89,7 +101,7 @@ class DataConfig(Section):
     max_test_examples: int | None = Field(default=None, ge=1)
     """Use the first this many test rows. Null: all."""
     drop_train_duplicates: bool = True
-    """Drop training rows whose dialogue and summary repeat an earlier row word for word."""
+    """Drop training rows whose dialogue and summary, or texts and label, repeat an earlier row word for word."""
 
     @field_validator("prompt_template")
     @classmethod
@@ -102,8 +114,9 @@ class DataConfig(Section):
 class TinyConfig(Section):
     """Inputs that `prepare` makes itself: a dialogue corpus, a tokenizer and a small model pretrained on it."""
 
-    architecture: Literal["llama", "gpt2"] = "llama"
-    """Family of the model: `llama` with a sentencepiece tokenizer, or `gpt2` with a byte-level BPE."""
+    architecture: Literal["llama", "gpt2", "bert"] = "llama"
+    """Family of the model: `llama` with a sentencepiece tokenizer, `gpt2` with a byte-level BPE, or, where `data.kind`
+    is classification, `bert` with WordPiece: trained to answer questions about the dialogues."""
 
     num_train_dialogues: int = Field(default=4000, ge=10)
     """Generated training rows."""
@@ -112,15 +125,15 @@ class TinyConfig(Section):
     num_test_dialogues: int = Field(default=100, ge=1)
     """Generated test rows."""
     vocab_size: int = Field(default=1024, ge=300)
-    """Pieces of the BPE tokenizer."""
+    """Pieces of the tokenizer."""
     hidden_size: int = Field(default=128, ge=16)
     """Width of the model."""
     num_layers: int = Field(default=4, ge=1)
-    """Decoder layers."""
+    """Layers."""
     num_heads: int = Field(default=4, ge=1)
     """Query heads."""
     num_key_value_heads: int = Field(default=2, ge=1)
-    """Key/value heads (fewer than num_heads: grouped-query attention). A GPT-2 has as many as query heads."""
+    """Key/value heads (fewer than num_heads: grouped-query attention). A GPT-2 or BERT has as many as query heads."""
     intermediate_size: int = Field(default=384, ge=16)
     """Width of the MLP."""
     pretrain_steps: int = Field(default=600, ge=1)
@@ -132,11 +145,12 @@ class TinyConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:
-        if self.architecture == "gpt2":
+        if self.architecture in ("gpt2", "bert"):
             usual = type(self).model_fields["num_key_value_heads"].default  # what stands there when nobody asked
             if self.num_key_value_heads not in (usual, self.num_heads):
                 raise combination_error(
-                    "a gpt2 has as many as query heads: leave it out", "num_key_value_heads", "architecture"
+                    f"a {self.architecture} has as many as query heads: leave it out",
+                    *("num_key_value_heads", "architecture"),
                 )
             if self.hidden_size % self.num_heads:
                 raise combination_error("must be a multiple of num_heads", "hidden_size", "num_heads")

@@ -44,7 +44,13 @@ def _overlap(key: str, path: str) -> bool:
 
 def cross_field_errors(config: RunConfig) -> list[Problem]:
     """Every combination of keys that cannot work, whatever the number of processes."""
-    return [*_input_errors(config), *_batch_errors(config), *_engine_errors(config), *_evaluate_errors(config)]
+    return [
+        *_input_errors(config),
+        *_kind_errors(config),
+        *_batch_errors(config),
+        *_engine_errors(config),
+        *_evaluate_errors(config),
+    ]
 
 
 def world_errors(config: RunConfig, world_size: int) -> list[Problem]:
@@ -79,19 +85,23 @@ def check_world(config: RunConfig, world_size: int, stage: str | None = None) ->
         raise ConfigError("\n".join(str(problem) for problem in problems))
 
 
-_OF_DIALOGUES = (
-    ("data", "dialogue_field"),
-    ("data", "summary_field"),
-    ("data", "id_field"),
-    ("data", "prompt_template"),
-    ("data", "overlong"),
-    ("data", "drop_train_duplicates"),
-    ("evaluate", "num_beams"),
-    ("evaluate", "min_new_tokens"),
-    ("evaluate", "no_repeat_ngram_size"),
-)
-_OF_TEXT = (("data", "text_field"), ("data", "text_end"))
-"""Keys, with their section, that runs on the other kind of data do not look at."""
+_READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
+    ("data", "dialogue_field"): ("dialogues",),
+    ("data", "summary_field"): ("dialogues",),
+    ("data", "id_field"): ("dialogues", "classification"),
+    ("data", "prompt_template"): ("dialogues",),
+    ("data", "overlong"): ("dialogues", "classification"),
+    ("data", "drop_train_duplicates"): ("dialogues", "classification"),
+    ("evaluate", "num_beams"): ("dialogues",),
+    ("evaluate", "min_new_tokens"): ("dialogues",),
+    ("evaluate", "no_repeat_ngram_size"): ("dialogues",),
+    ("data", "text_field"): ("text", "classification"),
+    ("data", "text_end"): ("text",),
+    ("data", "second_text_field"): ("classification",),
+    ("data", "label_field"): ("classification",),
+    ("evaluate", "perplexity"): ("dialogues", "text"),
+}
+"""Keys, with their section, that not every run looks at, and the kinds of data whose runs do."""
 
 
 def notes(config: RunConfig) -> list[Problem]:
@@ -116,9 +126,20 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
         made += [
             f"data.{name}" for name in ("dataset", "train_file", "validation_file", "test_file") if getattr(data, name)
         ]
-        if data.kind != "dialogues":
+        if data.kind == "text":
             yield Problem(
                 ("data.kind", "tiny"), "the section `tiny` makes dialogues; leave this out, or set tiny: null."
+            )
+        elif data.kind == "classification" and config.tiny.architecture != "bert":
+            yield Problem(
+                ("data.kind", "tiny.architecture"),
+                f"classification needs an encoder, and a tiny {config.tiny.architecture} is none; set "
+                "tiny.architecture to bert, or leave this out.",
+            )
+        elif data.kind != "classification" and config.tiny.architecture == "bert":
+            yield Problem(
+                ("tiny.architecture", "data.kind"),
+                "a bert is an encoder, which is for classification; set data.kind to classification.",
             )
         for key in made:
             yield Problem(
@@ -128,17 +149,50 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
     if model.base is None:
         yield Problem(
             ("model.base", "tiny"),
-            "left open; give the folder or hub id of a Llama or GPT-2, here or on the command line: model.base=…",
+            "left open; give the folder or hub id of a "
+            f"{'BERT' if data.kind == 'classification' else 'Llama or GPT-2'}, here or on the command line: "
+            "model.base=…",
         )
     if data.dataset is None:
         for split in ("train", "test"):
             if getattr(data, f"{split}_file") is None:
-                files = ".txt, .json or .jsonl" if data.kind == "text" else ".json or .jsonl"
+                more = {"text": ".txt, ", "classification": ".tsv, "}.get(data.kind, "")
+                files = f"{more}.json or .jsonl"
                 yield Problem(
                     (f"data.{split}_file", "data.dataset", "tiny"),
                     f"left open; give a {files} file, here or on the command line: data.{split}_file=… "
                     "(or data.dataset=…, a folder or hub id).",
                 )
+
+
+def _kind_errors(config: RunConfig) -> Iterator[Problem]:
+    kind, overlong = config.data.kind, config.data.overlong
+    if kind == "classification":
+        for name, schedule in (("distill", config.distill), ("finetune", config.finetune)):
+            if schedule.packing:
+                yield Problem(
+                    (f"{name}.packing", "data.kind"),
+                    "an encoder's rows are not joined; set it to false (data.kind is classification).",
+                )
+        if overlong == "truncate_dialogue":
+            yield Problem(
+                ("data.overlong", "data.kind"), "rows to classify have no dialogue to cut; take truncate, or drop."
+            )
+        if config.data.second_text_field in (config.data.text_field, config.data.label_field):
+            yield Problem(
+                ("data.second_text_field", "data.text_field", "data.label_field"),
+                f"{config.data.second_text_field} is the text or the label already; name the pair's second text, or "
+                "leave it out for single texts.",
+            )
+        if config.data.label_field == config.data.text_field:
+            yield Problem(
+                ("data.label_field", "data.text_field"), f"{config.data.label_field} is the text already; name another."
+            )
+    elif kind == "dialogues" and overlong == "truncate":
+        yield Problem(
+            ("data.overlong", "data.kind"),
+            "is for rows to classify; of dialogues take truncate_dialogue, or drop.",
+        )
 
 
 def _batch_errors(config: RunConfig) -> Iterator[Problem]:
@@ -183,9 +237,9 @@ def _notes(config: RunConfig) -> Iterator[Problem]:
             if getattr(model, key):
                 yield Problem((f"model.{key}",), "has no effect while model.attention is softmax.")
     kind = config.data.kind
-    for section, name in _OF_DIALOGUES if kind == "text" else _OF_TEXT:
+    for (section, name), kinds in _READ_BY.items():
         part = getattr(config, section)
-        if getattr(part, name) != type(part).model_fields[name].default:
+        if kind not in kinds and getattr(part, name) != type(part).model_fields[name].default:
             yield Problem((f"{section}.{name}",), f"has no effect while data.kind is {kind}.")
     for name, schedule in (("distill", config.distill), ("finetune", finetune)):
         if (

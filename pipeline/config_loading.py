@@ -44,8 +44,12 @@ _SAME: dict[str, tuple[list[Any], Any]] = {
     "tiny.architecture": (["llama"], None),
     "data.kind": (["dialogues"], None),
     "data.dataset_config": ([None], None),
+    "data.validation_split": ([None], None),
+    "data.test_split": ([None], None),
     "data.text_field": (["text"], None),
     "data.text_end": (["eos"], None),
+    "data.second_text_field": ([None], None),
+    "data.label_field": (["label"], None),
     "finetune.lora.target_modules": ([None, ["c_attn", "attn.c_proj"]], ["q_proj", "k_proj", "v_proj", "o_proj"]),
 }
 """Values that say the same as what runs recorded before there were such (None: they had no such key)."""

@@ -18,6 +18,7 @@ from .base_folder import (
     check_no_dropout,
     check_not_quantized,
     check_weights,
+    kind_fault,
     known_shape,
     read_base_config,
     read_shapes,
@@ -57,7 +58,13 @@ def look_at_everything(reading: Reading, *, world_size: int = 1, imports_torch: 
     main = reading.conversions[0]
     found = look_at_conversions(reading, world_size=world_size, imports_torch=imports_torch)
     found.problems += untouched(
-        [*_base_errors(reading), *_tokenizer_errors(main.config), *_length_errors(main.config)], main.unknown
+        [
+            *_base_errors(reading),
+            *_kind_errors(main.config),
+            *_tokenizer_errors(main.config),
+            *_length_errors(main.config),
+        ],
+        main.unknown,
     )
     found.num_rows, problems = count_train_rows(main, read=imports_torch)
     found.problems += problems
@@ -245,6 +252,13 @@ def _base_errors(reading: Reading) -> Iterator[Problem]:
             check()
         except ModelError as error:
             yield Problem(keys, str(error))
+
+
+def _kind_errors(config: RunConfig) -> list[Problem]:
+    """An encoder for data that is generated, or a decoder for rows to classify; of a tiny run the config tells it."""
+    shape = _shape(config)
+    fault = None if shape is None or config.tiny is not None else kind_fault(type(shape), config.data.kind)
+    return [] if fault is None else [Problem(("data.kind", "model.base", "tiny"), fault)]
 
 
 def _length_errors(config: RunConfig) -> list[Problem]:

@@ -8,18 +8,23 @@ For a run with a `tiny` section it first makes corpus, tokenizer and a small pre
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.base_folder import check_convertible
+from ..pipeline.base_folder import check_convertible, kind_fault
 from ..pipeline.config import DataConfig, RunConfig
 from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
-from ..pipeline.data.sources import SPLITS, Split, resolve_splits
+from ..pipeline.data.examples import LabelledExample, Split
+from ..pipeline.data.labelled_rows import base_names, check_some_classes, number_labels
+from ..pipeline.data.sources import SPLITS, resolve_splits
 from ..pipeline.data.text_rows import describe_counts, read_text_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
+from ..pipeline.data.tokenize_labelled import TokenizedRows, tokenize_rows
 from ..pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
 from ..pipeline.errors import ConfigError, DataError
-from ..pipeline.families import table_length
+from ..pipeline.families import family_of_config, table_length
 from ..pipeline.generation import check_room
 from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.rouge import UNSCORABLE, num_unscorable
@@ -51,7 +56,7 @@ def run(ctx: StageContext) -> StageResult:
 
     Raises:
         Interrupted: a signal came. A tiny run's pretraining is saved; the rest is quick to do again.
-        ConfigError: no base model and no tiny section.
+        ConfigError: no base model and no tiny section, or a base that is not for the kind of data.
         ModelError: the base cannot be converted, or the tokenizer does not fit it.
         DataError: a dataset, file or row cannot be used, or nothing is left of a split.
     """
@@ -72,9 +77,13 @@ def _prepare(ctx: StageContext) -> StageResult:
 
     stop_if_asked(_SAVED)
     # Everything that can be refused cheaply is refused before the slow work.
-    splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     base_config = check_base(base, revision=model.revision)
+    fault = kind_fault(family_of_config(base_config), data.kind)
+    if fault is not None:
+        raise ConfigError(f"data.kind: {fault}")
+    splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     check_convertible(base, base_config.to_dict(), ctx.config)
+    label_names = _number_labels(ctx, splits, base_config) if data.kind == "classification" else None
     num_positions = table_length(base_config)
     if num_positions is not None and data.max_length_tokens > num_positions:
         raise ConfigError(
@@ -82,7 +91,12 @@ def _prepare(ctx: StageContext) -> StageResult:
             f"at most {num_positions}."
         )
     tokenizer_source = model.tokenizer or base
-    tokenizer = load_tokenizer(tokenizer_source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(
+        tokenizer_source,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        generates=label_names is None,
+    )
     tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)  # before its first use, which sets truncation and padding
     for doubt in check_vocabulary(tokenizer, base_config):
         ctx.reporter.warning(doubt)
@@ -101,6 +115,8 @@ def _prepare(ctx: StageContext) -> StageResult:
 
     if data.kind == "text":
         figures = _write_text(ctx, tokenizer, data, artifacts)
+    elif label_names is not None:
+        figures = _write_labelled(ctx, tokenizer, data, splits, label_names, artifacts)
     else:
         figures = _write_dialogues(ctx, tokenizer, data, splits, artifacts, num_positions)
 
@@ -113,6 +129,7 @@ def _prepare(ctx: StageContext) -> StageResult:
         )
     summary: dict[str, Any] = {
         "kind": data.kind,
+        **({} if label_names is None else {"label_names": label_names}),
         "base_model": base,
         "model_type": base_config.model_type,
         "tokenizer": tokenizer_source,
@@ -129,7 +146,7 @@ def _write_dialogues(
     ctx: StageContext,
     tokenizer: Any,
     data: DataConfig,
-    splits: dict[str, Split],
+    splits: dict[str, Split[Any]],
     artifacts: dict[str, str],
     num_positions: int | None,
 ) -> dict[str, dict[str, int]]:
@@ -164,6 +181,60 @@ def _write_dialogues(
     return figures
 
 
+def _number_labels(ctx: StageContext, splits: dict[str, Split[Any]], base_config: Any) -> list[str]:
+    """Give every class its number, in the examples too; returns the classes' names."""
+    label_names, doubt = number_labels(splits, base_names(base_config))
+    if doubt is not None:
+        ctx.reporter.warning(doubt)
+    return label_names
+
+
+def _write_labelled(
+    ctx: StageContext,
+    tokenizer: Any,
+    data: DataConfig,
+    splits: dict[str, Split[LabelledExample]],
+    label_names: list[str],
+    artifacts: dict[str, str],
+) -> dict[str, dict[str, Any]]:
+    """Write every split of rows to classify and enter it in `artifacts`; returns the counts of each."""
+    texts = [text for example in splits["train"].examples for text in (example.text, example.second_text) if text]
+    for doubt in check_unknown_tokens(tokenizer, texts, "texts"):
+        ctx.reporter.warning(doubt)
+    figures: dict[str, dict[str, Any]] = {}
+    for name in SPLITS:
+        tokenized = tokenize_rows(tokenizer, splits[name].examples, data)
+        if not tokenized.examples:
+            raise DataError(
+                f"{splits[name].source}: every {name} row is longer than data.max_length_tokens = "
+                f"{data.max_length_tokens}; raise it, or set data.overlong=truncate"
+            )
+        rows = (
+            {
+                "id": example.id,
+                "text": example.text,
+                **({} if example.second_text is None else {"second_text": example.second_text}),
+                "label": label_names[int(example.label)],
+                "seen_in_train": example.seen_in_train,
+            }
+            for example in tokenized.examples
+        )
+        artifacts |= _write_rows(ctx.folder, name, tokenized, rows)
+        counts = Counter(label_names[int(example.label)] for example in tokenized.examples)
+        figures[name] = _figures(splits[name], tokenized) | {
+            "label_counts": {label: counts[label] for label in label_names}
+        }
+    check_some_classes(splits["train"].source, figures["train"]["label_counts"])
+    _show(ctx, figures, {name: splits[name].source for name in SPLITS}, _LABELLED_TABLE_ROWS)
+    shown = label_names if len(label_names) <= _MOST_LABELS_SHOWN else label_names[: _MOST_LABELS_SHOWN - 1]
+    table = [[label, *(f"{figures[name]['label_counts'][label]:,}" for name in SPLITS)] for label in shown]
+    if len(shown) < len(label_names):
+        rest = [sum(list(figures[name]["label_counts"].values())[len(shown) :]) for name in SPLITS]
+        table.append([f"{len(label_names) - len(shown)} more", *(f"{count:,}" for count in rest)])
+    ctx.reporter.table("Rows of each label", ["", *SPLITS], table)
+    return figures
+
+
 def _write_text(
     ctx: StageContext, tokenizer: Any, data: DataConfig, artifacts: dict[str, str]
 ) -> dict[str, dict[str, int]]:
@@ -179,7 +250,7 @@ def _write_text(
 
 def _make_tiny_inputs(ctx: StageContext) -> tuple[str, DataConfig]:
     """Base model folder, and a data section that points at the generated files."""
-    from ..pipeline.data.tiny import make_base_model, make_corpus
+    from ..pipeline.data.tiny import CORPUS_FIELDS, make_base_model, make_corpus
 
     tiny = ctx.config.tiny
     assert tiny is not None
@@ -188,13 +259,11 @@ def _make_tiny_inputs(ctx: StageContext) -> tuple[str, DataConfig]:
     checkpoint = ctx.folder / "checkpoints" / "pretraining.safetensors"
     make_base_model(tiny, ctx.config.seed, folder, checkpoint, ctx.fingerprint, ctx.reporter)
     paths = {f"{split}_file": str(file) for split, file in files.items()}
-    return str(folder), ctx.config.data.model_copy(update={"dataset": None, **paths})
+    fields = CORPUS_FIELDS if ctx.config.data.kind == "classification" else {}
+    return str(folder), ctx.config.data.model_copy(update={"dataset": None, **fields, **paths})
 
 
 def _write_split(folder: Path, name: str, tokenized: TokenizedExamples) -> dict[str, str]:
-    """Write tokens and texts of a split, in the same order: artifact name to file name."""
-    tokens, examples = f"tokens_{name}.safetensors", f"examples_{name}.jsonl"
-    tokenized.split.write(folder / tokens)
     rows = (
         {
             "id": example.id,
@@ -205,12 +274,21 @@ def _write_split(folder: Path, name: str, tokenized: TokenizedExamples) -> dict[
         }
         for example, prompt in zip(tokenized.examples, tokenized.prompts, strict=True)
     )
+    return _write_rows(folder, name, tokenized, rows)
+
+
+def _write_rows(
+    folder: Path, name: str, tokenized: TokenizedExamples | TokenizedRows, rows: Iterable[dict[str, Any]]
+) -> dict[str, str]:
+    """Write tokens and texts of a split, in the same order: artifact name to file name."""
+    tokens, examples = f"tokens_{name}.safetensors", f"examples_{name}.jsonl"
+    tokenized.split.write(folder / tokens)
     atomic_write(folder / examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {f"tokens_{name}": tokens, f"examples_{name}": examples}
 
 
-def _figures(split: Split, tokenized: TokenizedExamples) -> dict[str, int]:
-    """Counts of a split, and its lengths in tokens (prompt, summary and EOS)."""
+def _figures(split: Split[Any], tokenized: TokenizedExamples | TokenizedRows) -> dict[str, int]:
+    """Counts of a split, and its lengths in tokens (prompt, summary and EOS; or texts and special tokens)."""
     lengths = tokenized.split.lengths.sort().values
     last = len(lengths) - 1
     return {
@@ -244,6 +322,15 @@ _TABLE_ROWS = {
 }
 
 
+_LABELLED_TABLE_ROWS = {
+    **{key: label for key, label in _TABLE_ROWS.items() if key != "dropped_no_summary"},
+    "dropped_empty": "dropped: empty text",
+    "truncated": "  text cut",
+    "seen_in_train": "  text also in train",
+}
+_MOST_LABELS_SHOWN = 20
+
+
 _TEXT_TABLE_ROWS = {
     "rows": "rows cut",
     "held_out": "held out for validation",
@@ -256,7 +343,7 @@ _TEXT_TABLE_ROWS = {
 
 
 def _show(
-    ctx: StageContext, figures: dict[str, dict[str, int]], sources: dict[str, str], shown: dict[str, str]
+    ctx: StageContext, figures: Mapping[str, Mapping[str, Any]], sources: dict[str, str], shown: dict[str, str]
 ) -> None:
     for name in SPLITS:
         ctx.reporter.info(f"{name}: {sources[name]}")

@@ -54,7 +54,8 @@ def fingerprint_local_inputs(model: ModelConfig, data: DataConfig) -> dict[str, 
             if path is not None and path.is_file():
                 found[f"{key} {value}"] = hash_file(path)
             elif path is not None and path.is_dir():
-                suffixes = (".json", ".jsonl", ".txt") if data.kind == "text" else (".json", ".jsonl")
+                more = {"text": (".txt",), "classification": (".tsv",)}.get(data.kind, ())
+                suffixes = (".json", ".jsonl", *more)
                 files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
                 found[f"{key} {value}"] = _fingerprint_files(files)
     base = Path(model.base).expanduser() if model.base else None

@@ -31,7 +31,8 @@ GLOBAL_BATCHES_PER_WINDOW = 8
 """Sequences are sorted by length inside windows of this many global batches. More saves padding and makes the
 batches of a window less alike; 8 leaves each batch an eighth of the range of lengths."""
 
-LossOn = Literal["all", "summary"]
+LossOn = Literal["all", "summary", "row"]
+"""Positions that the loss is a mean over: all, or the summary's; or none, where it is a mean over rows, by class."""
 
 
 class WorldShape(Protocol):
@@ -70,8 +71,12 @@ def collate(
       padding is one further segment.
     - `labels`: aligned with `input_ids` (the loss shifts them). NO_LOSS at padding, at the first token of
       every row (nothing of that row precedes it) and, for loss_on="summary", at the prompt. The row's EOS is
-      always a label, whatever `pad_id` is.
+      always a label, whatever `pad_id` is. For loss_on="row" there are none.
+
+    Of rows to classify, each a sequence by itself, there are two more:
+    - `token_type_ids`: 0 in the first text and in padding, 1 in the second. `row_labels` (B,): the row's class.
     """
+    assert loss_on != "row" or split.labels is not None
     length = max(sum(int(split.lengths[row]) for row in rows) for rows in sequences)
     shape = (len(sequences), length)
     input_ids_BL = torch.full(shape, pad_id, dtype=torch.int64)
@@ -85,25 +90,34 @@ def collate(
             tokens, prompt_length = split[row]
             end = start + len(tokens)
             input_ids_BL[i, start:end] = tokens
-            first_label = max(1, prompt_length if loss_on == "summary" else 1)
-            labels_BL[i, start + first_label : end] = tokens[first_label:]
+            if loss_on != "row":
+                first_label = max(1, prompt_length if loss_on == "summary" else 1)
+                labels_BL[i, start + first_label : end] = tokens[first_label:]
             mask_BL[i, start:end] = True
             position_ids_BL[i, start:end] = torch.arange(len(tokens))
             segment_ids_BL[i, start:end] = segment
             start = end
         position_ids_BL[i, start:] = torch.arange(length - start)
         segment_ids_BL[i, start:] = len(rows)
-    return {
+    batch = {
         "input_ids": input_ids_BL,
         "mask": mask_BL,
         "position_ids": position_ids_BL,
         "segment_ids": segment_ids_BL,
         "labels": labels_BL,
     }
+    if split.labels is not None:
+        rows_B = torch.tensor([row for (row,) in sequences], dtype=torch.int64)
+        first_B1 = split.prompt_lengths[rows_B].unsqueeze(1)
+        batch["token_type_ids"] = ((torch.arange(length) >= first_B1) & mask_BL).to(torch.int64)
+        batch["row_labels"] = split.labels[rows_B].to(torch.int64)
+    return batch
 
 
 def _num_labels(split: TokenizedSplit, sequences: Sequence[Sequence[int]], loss_on: LossOn) -> int:
     rows = torch.tensor([row for sequence in sequences for row in sequence], dtype=torch.int64)
+    if loss_on == "row":
+        return len(rows)
     without = split.prompt_lengths[rows].clamp(min=1) if loss_on == "summary" else torch.ones_like(rows)
     return int((split.lengths[rows] - without).sum())
 
@@ -201,7 +215,7 @@ class BatchPlan:
         global batch; each sequence's `rows` and their `row_tokens`; the `epoch` (from 0) in which the step's
         window begins: by then every row was seen in the epochs before.
 
-        `tokens_in_global_batch`: positions with a label, the normaliser of the loss;
+        `tokens_in_global_batch`: positions with a label, the normaliser of the loss, or for loss_on="row" rows;
         `real_tokens_in_global_batch`: positions with mask True. Dividing by them makes the step's gradient
         the same for every world size and micro-batch size.
         """

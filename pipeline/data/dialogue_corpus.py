@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from . import dialogue_words as words
 
@@ -29,12 +30,18 @@ class GeneratedDialogue:
 
 def generate_dialogues(count: int, seed: int) -> list[GeneratedDialogue]:
     """`count` different dialogues. The first n of a longer list are the list of n."""
+    return list(islice(play_dialogues(seed), count))
+
+
+def play_dialogues(seed: int) -> Iterator[GeneratedDialogue]:
+    """Dialogues without end, none of them twice."""
     rng = random.Random(seed)
-    dialogues: dict[str, GeneratedDialogue] = {}
-    while len(dialogues) < count:
+    played: set[str] = set()
+    while True:
         dialogue = _play(rng)
-        dialogues.setdefault(dialogue.text, dialogue)
-    return list(dialogues.values())
+        if dialogue.text not in played:
+            played.add(dialogue.text)
+            yield dialogue
 
 
 class _Stage:

@@ -34,17 +34,30 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file cannot be read, is not UTF-8 or not JSON, or a row is not an object; with file and line.
     """
+    text = read_utf8(path)
+    if text.lstrip()[:1] == "[":
+        yield from _list_rows(path, text)
+    else:
+        yield from _line_rows(path, text)
+
+
+def read_utf8(path: Path, *, newline: str | None = None) -> str:
+    """The whole file, without a byte order mark.
+
+    Args:
+        newline: as of `open`; None makes every end of a line \\n.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8; with file and line.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if text.lstrip()[:1] == "[":
-        yield from _list_rows(path, text)
-    else:
-        yield from _line_rows(path, text)
 
 
 def read_text(path: Path, field: str) -> Iterator[Row]:

@@ -1,76 +1,46 @@
 """Where the rows come from: a hub id, a folder, or single files; and which of them are used.
 
 train       ──▶ without empty rows and duplicates ──▶ without held-out rows ──▶ seeded sample
-validation  ──▶ its own file, or dialogues held out of train
-test        ──▶ its own file; a row says whether its dialogue also stands in train
+validation  ──▶ its own file, or dialogues (texts to classify) held out of train
+test        ──▶ its own file; a row says whether its dialogue (text) also stands in train
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import DataConfig
 from ..config_checks import Problem
 from ..errors import DataError
+from .examples import Example, Source, Split, SplitCounts, check_encodable, missing_field, text_field
 from .json_rows import Row, read_rows, read_text
+from .labelled_rows import check_labels, check_some_classes, labelled_examples
+from .table_rows import read_table
 
 if TYPE_CHECKING:
     import torch
 
 SPLITS = ("train", "validation", "test")
 _FILE_STEMS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_GLUE_STEMS = _FILE_STEMS | {"validation": ("validation", "val", "dev")}
 _FILE_SUFFIXES = (".json", ".jsonl")
 _JSON_SUFFIXES = (*_FILE_SUFFIXES, ".ndjson")
 """Of files that are named themselves, where `data.kind` is text; dialogues are JSON whatever their file is called."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """A dialogue and its reference summary; lines end in \\n."""
-
-    id: str
-    dialogue: str
-    summary: str
-    seen_in_train: bool = False
-    """The dialogue stands word for word in the training rows (validation and test only)."""
+_FIELD_KEYS = {
+    "dialogues": ("data.id_field", "data.dialogue_field", "data.summary_field"),
+    "classification": ("data.id_field", "data.text_field", "data.second_text_field", "data.label_field"),
+}
+"""What a fault in a row may come from, beside its file."""
 
 
-@dataclass
-class SplitCounts:
-    """What became of the rows that were read. `rows` is the sum of the dropped, left-out and used ones."""
-
-    rows: int = 0
-    dropped_empty: int = 0
-    """Rows without a dialogue."""
-    dropped_no_summary: int = 0
-    """Rows without a summary."""
-    dropped_duplicates: int = 0
-    """Training rows that repeat an earlier one."""
-    held_out: int = 0
-    """Training rows given to validation, and those that repeat their dialogues."""
-    left_out: int = 0
-    """Rows beyond max_train_examples, num_validation_examples or max_test_examples."""
-    used: int = 0
-    seen_in_train: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
-
-
-@dataclass
-class Split:
-    """The rows of one split, in order, with the place they came from."""
-
-    examples: list[Example]
-    source: str
-    counts: SplitCounts = field(default_factory=SplitCounts)
-
-
-def resolve_splits(data: DataConfig, generator: Callable[[str], torch.Generator]) -> dict[str, Split]:
+def resolve_splits(data: DataConfig, generator: Callable[[str], torch.Generator]) -> dict[str, Split[Any]]:
     """Read, clean and sample train, validation and test.
 
     Args:
@@ -78,8 +48,8 @@ def resolve_splits(data: DataConfig, generator: Callable[[str], torch.Generator]
 
     Raises:
         DataError: no such folder, file or hub dataset; a split without a source or without rows; bad JSON; a row
-            that is not an object, lacks a field or has one of the wrong type. The message names file and line, and of
-            every split the first fault.
+            that is not an object, lacks a field or has one of the wrong type; labels that are not those of train. The
+            message names file and line, and of every split the first fault.
     """
     splits, problems = read_splits(data)
     if problems:
@@ -87,7 +57,7 @@ def resolve_splits(data: DataConfig, generator: Callable[[str], torch.Generator]
     return select_examples(splits, data, generator)
 
 
-def read_splits(data: DataConfig) -> tuple[dict[str, Split], list[Problem]]:
+def read_splits(data: DataConfig) -> tuple[dict[str, Split[Any]], list[Problem]]:
     """The cleaned rows of every split that has a source, and what is wrong with the others.
 
     A dataset on the hub is fetched.
@@ -103,7 +73,7 @@ def read_splits(data: DataConfig) -> tuple[dict[str, Split], list[Problem]]:
     return splits, problems + unreadable
 
 
-def read_sources(sources: Mapping[str, Source], data: DataConfig) -> tuple[dict[str, Split], list[Problem]]:
+def read_sources(sources: Mapping[str, Source], data: DataConfig) -> tuple[dict[str, Split[Any]], list[Problem]]:
     """The cleaned rows of these splits, and the first fault of each that has one."""
     splits, problems = {}, []
     for name in SPLITS:
@@ -111,8 +81,7 @@ def read_sources(sources: Mapping[str, Source], data: DataConfig) -> tuple[dict[
             try:
                 splits[name] = _clean(sources[name], data, name)
             except DataError as error:
-                keys = (sources[name].key, "data.id_field", "data.dialogue_field", "data.summary_field")
-                problems.append(Problem(keys, str(error)))
+                problems.append(Problem((sources[name].key, *_FIELD_KEYS[data.kind]), str(error)))
     return splits, problems
 
 
@@ -148,20 +117,23 @@ def missing_splits(data: DataConfig, sources: Mapping[str, Source], problems: It
 
 
 def select_examples(
-    splits: dict[str, Split], data: DataConfig, generator: Callable[[str], torch.Generator]
-) -> dict[str, Split]:
+    splits: dict[str, Split[Any]], data: DataConfig, generator: Callable[[str], torch.Generator]
+) -> dict[str, Split[Any]]:
     """What is used of the rows that were read; the splits are changed in place.
 
     Raises:
-        DataError: too few rows to hold some out, or nothing is left of a split.
+        DataError: too few rows to hold some out, or nothing is left of a split; labels that are not those of train, or
+            all of them one.
     """
     train = splits["train"]
+    if data.kind == "classification":
+        check_labels(splits)
     if data.drop_train_duplicates:
         _drop_duplicates(train)
     if "validation" in splits:
         _keep_sample(splits["validation"], data.num_validation_examples, generator("validation sample"))
     else:
-        splits["validation"] = _hold_out(train, data.num_validation_examples, generator("validation held out"))
+        splits["validation"] = _hold_out(train, data, generator("validation held out"))
     if data.max_train_examples is not None:
         _keep_sample(train, data.max_train_examples, generator("train sample"))
     test = splits["test"]
@@ -169,29 +141,19 @@ def select_examples(
         test.counts.left_out += max(0, len(test.examples) - data.max_test_examples)
         test.examples = test.examples[: data.max_test_examples]
 
-    in_train = {example.dialogue for example in train.examples}
+    in_train = {example.read for example in train.examples}
     for name in ("validation", "test"):
         split = splits[name]
-        split.examples = [replace(example, seen_in_train=example.dialogue in in_train) for example in split.examples]
+        split.examples = [replace(example, seen_in_train=example.read in in_train) for example in split.examples]
         split.counts.seen_in_train = sum(example.seen_in_train for example in split.examples)
     for name in SPLITS:
         split = splits[name]
         split.counts.used = len(split.examples)
         if not split.examples:
-            raise DataError(f"{split.source}: no usable {name} rows: {_describe(split.counts)}")
+            raise DataError(f"{split.source}: no usable {name} rows: {split.counts.described()}")
+    if data.kind == "classification":
+        check_some_classes(train.source, Counter(str(example.label) for example in train.examples))
     return splits
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a split's rows can be read."""
-
-    name: str
-    read: Callable[[], Iterable[Row]]
-    key: str = "data.dataset"
-    """The config's key that names it."""
-    is_one_text: bool = False
-    """Whether its rows are the lines of one text."""
 
 
 def on_hub(data: DataConfig) -> bool:
@@ -228,20 +190,24 @@ def find_sources(data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
 
 
 def _suffixes(data: DataConfig) -> tuple[str, ...]:
-    return (".txt", *_FILE_SUFFIXES) if data.kind == "text" else _FILE_SUFFIXES
+    more = {"text": (".txt",), "classification": (".tsv",)}.get(data.kind, ())
+    return (*more, *_FILE_SUFFIXES)
 
 
 def _file_source(path: Path, data: DataConfig, key: str = "data.dataset") -> Source:
-    """JSON rows, or of running text also a file of it, by what it is called."""
+    """JSON rows, or by what it is called a file of running text, or a table of rows to classify."""
     if data.kind == "text" and path.suffix.lower() not in _JSON_SUFFIXES:
         return Source(str(path), partial(read_text, path, data.text_field), key, is_one_text=True)
+    if data.kind == "classification" and path.suffix.lower() == ".tsv":
+        return Source(str(path), partial(read_table, path, data.label_field), key)
     return Source(str(path), partial(read_rows, path), key)
 
 
 def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
     sources: dict[str, Source] = {}
     problems = []
-    for split, stems in _FILE_STEMS.items():
+    all_stems = _GLUE_STEMS if data.kind == "classification" else _FILE_STEMS
+    for split, stems in all_stems.items():
         if getattr(data, f"{split}_file") is not None:
             continue
         names = [stem + suffix for stem in stems for suffix in _suffixes(data)]
@@ -255,7 +221,8 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
         elif found:
             sources[split] = _file_source(found[0], data)
     if not sources and not problems and any(getattr(data, f"{split}_file") is None for split in ("train", "test")):
-        message = f"{folder}: holds no train, validation (val) or test file ending in {' or '.join(_suffixes(data))}"
+        also = " or ".join(all_stems["validation"][1:])
+        message = f"{folder}: holds no train, validation ({also}) or test file ending in {' or '.join(_suffixes(data))}"
         problems.append(Problem(("data.dataset",), message))
     return sources, problems
 
@@ -276,24 +243,42 @@ def _hub_sources(data: DataConfig) -> dict[str, Source]:
 
     def source(split: str) -> Source:
         place = f"{name} ({split})"
-        return Source(place, lambda: (Row(dict(row), f"{place} row {i + 1}") for i, row in enumerate(loaded[split])))
+        features = getattr(loaded[split], "features", None) or {}
+        names = getattr(features.get(data.label_field), "names", None) if data.kind == "classification" else None
+        return Source(
+            place,
+            lambda: (Row(dict(row), f"{place} row {i + 1}") for i, row in enumerate(loaded[split])),
+            label_names=None if names is None else tuple(names),
+        )
 
-    return {split: source(split) for split in SPLITS if split in loaded}
+    named = {"validation": data.validation_split, "test": data.test_split}
+    for key, own in named.items():
+        if own is not None and own not in loaded:
+            raise DataError(f"data.{key}_split: {name} has no split {own}; it has {', '.join(loaded)}")
+    splits = {split: named.get(split) or split for split in SPLITS}
+    if data.validation_split is None and splits["test"] == splits["validation"]:
+        del splits["validation"]  # held out of train instead: what chooses the weights is not what scores them
+    return {split: source(own) for split, own in splits.items() if own in loaded}
 
 
-def _clean(source: Source, data: DataConfig, name: str) -> Split:
-    """Rows with a dialogue and a summary, as examples. Empty ones are counted."""
-    split = Split([], source.name)
+def _clean(source: Source, data: DataConfig, name: str) -> Split[Any]:
+    """The rows that something can be learned from, as examples. Others are counted."""
+    return labelled_examples(source, data, name) if data.kind == "classification" else _dialogues(source, data, name)
+
+
+def _dialogues(source: Source, data: DataConfig, name: str) -> Split[Example]:
+    """Rows with a dialogue and a summary."""
+    split: Split[Example] = Split([], source.name)
     fields_found: set[str] = set()
     any_summary_field = False
     for number, row in enumerate(source.read(), start=1):
         split.counts.rows += 1
         fields_found.update(row.fields)
         if data.dialogue_field not in row.fields:
-            raise DataError(_missing_field(row.place, "dialogue_field", data.dialogue_field, row.fields))
+            raise DataError(missing_field(row.place, "dialogue_field", data.dialogue_field, row.fields))
         any_summary_field |= data.summary_field in row.fields
-        dialogue = _text(row, data.dialogue_field)
-        summary = _text(row, data.summary_field)
+        dialogue = text_field(row, data.dialogue_field).strip()
+        summary = text_field(row, data.summary_field).strip()
         if not dialogue:
             split.counts.dropped_empty += 1
         elif not summary:
@@ -303,22 +288,8 @@ def _clean(source: Source, data: DataConfig, name: str) -> Split:
             example_id = f"{name}-{number}" if identifier is None else str(identifier)
             split.examples.append(Example(example_id, dialogue, summary))
     if split.counts.rows and not any_summary_field:
-        raise DataError(_missing_field(source.name, "summary_field", data.summary_field, fields_found))
+        raise DataError(missing_field(source.name, "summary_field", data.summary_field, fields_found))
     return split
-
-
-def _missing_field(place: str, key: str, name: str, found: Iterable[str]) -> str:
-    fields = ", ".join(sorted(map(str, found))) or "none"
-    return f"{place}: no field '{name}' (fields found: {fields}); set data.{key} to the right one"
-
-
-def _text(row: Row, name: str) -> str:
-    value = row.fields.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{row.place}: field '{name}' must be text, not {type(value).__name__}")
-    return value.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def text_of(row: Row, data: DataConfig) -> str:
@@ -329,20 +300,11 @@ def text_of(row: Row, data: DataConfig) -> str:
     """
     name = data.text_field
     if name not in row.fields:
-        raise DataError(_missing_field(row.place, "text_field", name, row.fields))
-    text = row.fields[name]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise DataError(f"{row.place}: field '{name}' must be text, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{row.place}: field '{name}' is no text at character {error.start + 1} (half of a surrogate pair); mend "
-            "or remove it"
-        ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise DataError(missing_field(row.place, "text_field", name, row.fields))
+    text = text_field(row, name)
+    if text:
+        check_encodable(row, name)
+    return text
 
 
 def first_text_faults(sources: Mapping[str, Source], data: DataConfig) -> list[Problem]:
@@ -359,10 +321,10 @@ def first_text_faults(sources: Mapping[str, Source], data: DataConfig) -> list[P
     return problems
 
 
-def _drop_duplicates(train: Split) -> None:
-    first: dict[tuple[str, str], Example] = {}
+def _drop_duplicates(train: Split[Any]) -> None:
+    first: dict[tuple[Any, ...], Any] = {}
     for example in train.examples:
-        first.setdefault((example.dialogue, example.summary), example)
+        first.setdefault(example.whole, example)
     train.counts.dropped_duplicates = len(train.examples) - len(first)
     train.examples = list(first.values())
 
@@ -374,32 +336,30 @@ def sample(count: int, size: int, generator: torch.Generator) -> list[int]:
     return sorted(torch.randperm(count, generator=generator)[:size].tolist())
 
 
-def _keep_sample(split: Split, size: int, generator: torch.Generator) -> None:
+def _keep_sample(split: Split[Any], size: int, generator: torch.Generator) -> None:
     if len(split.examples) > size:
         split.counts.left_out += len(split.examples) - size
         split.examples = [split.examples[i] for i in sample(len(split.examples), size, generator)]
 
 
-def _hold_out(train: Split, size: int, generator: torch.Generator) -> Split:
-    """Move `size` dialogues from train to validation, and drop from train every row that repeats one of them."""
-    dialogues = list(dict.fromkeys(example.dialogue for example in train.examples))
-    if size * 2 > len(dialogues):
+def _hold_out(train: Split[Any], data: DataConfig, generator: torch.Generator) -> Split[Any]:
+    """Move dialogues (texts to classify) from train to validation, and drop from train every row that repeats one."""
+    size = data.num_validation_examples
+    different = list(dict.fromkeys(example.read for example in train.examples))
+    if size * 2 > len(different):
         raise DataError(
-            f"{train.source}: {len(dialogues)} different dialogues are too few to hold {size} out for validation; "
-            "lower data.num_validation_examples or give data.validation_file"
+            f"{train.source}: {len(different)} different {'texts' if data.kind == 'classification' else 'dialogues'} "
+            f"are too few to hold {size} out for validation; lower data.num_validation_examples or give "
+            "data.validation_file"
         )
-    chosen = {dialogues[i] for i in sample(len(dialogues), size, generator)}
-    first: dict[str, Example] = {}
+    chosen = {different[i] for i in sample(len(different), size, generator)}
+    first: dict[Any, Any] = {}
     kept = []
     for example in train.examples:
-        if example.dialogue in chosen:
-            first.setdefault(example.dialogue, example)
+        if example.read in chosen:
+            first.setdefault(example.read, example)
         else:
             kept.append(example)
     train.counts.held_out = len(train.examples) - len(kept)
     train.examples = kept
     return Split(list(first.values()), f"{train.source} (held out)", SplitCounts(rows=len(first)))
-
-
-def _describe(counts: SplitCounts) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.as_dict().items())

@@ -18,7 +18,8 @@ import torch
 from ..config import DataConfig
 from ..errors import DataError
 from ..interrupts import stop_if_asked
-from .sources import SPLITS, Source, SplitCounts, read_sources_of, sample, text_of
+from .examples import Source, SplitCounts
+from .sources import SPLITS, read_sources_of, sample, text_of
 from .tokenize import TextEncoder
 from .tokens import TokenizedSplit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from safetensors.torch import save
 from ..config import ScheduleConfig, TinyConfig
 from ..interrupts import asked_to_stop, stop_if_asked
 from ..run_folder import atomic_write
-from .batches import BatchPlan
+from .batches import BatchPlan, LossOn
 from .tokens import TokenizedSplit
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class OneProcess:
     world_size: int = 1
 
 
-def make_model(tiny: TinyConfig, seed: int) -> PreTrainedModel:
-    """A model of the tiny section's family and shape with seeded random weights, float32.
+def make_model(tiny: TinyConfig, seed: int, label_names: Sequence[str] | None = None) -> PreTrainedModel:
+    """A model of the tiny section's family and shape with seeded random weights, float32; an encoder with a head for
+    these classes.
 
     The caller's RNG is left as it was.
     """
@@ -45,7 +47,11 @@ def make_model(tiny: TinyConfig, seed: int) -> PreTrainedModel:
     family = architecture(tiny.architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family.base_class(family.tiny_config(tiny))
+        config = family.tiny_config(tiny)
+        if label_names is not None:
+            config.id2label = dict(enumerate(label_names))
+            config.label2id = {name: number for number, name in enumerate(label_names)}
+        return family.base_class(config)
 
 
 def pretrain(
@@ -57,7 +63,7 @@ def pretrain(
     fingerprint: str,
     reporter: Reporter,
 ) -> float:
-    """Train `model` on `documents`, one a row, and return the last loss (nats a token).
+    """Train `model` on `documents`, one a row, and return the last loss (nats a token; of rows to classify a row).
 
     Every SAVE_EVERY_STEPS steps the weights and AdamW's moments go to `checkpoint`; a later call with the same
     `fingerprint` goes on from there and ends with the same weights as a call that was never interrupted.
@@ -72,7 +78,8 @@ def pretrain(
         micro_batch_size=tiny.pretrain_batch_size,
     )
     longest = int(documents.lengths.max())
-    plan = BatchPlan(documents, schedule, longest, pad_id=0, seed=seed, world=OneProcess(), loss_on="all")
+    loss_on: LossOn = "all" if documents.labels is None else "row"
+    plan = BatchPlan(documents, schedule, longest, pad_id=0, seed=seed, world=OneProcess(), loss_on=loss_on)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=tiny.pretrain_learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
@@ -85,8 +92,7 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = tiny.pretrain_learning_rate * _learning_rate_factor(step, steps)
         (batch,) = plan.step(step)
-        # The padding is on the right, where causal attention does not look: no mask, and so the fast kernel.
-        loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        loss = _loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -102,6 +108,15 @@ def pretrain(
             stop_if_asked(f"pretraining is saved after step {step + 1} of {steps}")
     model.eval()
     return loss_value
+
+
+def _loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    if "row_labels" in batch:
+        read = {"attention_mask": batch["mask"], "token_type_ids": batch["token_type_ids"]}
+        logits = model(input_ids=batch["input_ids"], **read).logits
+        return torch.nn.functional.cross_entropy(logits, batch["row_labels"])
+    # The padding is on the right, where causal attention does not look: no mask, and so the fast kernel.
+    return model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
 
 
 def _learning_rate_factor(step: int, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""The tokenizer of a tiny run: a BPE of the kind that the model's family has, saved the way its own is."""
+"""The tokenizer of a tiny run: of the kind that the model's family has, saved the way its own is."""
 
 from __future__ import annotations
 
@@ -35,6 +35,31 @@ def _save_byte_level_bpe(texts: Iterable[str], vocab_size: int, folder: Path) ->
     trained = json.loads(bpe.to_str())["model"]
     merges: Any = [tuple(pair) for pair in trained["merges"]]
     tokenizer: Any = GPT2Tokenizer(vocab=trained["vocab"], merges=merges)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_word_piece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """BERT's, in lower case: five special tokens, every character alone and inside a word, then what the texts call
+    for; [unused0] and so on where they call for less than `vocab_size`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer
+
+    texts = list(texts)
+    lower, words = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    characters = sorted({c for t in texts for word, _ in words.pre_tokenize_str(lower.normalize_str(t)) for c in word})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer, pieces.pre_tokenizer = lower, words
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        # Characters that are not named here get their ids in an order that is another one each time.
+        special_tokens=[*special, *characters, *(f"##{character}" for character in characters)],
+        show_progress=False,
+    )
+    pieces.train_from_iterator(texts, trainer)
+    vocab = pieces.get_vocab()
+    vocab |= {f"[unused{i}]": len(vocab) + i for i in range(vocab_size - len(vocab))}
+    tokenizer: Any = BertTokenizer(vocab=vocab)
     tokenizer.save_pretrained(folder)
 
 
@@ -81,4 +106,4 @@ def _llama_tokenizer(folder: Path) -> Any:
     return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
 
 
-_KINDS = {"llama": _save_sentencepiece, "gpt2": _save_byte_level_bpe}
+_KINDS = {"llama": _save_sentencepiece, "gpt2": _save_byte_level_bpe, "bert": _save_word_piece}

@@ -17,7 +17,7 @@ from ..errors import ModelError
 from ..interrupts import stop_if_asked
 from ..manifest import StageInput
 from .base_fingerprint import fingerprint_tokenizer
-from .sources import Example
+from .examples import Example
 from .tokens import TokenizedSplit
 
 _ROWS_AT_ONCE = 1000
@@ -36,8 +36,11 @@ class TokenizedExamples:
     truncated: int
 
 
-def load_tokenizer(path_or_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a local folder or of a hub id. It must have an EOS, or generation would never end.
+def load_tokenizer(
+    path_or_id: str, *, revision: str | None = None, trust_remote_code: bool = False, generates: bool = True
+) -> Any:
+    """The tokenizer in a local folder or of a hub id. Where its model `generates`, it must have an EOS, or that would
+    never end.
 
     Raises ModelError where there is none, or where it would need code that the config does not allow.
     """
@@ -54,7 +57,7 @@ def load_tokenizer(path_or_id: str, *, revision: str | None = None, trust_remote
             f"{path_or_id}: no tokenizer could be loaded ({reason}){hint}. A local folder needs tokenizer.json or "
             "tokenizer.model; model.tokenizer can name another folder or hub id"
         ) from None
-    if tokenizer.eos_token_id is None:
+    if generates and tokenizer.eos_token_id is None:
         raise ModelError(f"{path_or_id}: the tokenizer has no EOS token, so a summary would have no end")
     return tokenizer
 
@@ -68,7 +71,12 @@ def load_prepared_tokenizer(prepare: StageInput, model: ModelConfig, report: Cal
         ModelError: it cannot be loaded.
     """
     source = prepare.summary["tokenizer"]
-    tokenizer = load_tokenizer(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(
+        source,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        generates=prepare.summary.get("kind") != "classification",
+    )
     if prepare.summary.get("tokenizer_fingerprint") not in (None, fingerprint_tokenizer(tokenizer)):
         report(f"{source} is another tokenizer than the one that prepare read, or was changed")
     return tokenizer

@@ -45,7 +45,7 @@ def check_vocabulary(tokenizer: Any, model_config: Any) -> list[str]:
     return found
 
 
-def check_unknown_tokens(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+def check_unknown_tokens(tokenizer: Any, texts: Sequence[str], what: str = "dialogues") -> list[str]:
     """Count unknown tokens in some of the texts; returns what deserves a warning.
 
     Raises:
@@ -58,7 +58,7 @@ def check_unknown_tokens(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     num_tokens = sum(map(len, rows))
     num_unknown = sum(row.count(tokenizer.unk_token_id) for row in rows)
     share = num_unknown / max(num_tokens, 1)
-    said = f"{share:.0%} of the tokens of the first {len(sample)} dialogues are unknown to the tokenizer"
+    said = f"{share:.0%} of the tokens of the first {len(sample)} {what} are unknown to the tokenizer"
     if share > _MOSTLY_UNKNOWN:
         raise ModelError(f"{said}: it was made for other text; model.tokenizer names another one")
     return [f"{said}; what they stand for is lost"] if share > _MANY_UNKNOWN else []

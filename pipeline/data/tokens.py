@@ -3,6 +3,7 @@
 input_ids       int32 (T,)      prompt, summary and EOS of row 0, then of row 1, …
 offsets         int64 (N + 1,)  row i is input_ids[offsets[i] : offsets[i + 1]]
 prompt_lengths  int32 (N,)      tokens of row i that belong to the prompt
+labels          int32 (N,)      class of row i; of rows to classify only, whose prompt is the first text
 """
 
 from __future__ import annotations
@@ -21,16 +22,30 @@ from ..run_folder import atomic_write
 class TokenizedSplit:
     """Read-only rows of tokens. Opening reads the header only; a row's tokens are read when asked for."""
 
-    def __init__(self, input_ids: torch.Tensor, offsets: torch.Tensor, prompt_lengths: torch.Tensor):
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        offsets: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        labels: torch.Tensor | None = None,
+    ):
         self.input_ids = input_ids
         self.offsets = offsets
         self.prompt_lengths = prompt_lengths
+        self.labels = labels
+        """int32 (N,): the class of each row, or None."""
         self.lengths = offsets[1:] - offsets[:-1]
         """int64 (N,): tokens of each row."""
 
     @classmethod
-    def from_rows(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> TokenizedSplit:
-        """Rows in memory, from pairs (prompt tokens, summary tokens with EOS)."""
+    def from_rows(
+        cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], labels: Sequence[int] | None = None
+    ) -> TokenizedSplit:
+        """Rows in memory, from pairs (prompt tokens, summary tokens with EOS), or, where they have classes, pairs
+        (tokens of the first text, of the second), each with its special tokens.
+
+        `labels` may grow with `rows`: it is looked at last.
+        """
         flat: list[int] = []
         offsets, prompt_lengths = [0], []
         for prompt_ids, summary_ids in rows:
@@ -42,6 +57,7 @@ class TokenizedSplit:
             torch.tensor(flat, dtype=torch.int32),
             torch.tensor(offsets, dtype=torch.int64),
             torch.tensor(prompt_lengths, dtype=torch.int32),
+            None if labels is None else torch.tensor(labels, dtype=torch.int32),
         )
 
     @classmethod
@@ -49,7 +65,9 @@ class TokenizedSplit:
         """Memory-map a file that `write` made. Raises CheckpointError where there is no such file, or half of one."""
         try:
             with safe_open(str(path), framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("input_ids", "offsets", "prompt_lengths")}
+                labels = ("labels",) if "labels" in file.keys() else ()  # noqa: SIM118
+                names = ("input_ids", "offsets", "prompt_lengths", *labels)
+                tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: not a readable token file ({error}); run prepare again with --force"
@@ -60,7 +78,8 @@ class TokenizedSplit:
             len(split.offsets) == len(split.prompt_lengths) + 1
             and int(split.offsets[0]) == 0
             and int(split.offsets[-1]) == len(split.input_ids)
-            and bool((lengths > split.prompt_lengths).all())
+            and bool((lengths >= split.prompt_lengths + int(split.labels is None)).all())
+            and (split.labels is None or split.labels.shape == split.prompt_lengths.shape)
         )
         if not whole:
             raise CheckpointError(f"{path}: offsets and tokens disagree; run prepare again with --force")
@@ -69,6 +88,8 @@ class TokenizedSplit:
     def write(self, path: str | Path) -> None:
         """Write the file atomically."""
         tensors = {"input_ids": self.input_ids, "offsets": self.offsets, "prompt_lengths": self.prompt_lengths}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
         # Serialized here and written by us: safetensors reports a full disk as an error of its own, without errno.
         atomic_write(Path(path), save(tensors))
 

@@ -192,3 +192,45 @@ def test_validation_counts_every_row_once_with_equal_turns(split, batch_size, ra
 def test_validation_without_rows_is_refused():
     with pytest.raises(DataError, match="no validation rows"):
         validation_batches(make_split([]), 2, PAD, World())
+
+
+CLASSES = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 8), st.integers(0, 3)), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(CLASSES, SCHEDULES, st.sampled_from(["all", "row"]))
+def test_rows_to_classify_keep_their_class_and_their_border(rows, schedule_and_ranks, loss_on):
+    """Token i of a row is 100 * row + 1 + i: a token tells where it belongs."""
+    schedule, ranks = schedule_and_ranks
+    schedule = schedule.model_copy(update={"packing": False})
+    ids = [list(range(100 * i + 1, 100 * i + 1 + first + second)) for i, (first, second, _) in enumerate(rows)]
+    split = TokenizedSplit.from_rows(
+        ((row[:first], row[first:]) for row, (first, _, _) in zip(ids, rows, strict=True)), [row[2] for row in rows]
+    )
+    plans = [make_plan(split, schedule, rank, ranks, loss_on=loss_on) for rank in range(ranks)]
+    for step in range(min(plans[0].num_steps, 6)):
+        micro_batches = [batch for plan in plans for batch in plan.step(step)]
+        for batch in micro_batches:
+            assert batch["token_type_ids"].dtype == batch["row_labels"].dtype == torch.int64
+            assert batch["token_type_ids"].shape == batch["input_ids"].shape
+            for i, (tokens, types) in enumerate(zip(batch["input_ids"], batch["token_type_ids"], strict=True)):
+                (row,) = batch["rows"][i]
+                first, second, label = rows[row]
+                assert tokens.tolist() == ids[row] + [PAD] * (len(tokens) - first - second)
+                assert types.tolist() == [0] * first + [1] * second + [0] * (len(tokens) - first - second)
+                assert batch["row_labels"][i] == label
+            counted = (batch["labels"] != NO_LOSS).sum(1)
+            expected = torch.zeros(len(counted)) if loss_on == "row" else batch["mask"].sum(1) - 1
+            assert torch.equal(counted.float(), expected.float())
+        if loss_on == "row":
+            assert {batch["tokens_in_global_batch"] for batch in micro_batches} == {schedule.global_batch_size}
+            assert sum(len(batch["row_labels"]) for batch in micro_batches) == schedule.global_batch_size
+
+
+def test_validation_has_the_classes_too():
+    split = TokenizedSplit.from_rows([([1, 2], [3]), ([4], []), ([5, 6], [])], [2, 0, 1])
+    batches = validation_batches(split, 2, PAD, World(), "row")
+    assert [batch["row_labels"].tolist() for batch in batches] == [[2, 0], [1]]
+    assert batches[0]["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert all((batch["labels"] == NO_LOSS).all() for batch in batches)
+    assert "row_labels" not in collate(make_split([(1, 1)]), [[0]], PAD, "all")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hedgehog.pipeline.data.tokens import TokenizedSplit
@@ -46,5 +47,26 @@ def test_missing_torn_and_inconsistent_files_are_refused(tmp_path):
         },
         str(path),
     )
+    with pytest.raises(CheckpointError, match="disagree"):
+        TokenizedSplit.open(path)
+
+
+def test_rows_with_classes_come_back_as_written(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    TokenizedSplit.from_rows([([1, 2], []), ([3], [4, 5])], [7, 0]).write(path)
+    split = TokenizedSplit.open(path)
+    assert split.labels is not None and split.labels.dtype == torch.int32 and split.labels.tolist() == [7, 0]
+    assert split.prompt_lengths.tolist() == [2, 1] and split.lengths.tolist() == [2, 3]
+    TokenizedSplit.from_rows([([1, 2], [3])]).write(path)
+    assert TokenizedSplit.open(path).labels is None
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == {"input_ids", "offsets", "prompt_lengths"}
+
+
+@pytest.mark.parametrize("labels", [None, [1], [1, 0, 1]])
+def test_classes_that_do_not_belong_to_the_rows_are_refused(tmp_path, labels):
+    """Without classes a row without a summary is no row."""
+    path = tmp_path / "tokens.safetensors"
+    TokenizedSplit.from_rows([([1, 2], []), ([3], [4, 5])], labels).write(path)
     with pytest.raises(CheckpointError, match="disagree"):
         TokenizedSplit.open(path)
