@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -162,4 +163,5 @@ if __name__ == "__main__":
 
     import_deepspeed()
     torch.set_num_threads(1)
+    gc.freeze()  # children need not look through all that to find garbage, and share its pages
     serve(sys.argv[1])
