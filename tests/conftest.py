@@ -29,14 +29,31 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 
 @pytest.hookimpl(trylast=True)  # what -m leaves out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those on a real Slurm first: they mostly wait, and take longest. Two of xdist's workers start with half of them
-    each, where the others have equal shares of the rest; whoever is done takes over tests from another one's end."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
+    """What takes longest comes first, or one worker of xdist would be left with it at the end. Those on a real Slurm
+    mostly wait: two workers start with half of them each. The other slow ones are dealt to the other workers. Each has
+    an equal share of the rest; whoever is done takes over tests from another one's end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = dealt(items, int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+def dealt(items: list[pytest.Item], num_workers: int) -> list[pytest.Item]:
+    """So ordered that `--dist worksteal`, which cuts it into equal parts, gives each worker what is meant for it."""
     on_slurm = [item for item in items if item.get_closest_marker("slurm")]
-    rest = [item for item in items if not item.get_closest_marker("slurm")]
-    share = len(items) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) - len(on_slurm[::2])
-    items[:] = [*on_slurm[::2], *rest[:share], *on_slurm[1::2], *rest[share:]]
+    slow = [item for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("slurm")]
+    taken = {id(item) for item in (*on_slurm, *slow)}
+    rest = [item for item in items if id(item) not in taken]
+    patient = min(2, num_workers)
+    busy = max(1, num_workers - patient)
+    first = [on_slurm[worker::patient] for worker in range(patient)] + [[] for _ in range(num_workers - patient)]
+    for worker in range(busy):
+        first[-busy + worker] += slow[worker::busy]
+    order: list[pytest.Item] = []
+    for worker, begins in enumerate(first):
+        part = (len(items) - len(order)) // (num_workers - worker)
+        share = max(0, part - len(begins))
+        order += [*begins, *rest[:share]]
+        del rest[:share]
+    return order + rest
 
 
 _modules_when_frozen = 0

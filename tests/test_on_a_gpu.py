@@ -90,6 +90,7 @@ def test_the_stand_in_is_a_device(on_gpu: OnGpu) -> None:
     assert on_gpu(str(HERE / "look_at_the_device.py")).endswith("a device\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_training_on_a_gpu_is_that_on_a_cpu(zero_stage: int, new_run, run_stages) -> None:
     """And `engine.device: cpu` is a CPU where there is a GPU, to the bit: DeepSpeed would take the GPU.
@@ -119,6 +120,7 @@ def test_a_run_that_began_on_a_cpu_goes_on_on_a_gpu(new_run, interrupt, run_stag
     assert run.losses("distill") == pytest.approx(expected.losses("distill"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_meet_through_nccl(new_run, run_stages, one_process_run) -> None:
     expected = one_process_run("zero1")
     single = {f"{stage}__{key}": expected.values[stage][key] for stage in ("distill", "finetune") for key in SAME_STEPS}
@@ -129,6 +131,7 @@ def test_two_ranks_meet_through_nccl(new_run, run_stages, one_process_run) -> No
         assert run.losses(stage) == pytest.approx(expected.losses(stage), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_stage_with_the_kernels_of_a_gpu(on_gpu: OnGpu, tmp_path: Path) -> None:
     """From nothing to the export, which plain transformers loads on that GPU; what ran is what was to run. Under
     ZeRO-3, which puts other tensors in the places of a batch's, where the Triton kernel looks for those it knows."""
@@ -146,6 +149,7 @@ def test_every_stage_with_the_kernels_of_a_gpu(on_gpu: OnGpu, tmp_path: Path) ->
     assert "Kept between tokens: 130.0 KiB" in answered  # 2 layers · 2 heads · 128 features · (64 + 1) · 4 bytes
 
 
+@pytest.mark.slow
 def test_memory_on_a_gpu_is_what_was_estimated(on_gpu: OnGpu, tmp_path: Path) -> None:
     """Within 10 %, weights and optimizer included, as the tensors of real steps are counted."""
     on_gpu(str(HERE / "measure_memory.py"), str(tmp_path / "report.json"))
@@ -164,6 +168,7 @@ def test_where_memory_ends_a_gpu_says_which_estimate_to_change(new_run, run_stag
     assert "other processes hold 80.0 GiB" in said
 
 
+@pytest.mark.slow
 def test_the_benchmarks_of_a_gpu_run(on_gpu: OnGpu, tmp_path: Path) -> None:
     """Every line of theirs that a GPU alone would reach, but the sanitizer's: events, graphs, the GPU's sizes."""
     on_gpu(str(HERE / "run_benchmarks.py"), str(tmp_path))
