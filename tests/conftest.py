@@ -283,13 +283,19 @@ def made_once() -> Callable[[Path, Callable[[], Any]], Any]:
 
 
 @pytest.fixture(scope="session")
-def run_forked(everyones_folder: Path) -> Iterator[Callable[..., tuple[int, str]]]:
-    """`run_forked(script, arguments, environment)`: a script in a process whose imports have been made already."""
+def forking_server() -> Any:
+    """The module of that name."""
     sys.path.insert(0, str(Path(__file__).parent))
     try:
         import forking_server
     finally:
         sys.path.pop(0)
+    return forking_server
+
+
+@pytest.fixture(scope="session")
+def run_forked(everyones_folder: Path, forking_server: Any) -> Iterator[Callable[..., tuple[int, str]]]:
+    """`run_forked(script, arguments, environment)`: a script in a process whose imports have been made already."""
     with forking_server.connect(everyones_folder):  # keeps it alive
         yield partial(forking_server.run_forked, everyones_folder)
 

@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,31 @@ def on_gpu(everyones_folder: Path) -> OnGpu:
 
 
 @pytest.fixture(scope="session")
-def run_stages(on_gpu: OnGpu) -> Callable[..., str]:
+def forked_on_gpu(everyones_folder: Path, forking_server: Any) -> Iterator[OnGpu]:
+    """The same for a script of the stand-in's in a forked process, which need not import what takes seconds."""
+    environment = stand_in.environment(stand_in.build(everyones_folder))
+    place = everyones_folder / "forking-on-gpu"
+    place.mkdir(exist_ok=True)
+
+    def run(script: str, *arguments: str) -> str:
+        status, said = forking_server.run_forked(place, HERE / script, arguments, environment, timeout_s=280)
+        assert status == 0, said[-6000:]
+        return said
+
+    with forking_server.connect(place, environment):  # keeps it alive
+        yield run
+
+
+@pytest.fixture(scope="session")
+def run_stages(on_gpu: OnGpu, forked_on_gpu: OnGpu) -> Callable[..., str]:
     """`run_stages((run, "distill"), …, ranks=2)`: stages there, one after the other; returns what was printed."""
 
     def run(*work: tuple[Any, str], ranks: int = 1, **options: Any) -> str:
         from hedgehog.pipeline.distributed import free_port
 
         argument = json.dumps([(run.values, stage) for run, stage in work])
+        if ranks == 1 and not options:
+            return forked_on_gpu("run_stages.py", argument)
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
         script = [str(HERE / "run_stages.py"), argument]
         return on_gpu(*(launcher if ranks > 1 else []), *script, **options)
@@ -150,9 +168,9 @@ def test_every_stage_with_the_kernels_of_a_gpu(on_gpu: OnGpu, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_memory_on_a_gpu_is_what_was_estimated(on_gpu: OnGpu, tmp_path: Path) -> None:
+def test_memory_on_a_gpu_is_what_was_estimated(forked_on_gpu: OnGpu, tmp_path: Path) -> None:
     """Within 10 %, weights and optimizer included, as the tensors of real steps are counted."""
-    on_gpu(str(HERE / "measure_memory.py"), str(tmp_path / "report.json"))
+    forked_on_gpu("measure_memory.py", str(tmp_path / "report.json"))
     report = json.loads((tmp_path / "report.json").read_text())
     rows = [*report["distill"], *report["finetune"]]
     assert [row.get("attention") for row in rows] == [None, "linear", "softmax"]
@@ -169,9 +187,9 @@ def test_where_memory_ends_a_gpu_says_which_estimate_to_change(new_run, run_stag
 
 
 @pytest.mark.slow
-def test_the_benchmarks_of_a_gpu_run(on_gpu: OnGpu, tmp_path: Path) -> None:
+def test_the_benchmarks_of_a_gpu_run(forked_on_gpu: OnGpu, tmp_path: Path) -> None:
     """Every line of theirs that a GPU alone would reach, but the sanitizer's: events, graphs, the GPU's sizes."""
-    on_gpu(str(HERE / "run_benchmarks.py"), str(tmp_path))
+    forked_on_gpu("run_benchmarks.py", str(tmp_path))
     kernels, model = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("bench_gpu", "bench_7b"))
     assert {"another stream", "decoding in a CUDA graph"} <= kernels["correctness"]["checks"].keys()
     assert any("seconds" in row for row in kernels["times"]) and any("seconds" in row for row in kernels["decoding"])
