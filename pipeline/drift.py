@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,29 +129,56 @@ def answer_in_clean_process(
         ModelError: the folder does not load there, lacks weights, or its tokenizer gives other tokens.
         Interrupted: a signal came.
     """
+    request = {
+        "task": "generate",
+        "trust_remote_code": trust_remote_code,
+        "logits_to_keep": probe.num_positions,
+        "max_new_tokens": probe.num_new_tokens,
+        "texts": probe.prompts,
+    }
+    tensors, facts = ask_clean_process(
+        model_folder,
+        {
+            "input_ids": probe.input_ids_BL,
+            "attention_mask": probe.mask_BL,
+            "prompt_ids": probe.prompt_ids_BL,
+            "prompt_mask": probe.prompt_mask_BL,
+        },
+        request,
+        device,
+    )
+    _check_decoding(model_folder, facts)
+    check_tokens(
+        model_folder,
+        (
+            len(tokens) >= len(expected) - 1 and tokens == expected[len(expected) - len(tokens) :]
+            for tokens, expected in zip(facts["encoded_prompts"], probe.prompt_tokens, strict=True)
+        ),
+    )
+    return ProbeAnswer(tensors["logits"], tensors["tokens"]), facts
+
+
+def ask_clean_process(
+    model_folder: Path, tensors: Mapping[str, Tensor], request: Mapping[str, Any], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Run clean_reload.py on an exported folder: its answer, and facts about the load.
+
+    Raises:
+        ModelError: the folder does not load there, lacks weights, or the project was imported.
+        Interrupted: a signal came.
+    """
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory(prefix="hedgehog-reload-") as name:
         folder = Path(name)
-        save_file(
-            {
-                "input_ids": probe.input_ids_BL,
-                "attention_mask": probe.mask_BL,
-                "prompt_ids": probe.prompt_ids_BL,
-                "prompt_mask": probe.prompt_mask_BL,
-            },
-            folder / "request.safetensors",
-        )
-        request = {
+        save_file(dict(tensors), folder / "request.safetensors")
+        whole_request = {
             "model": str(model_folder.resolve()),
             "device": str(device),
             "num_threads": torch.get_num_threads(),
-            "trust_remote_code": trust_remote_code,
-            "logits_to_keep": probe.num_positions,
-            "max_new_tokens": probe.num_new_tokens,
-            "texts": probe.prompts,
+            **request,
         }
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        (folder / "request.json").write_text(json.dumps(whole_request), encoding="utf-8")
         environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
         environment |= {
             "HF_HUB_OFFLINE": "1",
@@ -167,9 +194,13 @@ def answer_in_clean_process(
                 + "\n".join(f"  {line}" for line in lines)
             )
         facts = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "answer.safetensors")
-    _check_facts(model_folder, facts, probe)
-    return ProbeAnswer(tensors["logits"], tensors["tokens"]), facts
+        answer = load_file(folder / "answer.safetensors")
+    for kind in ("missing_keys", "unexpected_keys"):
+        if facts[kind]:
+            raise ModelError(f"the export in {model_folder} has {kind.replace('_', ' ')}: {', '.join(facts[kind][:3])}")
+    if facts["project_modules"]:
+        raise ModelError(f"the clean process imported the project: {facts['project_modules']}")
+    return answer, facts
 
 
 def _run_stoppable(command: list[str], environment: dict[str, str], folder: Path) -> tuple[int, str]:
@@ -198,23 +229,24 @@ def _run_stoppable(command: list[str], environment: dict[str, str], folder: Path
     return process.returncode, error_output
 
 
-def _check_facts(model_folder: Path, facts: dict[str, Any], probe: Probe) -> None:
+def _check_decoding(model_folder: Path, facts: dict[str, Any]) -> None:
     if facts["equal_uncached_share"] < _MIN_EQUAL_UNCACHED:
         raise ModelError(
             f"the export in {model_folder} decodes other tokens from its cache than without one (equal "
             f"{facts['equal_uncached_share']:.0%}): this version of transformers does not fit; see constraints.txt"
         )
-    for kind in ("missing_keys", "unexpected_keys"):
-        if facts[kind]:
-            raise ModelError(f"the export in {model_folder} has {kind.replace('_', ' ')}: {', '.join(facts[kind][:3])}")
-    if facts["project_modules"]:
-        raise ModelError(f"the clean process imported the project: {facts['project_modules']}")
-    for tokens, expected in zip(facts["encoded_prompts"], probe.prompt_tokens, strict=True):
-        if tokens != expected[len(expected) - len(tokens) :] or len(expected) - len(tokens) > 1:
-            raise ModelError(
-                f"the tokenizer in {model_folder} does not give the tokens that prepare gave: it differs from the "
-                "one that the run used"
-            )
+
+
+def check_tokens(model_folder: Path, are_equal: Iterable[bool]) -> None:
+    """
+    Raises:
+        ModelError: the exported tokenizer gave other tokens of some text than prepare's.
+    """
+    if not all(are_equal):
+        raise ModelError(
+            f"the tokenizer in {model_folder} does not give the tokens that prepare gave: it differs from the "
+            "one that the run used"
+        )
 
 
 def measure_drift(reference: ProbeAnswer, exported: ProbeAnswer, probe: Probe) -> dict[str, float | int]:
@@ -228,7 +260,23 @@ def measure_drift(reference: ProbeAnswer, exported: ProbeAnswer, probe: Probe) -
         ModelError: the exported logits are not finite.
     """
     kept_BK = probe.mask_BL[:, -probe.num_positions :].bool()
-    reference_NV, exported_NV = reference.logits_BKV[kept_BK].double(), exported.logits_BKV[kept_BK].double()
+    of_logits = logit_drift(reference.logits_BKV[kept_BK], exported.logits_BKV[kept_BK])
+    prompt_length = probe.prompt_ids_BL.shape[1]
+    new_BL, exported_new_BL = reference.tokens_BL[:, prompt_length:], exported.tokens_BL[:, prompt_length:]
+    return {
+        **of_logits,
+        "num_generated_tokens": new_BL.numel(),
+        "equal_generated_share": float((new_BL == exported_new_BL).double().mean()),
+    }
+
+
+def logit_drift(reference_NV: Tensor, exported_NV: Tensor) -> dict[str, float | int]:
+    """The figures of `measure_drift` about logits, over N positions or rows.
+
+    Raises:
+        ModelError: the exported logits are not finite.
+    """
+    reference_NV, exported_NV = reference_NV.double(), exported_NV.double()
     if not bool(torch.isfinite(exported_NV).all()):
         raise ModelError(
             "the exported model gives logits that are not finite: its weights overflow in export.dtype; choose "
@@ -237,16 +285,12 @@ def measure_drift(reference: ProbeAnswer, exported: ProbeAnswer, probe: Probe) -
     difference_NV = exported_NV - reference_NV
     log_p_NV, log_q_NV = reference_NV.log_softmax(-1), exported_NV.log_softmax(-1)
     kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1).clamp_min(0)
-    prompt_length = probe.prompt_ids_BL.shape[1]
-    new_BL, exported_new_BL = reference.tokens_BL[:, prompt_length:], exported.tokens_BL[:, prompt_length:]
     return {
-        "num_positions": int(kept_BK.sum()),
+        "num_positions": len(reference_NV),
         "logits_max_abs": float(difference_NV.abs().max()),
         "logits_mean_abs": float(difference_NV.abs().mean()),
         "logits_relative": float(difference_NV.norm() / reference_NV.norm()),
         "kl_mean_nats": float(kl_N.mean()),
         "kl_max_nats": float(kl_N.max()),
         "equal_argmax_share": float((reference_NV.argmax(-1) == exported_NV.argmax(-1)).double().mean()),
-        "num_generated_tokens": new_BL.numel(),
-        "equal_generated_share": float((new_BL == exported_new_BL).double().mean()),
     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import ConfigError, ResourceError
+from .families import family_of_config
 from .formatting import format_bytes, parse_bytes
 from .interrupts import stop_if_asked
 from .merging import MergedTensor
@@ -80,6 +81,7 @@ def write_configs(
 
     A model with softmax attention is written as a plain one of its family. The tokenizer pads on the left with
     `pad_id` (or EOS, see below), ready for batched generation; generation is greedy unless the user asks otherwise.
+    An encoder's tokenizer pads on the right, as prepare did.
     """
     from transformers import GenerationConfig
 
@@ -90,10 +92,12 @@ def write_configs(
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     config.dtype = dtype
-    config.use_cache = True
     config.architectures = [type(model).__name__]
     config.tie_word_embeddings = bool(config.tie_word_embeddings) and "lm_head.weight" not in tensor_names
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    is_encoder = family_of_config(config).is_encoder
+    if not is_encoder:
+        config.use_cache = True
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.save_pretrained(folder)
     # A plain word must not become a special token, nor stand behind the end of every shorter answer of a batch: where
     # `prepare` found only such a one, EOS pads here, as is usual for GPT-2.
@@ -101,15 +105,16 @@ def write_configs(
         tokenizer.added_tokens_decoder.get(pad_id), "special", False
     )
     pads = pad_id if is_special else tokenizer.eos_token_id
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pads,
-        do_sample=False,
-        use_cache=True,
-    ).save_pretrained(folder)
+    if not is_encoder:
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pads,
+            do_sample=False,
+            use_cache=True,
+        ).save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if is_encoder else "left"
     for key in ("is_local", "local_files_only"):  # how it was loaded here, nothing about the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id != pads:

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from ..pipeline.class_drift import class_logits, class_logits_in_clean_process, make_class_probe
 from ..pipeline.config import RunConfig
 from ..pipeline.data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
-from ..pipeline.drift import Probe, ProbeAnswer, answer_in_clean_process, answer_probe, make_probe, measure_drift
+from ..pipeline.drift import answer_in_clean_process, answer_probe, logit_drift, make_probe, measure_drift
 from ..pipeline.errors import ModelError
 from ..pipeline.export_folder import (
     check_disk_space,
@@ -103,25 +104,12 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
     dtype = getattr(torch, config.export.dtype)
     tokenizer = load_prepared_tokenizer(prepare, config.model, ctx.reporter.warning)
     pad_id, _ = choose_pad_id(tokenizer)
-    prompts = None
-    if prepare.summary.get("kind") != "text":
-        with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
-            prompts = [json.loads(line)["prompt"] for line in file]
-    probe = make_probe(
-        TokenizedSplit.open(prepare.artifact("tokens_test")),
-        prompts,
-        pad_id,
-        num_positions=prepare.summary.get("num_positions"),
-    )
-    if prompts is None:  # some of the text, for the exported tokenizer to give the same tokens of
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in probe.prompt_ids_BL.tolist()]
-        probe = replace(probe, prompts=texts, prompt_tokens=TextEncoder(tokenizer).prompts(texts))
+    comparison = _comparison(ctx, tokenizer, pad_id)
 
     stop_if_asked(_SAVED)
     model = load_variant_model(config, ctx.inputs, ctx.world.device, config.engine.precision, ctx.reporter.info)
     stop_if_asked(_SAVED)
-    ctx.reporter.info(f"the unmerged model answers {len(probe.prompt_ids_BL)} prompts of the test rows")
-    reference = answer_probe(model, probe, eos_id=tokenizer.eos_token_id, pad_id=pad_id)
+    comparison.ask(model)
     stop_if_asked(_SAVED)
     tensors = merged_tensors(model, dtype)
     num_bytes = check_disk_space(ctx.folder, tensors)
@@ -138,7 +126,7 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
         if ctx.world.device.type == "cuda":
             torch.cuda.empty_cache()
         stop_if_asked(_SAVED)
-        drift, adds_bos = _check_reload(ctx, unfinished, probe, reference)
+        drift, adds_bos = _check_reload(ctx, unfinished, comparison)
         summary = {
             "drift": drift,
             "num_shards": len(shards),
@@ -149,8 +137,8 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
         }
         summary["scored_by"] = _write_card(ctx, unfinished, summary)
     ctx.reporter.info(
-        f"loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}, equal greedy tokens "
-        f"{drift['equal_generated_share']:.1%}"
+        f"loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}, equal "
+        f"{comparison.ANSWERS} {drift[comparison.EQUAL_SHARE]:.1%}"
     )
     ctx.reporter.info(f"model     {folder}")
     return summary
@@ -177,7 +165,70 @@ def _write_card(ctx: StageContext, folder: Path, summary: Mapping[str, Any]) -> 
     return scored_by
 
 
-def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: ProbeAnswer) -> tuple[dict[str, Any], bool]:
+class _Generation:
+    """Unmerged and exported model on the same few prompts: logits, and the tokens that follow."""
+
+    ANSWERS = "greedy tokens"
+    EQUAL_SHARE = "equal_generated_share"
+
+    def __init__(self, ctx: StageContext, tokenizer: Any, pad_id: int) -> None:
+        prepare = ctx.inputs["prepare"]
+        prompts = None
+        if prepare.summary.get("kind") != "text":
+            with open(prepare.artifact("examples_test"), encoding="utf-8") as file:
+                prompts = [json.loads(line)["prompt"] for line in file]
+        probe = make_probe(
+            TokenizedSplit.open(prepare.artifact("tokens_test")),
+            prompts,
+            pad_id,
+            num_positions=prepare.summary.get("num_positions"),
+        )
+        if prompts is None:  # some of the text, for the exported tokenizer to give the same tokens of
+            texts = [tokenizer.decode(row, skip_special_tokens=True) for row in probe.prompt_ids_BL.tolist()]
+            probe = replace(probe, prompts=texts, prompt_tokens=TextEncoder(tokenizer).prompts(texts))
+        self._ctx, self._probe = ctx, probe
+        self._ids = {"eos_id": tokenizer.eos_token_id, "pad_id": pad_id}
+
+    def ask(self, model: Any) -> None:
+        self._ctx.reporter.info(f"the unmerged model answers {len(self._probe.prompt_ids_BL)} prompts of the test rows")
+        self._reference = answer_probe(model, self._probe, **self._ids)
+
+    def compare(self, folder: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
+        """The drift, facts about the load, and whether the tokenizer adds BOS by itself."""
+        exported, facts = answer_in_clean_process(folder, self._probe, **options)
+        drift = measure_drift(self._reference, exported, self._probe)
+        return drift, facts, facts["encoded_with_special_tokens"] == self._probe.prompt_tokens
+
+
+class _Classification:
+    """The same on the same few rows: logits of the classes."""
+
+    ANSWERS = "classes"
+    EQUAL_SHARE = "equal_argmax_share"
+
+    def __init__(self, ctx: StageContext, pad_id: int) -> None:
+        prepare = ctx.inputs["prepare"]
+        split = TokenizedSplit.open(prepare.artifact("tokens_test"))
+        self._ctx, self._probe = ctx, make_class_probe(split, prepare.artifact("examples_test"), pad_id)
+
+    def ask(self, model: Any) -> None:
+        self._ctx.reporter.info(f"the unmerged model classifies {len(self._probe.rows)} test rows")
+        self._reference = class_logits(model, self._probe)
+
+    def compare(self, folder: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
+        exported, facts = class_logits_in_clean_process(folder, self._probe, **options)
+        return logit_drift(self._reference, exported), facts, True
+
+
+def _comparison(ctx: StageContext, tokenizer: Any, pad_id: int) -> _Generation | _Classification:
+    if ctx.inputs["prepare"].summary.get("kind") == "classification":
+        return _Classification(ctx, pad_id)
+    return _Generation(ctx, tokenizer, pad_id)
+
+
+def _check_reload(
+    ctx: StageContext, folder: Path, comparison: _Generation | _Classification
+) -> tuple[dict[str, Any], bool]:
     """The drift report, written to drift.json; and whether the tokenizer adds BOS by itself.
 
     Raises:
@@ -185,8 +236,7 @@ def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: Prob
     """
     linear = ctx.config.model.attention == "linear"
     ctx.reporter.info("reloads the export in a clean process")
-    exported, facts = answer_in_clean_process(folder, probe, device=ctx.world.device, trust_remote_code=linear)
-    drift = measure_drift(reference, exported, probe)
+    drift, facts, adds_bos = comparison.compare(folder, device=ctx.world.device, trust_remote_code=linear)
     limit = ctx.config.export.max_logit_drift
     write_json(
         ctx.folder / "drift.json",
@@ -203,7 +253,7 @@ def _check_reload(ctx: StageContext, folder: Path, probe: Probe, reference: Prob
             f"export.max_logit_drift={limit:g} ({ctx.folder / 'drift.json'} has the report): export with a wider "
             "export.dtype, or raise the limit. The rejected folder was removed."
         )
-    return drift, facts["encoded_with_special_tokens"] == probe.prompt_tokens
+    return drift, adds_bos
 
 
 def _measured_scores(

@@ -254,7 +254,7 @@ def _hub_sources(data: DataConfig) -> dict[str, Source]:
     named = {"validation": data.validation_split, "test": data.test_split}
     for key, own in named.items():
         if own is not None and own not in loaded:
-            raise DataError(f"data.{key}_split: {name} has no split {own}; it has {', '.join(loaded)}")
+            raise DataError(f"data.{key}_split: {name} has no split {own}; it has {', '.join(map(str, loaded))}")
     splits = {split: named.get(split) or split for split in SPLITS}
     if data.validation_split is None and splits["test"] == splits["validation"]:
         del splits["validation"]  # held out of train instead: what chooses the weights is not what scores them

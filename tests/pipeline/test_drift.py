@@ -86,4 +86,4 @@ def test_the_project_is_hidden_from_the_clean_process(monkeypatch: pytest.Monkey
 def test_an_export_that_decodes_without_its_cache_is_refused():
     """Both sides of the comparison would be wrong alike, and agree."""
     with pytest.raises(ModelError, match=r"model decodes other tokens from its cache than without one .equal 10%"):
-        drift._check_facts(Path("model"), {"equal_uncached_share": 0.1}, PROBE)
+        drift._check_decoding(Path("model"), {"equal_uncached_share": 0.1})
