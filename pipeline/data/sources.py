@@ -231,6 +231,7 @@ def _hub_sources(data: DataConfig) -> dict[str, Source]:
     import datasets
 
     name, config, suffixes = str(data.dataset), data.dataset_config, _suffixes(data)
+    loaded: Any
     try:
         loaded = datasets.load_dataset(name) if config is None else datasets.load_dataset(name, config)
     except Exception as error:  # the hub's client has a family of errors of its own, and network ones besides
