@@ -10,7 +10,7 @@ from typing import Literal
 from .config import RunConfig
 from .feature_map_checks import feature_map_size
 
-AttentionKernel = Literal["softmax", "PyTorch", "CUDA kernel, φ outside", "CUDA kernel, φ inside"]
+AttentionKernel = Literal["softmax", "PyTorch", "PyTorch, both ways", "CUDA kernel, φ outside", "CUDA kernel, φ inside"]
 
 
 def assumed_attention(config: RunConfig, head_dim: int, device: str) -> AttentionKernel:
@@ -20,6 +20,8 @@ def assumed_attention(config: RunConfig, head_dim: int, device: str) -> Attentio
     model = config.model
     if model.attention == "softmax":
         return "softmax"
+    if config.data.kind == "classification":  # an encoder's: two matrix products
+        return "PyTorch, both ways"
     num_features = feature_map_size(model, head_dim).num_features
     if (
         config.engine.precision != "bfloat16"
@@ -39,6 +41,7 @@ def assumed_loss(config: RunConfig, head_dim: int, device: str) -> Literal["PyTo
     model = config.model
     serves = (
         device == "cuda"
+        and config.data.kind != "classification"
         and config.engine.precision == "bfloat16"
         and model.attention_backend == "auto"
         and model.feature_map in FEATURE_MAPS

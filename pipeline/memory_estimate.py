@@ -5,7 +5,7 @@ fragments or a library's scratch. Every term has a name and its formula. Sizes i
 
     W weights of the base, p bytes of `engine.precision` (4 or 2), n processes (GPUs), B micro-batch, T longest row,
     L layers, E hidden size, I MLP width, H query heads, K key/value heads, D head dim, P feature_dim, F features,
-    S vocabulary, N_map weights of the feature maps, N_lora weights of the adapters
+    S vocabulary, N_map weights of the feature maps, N_lora weights of the adapters (and of an encoder's head)
 
 Distillation keeps nothing of a layer once it is left, so its activations are flat in depth and linear in T; finetuning
 keeps what each layer's backward needs; generation keeps one fp32 state per row. Imports no torch: `submit` shows the
@@ -163,8 +163,8 @@ class _Sizes:
 
     @property
     def has_no_features(self) -> bool:
-        """Whether no tensor of φ's size is formed: all but the kernel that takes φ from outside."""
-        return self.attention != "CUDA kernel, φ outside"
+        """Whether no tensor of φ's size is formed: φ is computed along the way, or inside a kernel."""
+        return self.attention not in ("CUDA kernel, φ outside", "PyTorch, both ways")
 
     def span_scratch(self, direction: Literal["forward", "backward"], rows: int, length: int) -> tuple[float, str]:
         """Bytes of φ of a span of tokens, where PyTorch computes it along the way, and their formula; or 0 and ""."""
@@ -181,6 +181,11 @@ class _Sizes:
     @property
     def num_map_weights(self) -> int:
         return 2 * self.shape.num_layers * self.shape.num_heads * self.map_size.num_weights
+
+    @property
+    def num_head_weights(self) -> int:
+        """An encoder's pooler, which learns whole; its classifier is a few rows more."""
+        return self.shape.hidden_size * (self.shape.hidden_size + 1) if self.shape.is_encoder else 0
 
     @property
     def num_lora_weights(self) -> int:
@@ -348,7 +353,7 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     finetune, p = config.finetune, sizes.precision_bytes
     tokens = finetune.micro_batch_size * config.data.max_length_tokens
     maps_learn = finetune.train_feature_maps and sizes.num_map_weights > 0
-    num_trained = sizes.num_lora_weights + (sizes.num_map_weights if maps_learn else 0)
+    num_trained = sizes.num_lora_weights + sizes.num_head_weights + (sizes.num_map_weights if maps_learn else 0)
     terms = sizes.base_terms(sharded=True)
     terms += sizes.training_terms(num_trained, finetune.optimizer, weights_whole=False)
     if not maps_learn and sizes.num_map_weights:
@@ -372,6 +377,8 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     terms.append(Term("backward of one layer", workspace, formula))
     is_text = config.data.kind == "text"
     share = 1.0 if finetune.packing or is_text else SUMMARY_SHARE
+    if shape.is_encoder:  # a few classes a row
+        share = 0.0
     # log-softmax, its gradient and the loss's, each in fp32; the logits themselves are gone by then
     logits = tokens * share * shape.vocab_size * 12
     where = f"{SUMMARY_SHARE:g} of"
@@ -409,6 +416,12 @@ def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[t
     parts = [shape.saved_by_norms(p), ("adapter inputs", float(adapters)), shape.saved_by_mlp(p)]
     if sizes.attention == "CUDA kernel, φ inside":
         parts.append(("q, k, v, d", float(p * (queries + 2 * keys) + 4 * shape.num_heads)))
+    elif sizes.attention == "PyTorch, both ways":
+        if config.finetune.train_feature_maps and sizes.num_map_weights:
+            parts.append(("map inputs 8HD", 8.0 * queries))
+        results = FEATURE_RESULTS.get(config.model.feature_map, 1.0)
+        parts.append((f"maps and φ {8 * (results + 1):g}HF", 4.0 * (results + 1) * sizes.features_per_token))
+        parts.append(("v, numerator, o 12HD", 12.0 * queries))
     elif sizes.attention == "PyTorch":
         parts.append(("q, k, v, o, d", float(p * (2 * queries + 2 * keys) + 4 * shape.num_heads)))
     elif sizes.linear:
@@ -420,19 +433,22 @@ def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[t
         parts.append(("v, o, d", float(p * (keys + queries) + 4 * shape.num_heads)))
     else:
         parts.append(("q, k, v, o", float(p * (2 * queries + 2 * keys) + 4 * shape.num_heads)))
+        if shape.is_encoder:  # what padding hides, for every pair
+            parts.append(("mask Tp", float(p * config.data.max_length_tokens)))
     return parts
 
 
 def _evaluate_terms(sizes: _Sizes) -> list[Term]:
     shape, config = sizes.shape, sizes.config
     evaluate, p = config.evaluate, sizes.precision_bytes
-    is_text = config.data.kind == "text"  # nothing is generated: neither beams, nor what is kept between tokens
-    rows = evaluate.batch_size * (1 if is_text else evaluate.num_beams)
+    # else nothing is generated: neither beams, nor what is kept between tokens
+    generates = config.data.kind == "dialogues"
+    rows = evaluate.batch_size * (evaluate.num_beams if generates else 1)
     terms = sizes.base_terms(sharded=False)
-    adapter = 4 * sizes.num_lora_weights if config.finetune.enabled else 0
+    adapter = 4 * (sizes.num_lora_weights + sizes.num_head_weights) if config.finetune.enabled else 0
     terms.append(Term("maps and adapter", 4 * sizes.num_map_weights + adapter, "4 (N_map + N_lora)", "weights"))
     length = config.data.max_length_tokens
-    if is_text:
+    if not generates:
         pass
     elif sizes.linear:
         state = rows * state_bytes(config, shape)
@@ -451,7 +467,11 @@ def _evaluate_terms(sizes: _Sizes) -> list[Term]:
     prompt = tokens * ((4 + 3 * p) * shape.hidden_size + of_positions) + layer
     formula = f"batch T (4E + 3Ep + {positions}) + max(batch T {formula}{span_formula}, batch T {inside})"
     terms.append(Term("one layer of the prompts", prompt, formula))
-    columns = length if is_text else evaluate.max_new_tokens
+    if shape.is_encoder:
+        if not sizes.linear:
+            terms.append(Term("mask", rows * length**2 * (1 + p), "(1 + p) batch T²"))
+        return [*terms, sizes.overhead_term()]
+    columns = evaluate.max_new_tokens if generates else length
     targets = evaluate.batch_size * (columns if evaluate.perplexity else 1)
     at_once = max(evaluate.batch_size * shape.vocab_size, LOGITS_AT_ONCE)
     logits = max(min(targets * shape.vocab_size, at_once), rows * shape.vocab_size) * (p + 8)
@@ -487,7 +507,7 @@ def _estimate_pretraining(config: RunConfig, shape: ModelShape) -> StageEstimate
     terms = (
         Term("model and AdamW", 16 * shape.num_weights, "16 · W", "training"),
         Term("activations", shape.num_layers * tokens * per_layer, "4 L B T (8E + 4I)"),
-        Term("logits", tokens * shape.vocab_size * 12, "12 S B T"),
+        Term("logits", 0 if shape.is_encoder else tokens * shape.vocab_size * 12, "12 S B T"),
         Term("overhead", CPU_OVERHEAD_BYTES, "Python and libraries: 0.54 GiB", "overhead"),
     )
     return StageEstimate("prepare", None, "cpu", terms)

@@ -90,7 +90,8 @@ def load_base(
             title = family_of_config(config).title
             raise ModelError(
                 f"{name}: its head tells other classes than the {len(label_names)} of the data "
-                f"({', '.join(label_names)}): give it rows of its own task, or take the {title} that it was finetuned from"
+                f"({', '.join(label_names)}): give it rows of its own task, or take the {title} that "
+                "it was finetuned from"
             ) from error
         raise ModelError(f"{name}: config.json and the weights are of different models; fetch it again") from error
     base, info = loaded

@@ -13,12 +13,14 @@ from hedgehog.kernels.distill_loss import output_mse_loss
 from hedgehog.kernels.feature_maps import FEATURE_MAPS, make_feature_map
 from hedgehog.kernels.mapped_attention import mapped_linear_attention
 from hedgehog.pipeline.allocation_peak import allocation_peak
+from hedgehog.pipeline.bert.shape import BertShape
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.families import HUB_SHAPES, lora_modules
 from hedgehog.pipeline.feature_map_checks import feature_map_size
 from hedgehog.pipeline.gpt2.shape import GPT2Shape
 from hedgehog.pipeline.llama.shape import LlamaShape
 from hedgehog.pipeline.memory_estimate import GIB, _Sizes, estimate_memory, saved_per_token, state_bytes
+from hedgehog.pipeline.model_shape import ModelShape
 
 LOSS_TERMS = {"output loss", "loss kernel's scratch", "features of some heads", "loss tiles"}
 LLAMA_7B = HUB_SHAPES["meta-llama/Llama-2-7b-hf"]
@@ -39,7 +41,7 @@ def make_config(**sections: Any) -> RunConfig:
     return RunConfig.model_validate({"name": "x", "model": model, "data": {"dataset": "a/b"}, **sections})
 
 
-def stages(config: RunConfig, *, world_size: int = 1, shape: LlamaShape = LLAMA_7B) -> dict[str, dict[str, float]]:
+def stages(config: RunConfig, *, world_size: int = 1, shape: ModelShape = LLAMA_7B) -> dict[str, dict[str, float]]:
     """Title of every stage to its terms' bytes, and `total`."""
     estimates = estimate_memory(config, shape, world_size=world_size, device="cuda")
     return {
@@ -59,6 +61,10 @@ def test_models_have_their_published_numbers_of_weights():
         "gpt2-large": 774_030_080,
         "gpt2-xl": 1_557_611_200,
         "distilgpt2": 81_912_576,
+        "bert-base-uncased": 109_482_240,
+        "bert-base-cased": 108_310_272,
+        "bert-large-uncased": 335_141_888,
+        "bert-large-cased": 333_579_264,
     }
 
 
@@ -209,6 +215,100 @@ def test_the_pass_of_a_gpt2_teacher_takes_what_the_estimate_says(mlp: int):
     terms = estimate_memory(config, shape, world_size=1, device="cpu")[0].terms
     assert "teacher's MLP" in [term.name for term in terms], "else the loss is the peak, not the pass"
     assert sum(t.num_bytes for t in terms if t.kind == "activations") == pytest.approx(peak.num_bytes, rel=0.1)
+
+
+BERT = BertShape(64, 2, 4, 4, 16, 160, 128, 512)
+CLASSES = {"kind": "classification", "dataset": "a/b", "max_length_tokens": 256}
+
+
+def test_the_pass_of_a_bert_teacher_takes_what_the_estimate_says():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from hedgehog.pipeline.distillation import Teacher
+
+    length, width = 4096, 256
+    shape = BertShape(width, 3, 8, 8, 32, 2048, 64, length)
+    sizes = {"hidden_size": width, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 8}
+    base = BertForSequenceClassification(BertConfig(**sizes, vocab_size=64, max_position_embeddings=length))
+    batch = {
+        "input_ids": torch.zeros(1, length, dtype=torch.long),
+        "mask": torch.arange(length).unsqueeze(0) < length - 8,
+        "position_ids": torch.arange(length).unsqueeze(0),
+        "token_type_ids": torch.zeros(1, length, dtype=torch.long),
+    }
+    with allocation_peak("cpu") as peak:
+        Teacher(base, range(3))(batch, False, lambda seen: None)
+    config = make_config(
+        data={**CLASSES, "max_length_tokens": length},
+        engine={"precision": "float32"},
+        distill={"micro_batch_size": 1, "query_block": 128},
+    )
+    terms = estimate_memory(config, shape, world_size=1, device="cpu")[0].terms
+    assert "teacher's MLP" in [term.name for term in terms], "else the loss is the peak, not the pass"
+    assert sum(t.num_bytes for t in terms if t.kind == "activations") == pytest.approx(peak.num_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("feature_map", ["hedgehog_softmax", "hedgehog_exp", None])
+def test_activations_of_an_encoders_layer_are_what_autograd_keeps(precision, feature_map):
+    model = {"attention": "softmax"} if feature_map is None else {"feature_map": feature_map}
+    config = make_config(model=model, data=CLASSES, engine={"precision": precision})
+    dtype, tokens = getattr(torch, precision), 512
+    measured = measured_bytes_of_a_bert(3, config, dtype) - measured_bytes_of_a_bert(2, config, dtype)
+    estimated = tokens * sum(per_token for _, per_token in saved_per_token(config, BERT, "cpu"))
+    assert estimated == pytest.approx(measured, rel=0.1)
+
+
+def measured_bytes_of_a_bert(num_layers: int, config: RunConfig, dtype: torch.dtype) -> int:
+    """As measured_bytes, for two rows of 256 tokens, one of them padded."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from hedgehog.pipeline.classification_head import release_head
+    from hedgehog.pipeline.label_loss import LabelLoss
+    from hedgehog.pipeline.lora import attach_lora
+    from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": num_layers, "num_attention_heads": 4, "intermediate_size": 160}
+    base = BertForSequenceClassification(BertConfig(**sizes, vocab_size=128)).to(dtype)
+    maps = {"feature_map": config.model.feature_map} if config.model.attention == "linear" else {}
+    model: Any = convert_base(base, attention=config.model.attention, **maps)
+    adapted = attach_lora(model, config.finetune.lora, seed=0)
+    release_head(model)
+    for module in feature_map_modules(model).values():
+        module.requires_grad_(True)
+    model.train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(5, 128, (2, 256), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 256, dtype=torch.bool)
+    mask[1, 200:] = False
+    batch = {
+        "input_ids": ids,
+        "mask": mask,
+        "token_type_ids": torch.zeros_like(ids),
+        "row_labels": torch.zeros(2, dtype=torch.long),
+    }
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        LabelLoss(adapted)(batch)
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_an_encoder_has_neither_logits_nor_a_cache_and_trains_its_head():
+    from dataclasses import replace
+
+    estimates = stages(make_config(data=CLASSES), shape=BERT)
+    assert {"logits", "decoding state", "key/value cache"}.isdisjoint(estimates["finetune"] | estimates["evaluate"])
+    maps, lora = 2 * 2 * 4 * 16 * 16, 2 * 8 * 4 * (64 + 64)
+    assert estimates["finetune"]["trained weights"] == 4 * (maps + lora + 64 * 65)
+    wider = replace(BERT, vocab_size=30_000)
+    assert stages(make_config(data=CLASSES), shape=wider)["distill"]["total"] > estimates["distill"]["total"]
 
 
 def test_what_each_setting_saves():

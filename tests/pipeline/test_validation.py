@@ -227,7 +227,7 @@ def test_a_variants_own_faults_are_told(folder):
         ),
         (json.dumps({**LLAMA, "attention_dropout": 0.1}), "attention_dropout 0.1, but linear attention has no"),
         (json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}}), "quantized already (gptq)"),
-        (json.dumps({**LLAMA, "model_type": "mistral"}), "model_type 'mistral'; only Llama, GPT-2 and BERT models can be"),
+        (json.dumps({**LLAMA, "model_type": "mistral"}), "model_type 'mistral'; only Llama, GPT-2 and BERT models"),
         ("{", "cannot be read as JSON"),
         ("[]", "model_type None"),
         (json.dumps({"model_type": "llama", "hidden_size": 64}), "lacks num_hidden_layers, num_attention_heads"),
