@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..pipeline.bootstrap import INTERVAL_LEVEL
 from ..pipeline.data.tokenize import choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.errors import CheckpointError, ConfigError, DataError, ModelError
@@ -33,7 +34,7 @@ from ..pipeline.generation import (
 )
 from ..pipeline.interrupts import stop_if_asked, stopping_together
 from ..pipeline.manifest import read_manifest
-from ..pipeline.rouge import INTERVAL_LEVEL, SENTENCE_RULE, UNSCORABLE, num_unscorable, score_rouge
+from ..pipeline.rouge import SENTENCE_RULE, UNSCORABLE, num_unscorable, score_rouge
 from ..pipeline.row_log import RowLog, read_complete_rows
 from ..pipeline.run_folder import atomic_write, check_shard, write_json
 from ..pipeline.score_report import VariantScores, summarize_scores
