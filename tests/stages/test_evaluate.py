@@ -18,6 +18,7 @@ from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError
+from hedgehog.pipeline.evaluation import dialogues, losses
 from hedgehog.pipeline.manifest import describe_artifact, read_manifest
 from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.rouge import UNSCORABLE, score_rouge
@@ -156,7 +157,7 @@ def test_a_killed_shard_and_a_missing_one(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "reference_losses", dies)
+        patch.setattr(losses, "reference_losses", dies)
         with pytest.raises(Killed):
             run_stage(copied_run, "evaluate", shard="0/3")
     run_stage(copied_run, "evaluate", shard="0/3")
@@ -182,11 +183,15 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the stage may catch it."""
 
 
-@pytest.mark.parametrize("function", ["generate_summaries", "reference_losses"])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(dialogues, "generate_summaries"), (losses, "reference_losses")],
+    ids=["summaries", "losses"],
+)
 def test_killed_and_resumed_gives_the_same_files(
-    function: str, copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    module: Any, function: str, copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    original = getattr(evaluate, function)
+    original = getattr(module, function)
     calls = 0
 
     def dies_in_the_second_variant(*arguments: Any) -> Any:
@@ -196,7 +201,7 @@ def test_killed_and_resumed_gives_the_same_files(
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(evaluate, function, dies_in_the_second_variant)
+    monkeypatch.setattr(module, function, dies_in_the_second_variant)
     with pytest.raises(Killed):
         run_stage(copied_run, "evaluate")
     assert not (folder(copied_run) / "rouge.json").exists()
@@ -296,7 +301,7 @@ def test_two_ranks_finish_what_one_began(
     copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
     computed: dict[int, int] = {}
-    generate = evaluate.generate_summaries
+    generate = dialogues.generate_summaries
 
     def count_by_thread(*arguments: Any) -> Any:
         computed[threading.get_ident()] = computed.get(threading.get_ident(), 0) + 1
@@ -308,7 +313,7 @@ def test_two_ranks_finish_what_one_began(
     (predictions / "main.jsonl").write_text(lines[4])
     (predictions / "main.rank3.jsonl").write_text(lines[6] + lines[3] + "{")
     monkeypatch.setattr(evaluate, "run", in_two_threads(evaluate.run))
-    monkeypatch.setattr(evaluate, "generate_summaries", count_by_thread)
+    monkeypatch.setattr(dialogues, "generate_summaries", count_by_thread)
     run_stage(copied_run, "evaluate")
     assert results(copied_run) == uninterrupted
     assert len(computed) == 2 and min(computed.values()) >= 3
@@ -360,7 +365,7 @@ def test_a_model_that_gives_nan_is_named(copied_run: RunConfig, monkeypatch: pyt
     def nan_losses(model: Any, rows: list[Any], pad_id: int) -> list[tuple[float, int]]:
         return [(math.nan, 1) for _ in rows]
 
-    monkeypatch.setattr(evaluate, "reference_losses", nan_losses)
+    monkeypatch.setattr(losses, "reference_losses", nan_losses)
     with pytest.raises(ModelError, match=r"main: the loss of 7 test rows is not finite"):
         run_stage(copied_run, "evaluate")
 
