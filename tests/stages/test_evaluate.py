@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from transformers import LlamaForCausalLM
 
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
-from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from hedgehog.pipeline.evaluation import dialogues, losses
 from hedgehog.pipeline.manifest import describe_artifact, read_manifest
@@ -24,7 +21,6 @@ from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.rouge import UNSCORABLE, score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
 from hedgehog.pipeline.runner import run_stage
-from hedgehog.pipeline.stage_context import StageContext
 from hedgehog.stages import evaluate
 
 VARIANTS = ("main", "softmax", "zero_shot")
@@ -236,69 +232,8 @@ def test_finished_batches_are_not_computed_again(copied_run: RunConfig, monkeypa
     assert run_stage(copied_run, "evaluate").status == "done"
 
 
-@dataclasses.dataclass(frozen=True)
-class ThreadWorld(World):
-    """Ranks in threads, of which one at a time runs: what they call is safe between processes, not threads."""
-
-    meeting: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(1))
-    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    board: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def barrier(self) -> None:
-        self.turn.release()
-        try:
-            self.meeting.wait()
-        finally:
-            self.turn.acquire()
-
-    def broadcast(self, value: Any) -> Any:
-        if self.is_main:
-            self.board["value"] = value
-        self.barrier()
-        value = self.board["value"]
-        self.barrier()
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        self.board[f"of {self.rank}"] = value
-        self.barrier()
-        values = [self.board[f"of {rank}"] for rank in range(self.world_size)]
-        self.barrier()
-        return values
-
-
-def in_two_threads(run: Callable[[StageContext], Any]) -> Callable[[StageContext], Any]:
-    """A stage's `run` as two ranks would run it."""
-
-    def run_in_two_threads(ctx: StageContext) -> Any:
-        first = ThreadWorld(0, 2, 0, torch.device("cpu"), meeting=threading.Barrier(2))
-        outcomes: dict[int, Any] = {}
-
-        def run_rank(world: ThreadWorld) -> None:
-            with world.turn:
-                try:
-                    outcomes[world.rank] = run(dataclasses.replace(ctx, world=world))
-                except BaseException as error:
-                    outcomes[world.rank] = error
-                    world.meeting.abort()  # or the other rank would wait for ever
-
-        threads = [
-            threading.Thread(target=run_rank, args=(dataclasses.replace(first, rank=rank),)) for rank in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
-        if errors:
-            raise errors[0]
-        return outcomes[0]
-
-    return run_in_two_threads
-
-
 def test_two_ranks_finish_what_one_began(
-    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    copied_run: RunConfig, uninterrupted: dict[str, str], in_two_threads: Any, monkeypatch: pytest.MonkeyPatch
 ):
     computed: dict[int, int] = {}
     generate = dialogues.generate_summaries
@@ -320,7 +255,7 @@ def test_two_ranks_finish_what_one_began(
 
 
 def test_a_rank_that_is_stopped_alone_takes_the_other_along(
-    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    copied_run: RunConfig, uninterrupted: dict[str, str], in_two_threads: Any, monkeypatch: pytest.MonkeyPatch
 ):
     asked: dict[int, int] = {}
 
