@@ -137,9 +137,8 @@ def _state(status: StageStatus, run: RunFiles) -> str:
         return "had nothing to do"
     if status.state != "unfinished" or status.step is None:
         return status.state
-    what = (
-        ("rows" if run.kind in ("text", "classification") else "summaries") if status.stage == "evaluate" else "steps"
-    )
+    rows = "rows" if run.kind in ("text", "classification") else "summaries"
+    what = rows if status.stage == "evaluate" else "steps"
     return f"unfinished, {status.step:,} of {status.total_steps:,} {what}" if status.total_steps else status.state
 
 
