@@ -36,8 +36,8 @@ def cost(run: RunFiles, stale: Stale) -> Markup:
                 f"Together {sum(minutes):,.1f} minutes, {hours:,.2f} process-hours{counted}, all attempts "
                 "counted; stages that had nothing to do are left out.",
                 "Tokens/s: over all processes, in the recorded steps without validation and saving; of evaluate the "
-                f"{'tokens of its rows' if _reads(run) else 'generated tokens'}. Peak memory: of one process, allocated "
-                "on its GPU, or resident where it has none.",
+                f"{'tokens of its rows' if _reads(run) else 'generated tokens'}. Peak memory: of one process, "
+                "allocated on its GPU, or resident where it has none.",
                 *_resumed(busy),
             ]
         ),
