@@ -14,6 +14,9 @@ from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.manifest import Artifact
 from hedgehog.pipeline.report.writing import write_report
 
+from .reading import read, text
+from .reading import section as find_section
+
 NAMES = ["no", 'may | "be" <b>`x`</b>\nso', "yes"]
 """The second has what table, page and prose give a meaning to."""
 LABELS = [0, 2, 0, 1, 2, 0, 2, 0, 2, 0, 0, 0]
@@ -118,18 +121,11 @@ def classified(new_folder: Any, training_records: Any) -> Any:
 
 
 def page_of(run: str = "trial") -> ElementTree.Element:
-    first, _, rest = write_report(run).read_text().partition("\n")
-    assert first == "<!DOCTYPE html>"
-    return ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", rest))
-
-
-def text(element: ElementTree.Element | None) -> str:
-    assert element is not None
-    return " ".join(" ".join(element.itertext()).split())
+    return read(write_report(run))
 
 
 def section(page: ElementTree.Element, name: str) -> str:
-    return text(next(e for e in page.iter("section") if e.get("id") == name))
+    return text(find_section(page, name))
 
 
 def test_everything_speaks_of_classes(classified):
