@@ -283,7 +283,7 @@ def test_scores_of_another_kind_are_not_shown(classified):
     assert "rouge.json is of dialogues, and data.kind is classification." in section(page_of(), "results")
 
 
-def test_a_folder_without_a_config(classified):
+def test_without_a_config_prepare_says_which_kind_it_is(classified):
     """What prepare noted says which kind it is."""
     (classified.root / "config.resolved.yaml").unlink()
     page = page_of()
