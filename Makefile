@@ -38,9 +38,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 run: install
 	$(BIN)/hedgehog run configs/tiny.yaml
 
-# Three workers on two cores: the tests on a real Slurm mostly wait. A thread each: more would wait for each other.
+# Four workers on two cores: two of them mostly wait, for a real Slurm. A thread each: more would wait for each other.
 test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not compiles and not long"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal -m "not compiles and not long"
 
 test-slurm: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm

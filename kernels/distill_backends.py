@@ -27,7 +27,13 @@ class DistillBackend(NamedTuple):
 
 
 def select_distill_backend(
-    requested: str, map_q: FeatureMap, map_k: FeatureMap, *, device: torch.device | str, dtype: torch.dtype
+    requested: str,
+    map_q: FeatureMap,
+    map_k: FeatureMap,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    causal: bool = True,
 ) -> DistillBackend:
     """With "auto" the Triton kernel where device, q's dtype and the maps allow it, else the PyTorch form.
 
@@ -38,6 +44,8 @@ def select_distill_backend(
     if requested == "torch":
         return _torch_form("requested")
     device = torch.device(device)
+    if not causal:
+        return _torch_form("the kernel is for causal attention")
     if device.type != "cuda":
         return _torch_form(f"no kernel for {device.type}")
     if torch.version.hip is not None:

@@ -8,6 +8,7 @@ Z_i = Σ_{j≤i} s_ij:
 
 One pass over blocks of query rows: a block sees all its keys at once, so L, Z, the loss and g come from the same tile,
 which then adds to dφ and is gone. dφ of the heads at hand goes straight into dW. Memory: O(L) for a fixed block size.
+With `causal=False` (an encoder) every sum runs over all keys of the row's segment.
 
 Shape letters: B batch, L length, H query heads, K key heads, D head dim, F features; N = heads × spans at hand, T the
 longest span's length.
@@ -41,6 +42,7 @@ LOSS_EPS = 1e-6
 # Half a block per row is work above the diagonal; smaller blocks make slower products. Measured on a CPU, 128 to 2048
 # tokens: 64 is the fastest or next to it.
 DEFAULT_BLOCK_SIZE = 64
+_FAR = 1e30  # what a hidden logit is lowered by: finite, for a·t
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ def attention_distillation_loss(
     grad: bool = True,
     log_sum_exp_BHL: Tensor | None = None,
     visibility: Visibility | None = None,
+    causal: bool = True,
 ) -> DistillLoss:
     """Loss, KL per head, and the gradient to the maps' weights, in one pass; q and k get no gradient.
 
     `scale` is 1/√D by default. `mask_BL` (bool, True = real) and `segment_ids_BL` as in `conventions`; padding is
     neither query nor key. Row weights w_i are by default 1/number of real tokens; those of padding count as zero.
-    Blocks of rows that weigh nothing are passed over (`map_training.sampled_row_weights`).
+    Blocks of rows that weigh nothing are passed over (`map_training.sampled_row_weights`). `causal=False`: every query
+    sees all real keys of its segment.
     `grad=False` leaves the gradient out (evaluation). `log_sum_exp_BHL`, L_i in nats, is for the GPU kernel and not
     used here: a block sees all its keys at once, where softmax costs as little, and Σ_j a_ij is exactly 1. Nor is
     `visibility`. Computes in float32 (float64 for float64 q): g is formed before any rounding. Raises ValueError where
@@ -104,13 +108,65 @@ def attention_distillation_loss(
         q, k = work.take(q_BHLD, spans, heads), work.take(k_BKLD, spans, heads)
         phi_q, phi_k, leaves = work.features(q, k, spans, heads)
         weights = work.take_weights(spans, heads)
+        visible = _CausalTiles(q) if causal else _WholeRows(work.take_real(spans, heads), work.dtype)
         grad_phi_q, grad_phi_k, loss_N, entropy_N = _pass_over_tiles(
-            q * work.scale, k, phi_q.detach(), phi_k.detach(), weights, eps, block_size, work.needs_grad
+            q * work.scale, k, phi_q.detach(), phi_k.detach(), weights, eps, block_size, work.needs_grad, visible
         )
         loss_H[heads] += work.per_head(loss_N, heads)
         entropy_H[heads] += work.per_head(entropy_N, heads)
         work.add_gradient([phi_q, phi_k], [grad_phi_q, grad_phi_k], leaves, heads)
     return DistillLoss(work.attach(loss_H.mean()), work.row_mean(loss_H - entropy_H), work.row_mean(entropy_H))
+
+
+class _CausalTiles:
+    """Tiles on and below the diagonal; what is hidden lies in their last, square part."""
+
+    def __init__(self, q_NTD: Tensor) -> None:
+        self._lower = self._above = q_NTD.new_empty(0, 0)
+
+    def begin(self, block_size: int) -> None:
+        self._lower = self._lower.new_ones(block_size, block_size).tril()
+        self._above = (1 - self._lower) * -_FAR
+
+    def num_keys(self, stop: int) -> int:
+        return stop
+
+    def hide(self, t: Tensor, rows: slice) -> None:
+        size = t.shape[1]
+        t[:, :, rows].add_(self._above[:size, :size])
+
+    def sum(self, s: Tensor, rows: slice) -> Tensor:
+        size = s.shape[1]
+        return (s[:, :, rows] * self._lower[:size, :size]).sum(dim=-1).add_(s[:, :, : rows.start].sum(dim=-1))
+
+    def zero(self, g: Tensor, rows: slice) -> None:
+        size = g.shape[1]
+        g[:, :, rows].mul_(self._lower[:size, :size])
+
+
+class _WholeRows:
+    """Every query sees every key of its span; what is hidden is what fills shorter spans up."""
+
+    def __init__(self, real_NT: Tensor, dtype: torch.dtype) -> None:
+        self._length = real_NT.shape[1]
+        self._real_N1T = None if real_NT.all() else real_NT[:, None].to(dtype)
+
+    def begin(self, block_size: int) -> None:
+        pass
+
+    def num_keys(self, stop: int) -> int:
+        return self._length
+
+    def hide(self, t: Tensor, rows: slice) -> None:
+        if self._real_N1T is not None:
+            t.add_((1 - self._real_N1T) * -_FAR)
+
+    def sum(self, s: Tensor, rows: slice) -> Tensor:
+        return s.sum(dim=-1) if self._real_N1T is None else torch.linalg.vecdot(s, self._real_N1T)
+
+    def zero(self, g: Tensor, rows: slice) -> None:
+        if self._real_N1T is not None:
+            g.mul_(self._real_N1T)
 
 
 def _pass_over_tiles(
@@ -122,12 +178,12 @@ def _pass_over_tiles(
     eps: float,
     block_size: int,
     needs_grad: bool,
+    visible: _CausalTiles | _WholeRows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dφ(q), dφ(k) (both meaningless without `needs_grad`), Σ_i w_i ℓ_i (N,) and Σ_i w_i·entropy_i (N,)."""
     num, length, _ = q_NTD.shape
     block_size = min(block_size, length)
-    lower = q_NTD.new_ones(block_size, block_size).tril()
-    above = (1 - lower) * -1e30  # finite, for a·t below
+    visible.begin(block_size)
     tiles = [q_NTD.new_empty(num * block_size * length) for _ in range(3)]
     grad_q, grad_k = torch.empty_like(phi_q_NTF), torch.zeros_like(phi_k_NTF)
     cross_entropy, entropy = q_NTD.new_zeros(num), q_NTD.new_zeros(num)
@@ -138,28 +194,28 @@ def _pass_over_tiles(
         if not is_wanted:  # no row of it has a weight
             grad_q[:, start:stop] = 0
             continue
-        rows, size = slice(start, stop), stop - start
-        t, a, s = (tile[: num * size * stop].view(num, size, stop) for tile in tiles)
+        rows, size, keys = slice(start, stop), stop - start, slice(0, visible.num_keys(stop))
+        t, a, s = (tile[: num * size * keys.stop].view(num, size, keys.stop) for tile in tiles)
         w = weights_NT[:, rows]
 
-        torch.bmm(q_NTD[:, rows], k_NTD[:, :stop].transpose(1, 2), out=t)
-        t[:, :, rows].add_(above[:size, :size])
+        torch.bmm(q_NTD[:, rows], k_NTD[:, keys].transpose(1, 2), out=t)
+        visible.hide(t, rows)
         torch.softmax(t, dim=-1, out=a)
         log_sum = t.amax(dim=-1) - a.amax(dim=-1).log()
         entropy += (w * (log_sum - torch.linalg.vecdot(a, t))).sum(dim=1)
 
-        torch.bmm(phi_q_NTF[:, rows], phi_k_NTF[:, :stop].transpose(1, 2), out=s)
+        torch.bmm(phi_q_NTF[:, rows], phi_k_NTF[:, keys].transpose(1, 2), out=s)
         s.add_(eps)
-        z = (s[:, :, rows] * lower[:size, :size]).sum(dim=-1).add_(s[:, :, :start].sum(dim=-1))
-        log_s = torch.log(s, out=t)  # above the diagonal a = 0 and log s is finite
+        z = visible.sum(s, rows)
+        log_s = torch.log(s, out=t)  # where a key is hidden, a = 0 and log s is finite
         cross_entropy += (w * (z.log() - torch.linalg.vecdot(a, log_s))).sum(dim=1)
 
         if needs_grad:
             g = torch.div(a, s, out=a)
             torch.sub(z.reciprocal().unsqueeze(-1), g, out=g)
-            g[:, :, rows].mul_(lower[:size, :size])
-            grad_q[:, rows] = torch.bmm(g, phi_k_NTF[:, :stop]).mul_(w.unsqueeze(-1))
-            grad_k[:, :stop] += torch.bmm(g.transpose(1, 2), phi_q_NTF[:, rows] * w.unsqueeze(-1))
+            visible.zero(g, rows)
+            grad_q[:, rows] = torch.bmm(g, phi_k_NTF[:, keys]).mul_(w.unsqueeze(-1))
+            grad_k[:, keys] += torch.bmm(g.transpose(1, 2), phi_q_NTF[:, rows] * w.unsqueeze(-1))
     return grad_q, grad_k, cross_entropy, entropy
 
 
@@ -175,6 +231,7 @@ def materialised_distillation_loss(
     positions_BL: Tensor | None = None,
     row_weights_BL: Tensor | None = None,
     eps: float = LOSS_EPS,
+    causal: bool = True,
 ) -> DistillLoss:
     """The same loss written down directly, T×T in memory, differentiated by autograd: the reference for tests."""
     batch, heads, length, head_dim = q_BHLD.shape
@@ -182,7 +239,8 @@ def materialised_distillation_loss(
     q = q_BHLD.detach().to(dtype)
     k = k_BKLD.detach().to(dtype).repeat_interleave(heads // k_BKLD.shape[1], dim=1)
     real_BL = torch.ones(batch, length, dtype=torch.bool, device=q.device) if mask_BL is None else mask_BL
-    visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() & real_BL[:, None, None, :]
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    visible = (visible.tril() if causal else visible) & real_BL[:, None, None, :]
     if segment_ids_BL is not None:
         run_BL = run_index_BL(segment_ids_BL, mask_BL)
         visible = visible & (run_BL[:, None, :, None] == run_BL[:, None, None, :])

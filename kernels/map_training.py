@@ -83,6 +83,12 @@ class MapTraining:
         weights = gather_spans(self.weights_BL[:, None, :, None], spans, slice(0, 1), 1, self.dtype)
         return weights[0, :, :, 0].repeat(heads.stop - heads.start, 1)
 
+    def take_real(self, spans: list[Span], heads: slice) -> Tensor:
+        """(N, T) bool: False after each span's end."""
+        ends = torch.tensor([span.length for span in spans], device=self.device)
+        real = torch.arange(max(span.length for span in spans), device=self.device) < ends[:, None]
+        return real.repeat(heads.stop - heads.start, 1)
+
     def per_head(self, x_N: Tensor, heads: slice) -> Tensor:
         """Sums over the spans at hand: (heads,)."""
         return x_N.view(heads.stop - heads.start, -1).sum(dim=1)

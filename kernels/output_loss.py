@@ -11,6 +11,7 @@ from torch import Tensor
 from .chunked_attention import chunked_linear_attention
 from .conventions import DENOMINATOR_EPS
 from .feature_maps import FeatureMap
+from .linear_attention import noncausal_linear_attention
 from .map_training import MapTraining
 
 
@@ -40,6 +41,7 @@ def output_mse_loss(
     row_weights_BL: Tensor | None = None,
     eps: float = DENOMINATOR_EPS,
     grad: bool = True,
+    causal: bool = True,
 ) -> OutputLoss:
     """The loss and, in the same pass, its gradient to the maps' weights; nothing else is kept. Memory is linear in L.
 
@@ -61,14 +63,21 @@ def output_mse_loss(
     loss_H = torch.zeros(work.num_heads, dtype=work.dtype, device=work.device)
     for spans, heads in work.batches(cells_per_token=map_q.num_features):
         q, k, v = (work.take(x, spans, heads) for x in (q_BHLD, k_BKLD, v_BKLV))
+        real_NT = None if causal else work.take_real(spans, heads)
         if teacher_output_BHLV is None:
-            y = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=work.scale)[0]
+            mask = None if real_NT is None else real_NT[:, None]
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=work.scale)
         else:
             y = work.take(teacher_output_BHLV, spans, heads)
         phi_q, phi_k, leaves = work.features(q, k, spans, heads)
         with torch.set_grad_enabled(work.needs_grad):
-            o, _ = chunked_linear_attention(phi_q[None], phi_k[None], v[None], eps=eps)
-            error_N = ((o[0] - y).square().mean(dim=-1) * work.take_weights(spans, heads)).sum(dim=1)
+            if real_NT is None:
+                o = chunked_linear_attention(phi_q[None], phi_k[None], v[None], eps=eps)[0][0]
+            else:
+                o = noncausal_linear_attention(phi_q[:, None], phi_k[:, None], v[:, None], mask_BL=real_NT, eps=eps)[
+                    :, 0
+                ]
+            error_N = ((o - y).square().mean(dim=-1) * work.take_weights(spans, heads)).sum(dim=1)
         loss_H[heads] += work.per_head(error_N.detach(), heads)
         work.add_gradient([error_N], [torch.ones_like(error_N)], leaves, heads)
     return OutputLoss(work.attach(loss_H.mean()), work.row_mean(loss_H))

@@ -1,4 +1,4 @@
-"""Causal softmax attention through torch's fused kernels, with the log-sum-exp that they compute anyway.
+"""Softmax attention through torch's fused kernels, with the log-sum-exp that they compute anyway.
 
 `torch.nn.functional.scaled_dot_product_attention` throws it away. Where torch would choose FlashAttention or cuDNN, the
 operator below it is called instead: the same output, and L_i = log Σ_j≤i exp(scale · q_i·k_j) beside it, which the
@@ -53,6 +53,17 @@ def causal_softmax_attention(
         return _OPERATORS[name](q_BHLD, k_BKLD, v_BKLV, scale)
     out = F.scaled_dot_product_attention(q_BHLD, k_BKLD, v_BKLV, is_causal=True, scale=scale, enable_gqa=grouped)
     return out, None
+
+
+def bidirectional_softmax_attention(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLV: Tensor, scale: float, mask_BL: Tensor | None
+) -> Tensor:
+    """An encoder's: every token sees all real ones (mask_BL bool, True = real). (B, H, L, V); zero rows for padding."""
+    if mask_BL is None:
+        return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLV, scale=scale)
+    seen_B11L = mask_BL[:, None, None, :]
+    out = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLV, attn_mask=seen_B11L, scale=scale)
+    return out.masked_fill(~mask_BL[:, None, :, None], 0)
 
 
 def _choice(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> int | None:

@@ -127,7 +127,7 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
         ModelError: no safetensors, a missing or truncated file, a tensor that is missing, of another shape, or of a
             layer that the config does not have.
     """
-    found = read_shapes(folder)
+    found = {shape.tensor_name(name): sizes for name, sizes in read_shapes(folder).items()}
     prefix = f"{shape.decoder_prefix}."
     if not any(name.startswith(prefix) for name in found):  # saved from the model without its output layer
         found = {name if name.startswith("lm_head.") else prefix + name: sizes for name, sizes in found.items()}

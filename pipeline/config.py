@@ -60,6 +60,11 @@ class DataConfig(Section):
     classification also .tsv, and dev for validation). Instead of the files below."""
     dataset_config: str | None = None
     """Which of its configurations, where a dataset on the hub has several."""
+    validation_split: str | None = None
+    """Which split of a dataset on the hub is for validation. Null: `validation`, unless it is the `test_split`."""
+    test_split: str | None = None
+    """Which split of a dataset on the hub `evaluate` scores. Null: `test`. Take `validation` where the labels of test
+    are kept secret, as in GLUE."""
     train_file: str | None = None
     """JSON (a list of objects) or JSONL file of training rows; of text also a file of plain text, of classification a
     .tsv whose first line names its columns."""

@@ -44,6 +44,8 @@ _SAME: dict[str, tuple[list[Any], Any]] = {
     "tiny.architecture": (["llama"], None),
     "data.kind": (["dialogues"], None),
     "data.dataset_config": ([None], None),
+    "data.validation_split": ([None], None),
+    "data.test_split": ([None], None),
     "data.text_field": (["text"], None),
     "data.text_end": (["eos"], None),
     "data.second_text_field": ([None], None),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .config import DistillConfig
     from .hidden_state_cache import HiddenStateCache
-    from .modeling.hedgehog_decoder import HedgehogCausalLM
+    from .modeling.hedgehog_model import HedgehogPreTrainedModel
 
 Batch = Mapping[str, Any]
 
@@ -62,6 +62,7 @@ class Teacher(nn.Module):
             mask_BL=batch["mask"],
             position_ids_BL=batch["position_ids"],
             segment_ids_BL=batch["segment_ids"] if packed else None,
+            token_type_ids_BL=batch.get("token_type_ids"),
             entering_BLE=entering_BLE,
             keep_entering=keep_entering,
         ):
@@ -82,7 +83,7 @@ class FeatureMapDistillation(nn.Module):
 
     def __init__(
         self,
-        hedgehog: HedgehogCausalLM,
+        hedgehog: HedgehogPreTrainedModel,
         teacher: Callable[..., None],
         layers: Sequence[int],
         config: DistillConfig,
@@ -241,7 +242,8 @@ class FeatureMapDistillation(nn.Module):
     def _backend(self, seen: TeacherLayer) -> DistillBackend:
         """The implementation of the attention loss, reported once with its reason."""
         maps = self._maps(seen)
-        backend = select_distill_backend(self._backend_name, *maps, device=seen.q_BHLD.device, dtype=seen.q_BHLD.dtype)
+        place = {"device": seen.q_BHLD.device, "dtype": seen.q_BHLD.dtype}
+        backend = select_distill_backend(self._backend_name, *maps, **place, causal=seen.is_causal)
         line = f"distillation loss: {backend.name} ({backend.reason})"
         if line not in self._reported:
             self._reported.add(line)
@@ -257,6 +259,7 @@ class FeatureMapDistillation(nn.Module):
             "eps": self._config.loss_eps,
             "block_size": self._config.query_block,
             "log_sum_exp_BHL": seen.log_sum_exp_BHL,
+            **({} if seen.is_causal else {"causal": False}),
         }
 
     def _maps(self, seen: TeacherLayer) -> tuple[Any, Any]:

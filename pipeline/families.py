@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .bert.shape import BertShape
 from .errors import ModelError
 from .gpt2.shape import GPT2Shape
 from .llama.shape import LlamaShape
@@ -13,7 +14,7 @@ from .model_shape import ModelShape
 if TYPE_CHECKING:
     from .config import LoraConfig
 
-FAMILIES: dict[str, type[ModelShape]] = {family.model_type: family for family in (LlamaShape, GPT2Shape)}
+FAMILIES: dict[str, type[ModelShape]] = {family.model_type: family for family in (LlamaShape, GPT2Shape, BertShape)}
 
 HUB_SHAPES: dict[str, ModelShape] = {
     name: shape for family in FAMILIES.values() for name, shape in family.hub_shapes().items()
@@ -29,7 +30,8 @@ def family_of(name: str, model_type: object) -> type[ModelShape]:
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    known = " and ".join(family.title for family in FAMILIES.values())
+    *first, last = (family.title for family in FAMILIES.values())
+    known = f"{', '.join(first)} and {last}"
     plain = model_type.removeprefix("hedgehog_") if isinstance(model_type, str) else None
     if plain != model_type and plain in FAMILIES:
         family = FAMILIES[plain]

@@ -33,13 +33,15 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Pef
     import peft
     from transformers.pytorch_utils import Conv1D
 
-    targets = lora_modules(config, family_of_config(model.config))
+    family = family_of_config(model.config)
+    targets = lora_modules(config, family)
     names = [name for name, _ in model.named_modules()]
     unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unknown:  # peft only complains where nothing at all matches
         raise ConfigError(f"finetune.lora.target_modules: the model has no module named {', '.join(unknown)}.")
     settings = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
+        # an encoder's head is not peft's to train
+        task_type=None if family.is_encoder else peft.TaskType.CAUSAL_LM,
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft annotates int, computes with floats
         lora_dropout=config.dropout,

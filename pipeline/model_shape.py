@@ -41,6 +41,8 @@ class ModelShape(ABC):
     """Names that `finetune.lora.target_modules` may have."""
     attention_modules: ClassVar[tuple[str, ...]]
     """Those of the attention's projections: what learns unless the config says otherwise."""
+    is_encoder: ClassVar[bool] = False
+    """Whether every token sees all others: such a model tells classes, and generates nothing."""
     linears_are_transposed: ClassVar[bool] = False
     """Whether weights of the layers' linear modules are stored as (in, out)."""
     same_input: ClassVar[tuple[tuple[str, ...], ...]] = ()
@@ -75,6 +77,11 @@ class ModelShape(ABC):
     @abstractmethod
     def attention_dropout(cls, fields: Mapping[str, Any]) -> float:
         """Dropout of attention weights in config.json that a conversion could not leave out by itself; 0 if none."""
+
+    @classmethod
+    def tensor_name(cls, name: str) -> str:
+        """What transformers calls a tensor that a file of weights calls `name`."""
+        return name
 
     @property
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,31 +37,32 @@ def load_variant_model(
     Raises:
         ModelError, CheckpointError: an artifact is missing, torn, or does not fit the model.
     """
-    from .data.base_fingerprint import check_base_unchanged
+    from .classification_head import has_new_head, load_head
     from .modeling.convert import load_hedgehog
-    from .modeling.load_base import load_base
+    from .modeling.load_base import load_prepared_base
 
-    check_base_unchanged(inputs["prepare"], config.model.revision)
-    model: PreTrainedModel = load_base(
-        inputs["prepare"].summary["base_model"],
-        dtype=dtype,
-        revision=config.model.revision,
-        quantization=config.model.quantization,
-        device=device,
-    )
+    base = load_prepared_base(inputs["prepare"], config, dtype=dtype, device=device)
+    if inputs["finetune"].skipped and has_new_head(base):
+        raise ModelError(
+            f"{config.model.base}: has no head for these classes, and nothing was finetuned: set finetune.enabled to "
+            "true, or take a base that was finetuned on this task"
+        )
+    model: PreTrainedModel = base
     if config.model.attention == "linear":
         maps_from = inputs["distill"] if inputs["finetune"].skipped else inputs["finetune"]
         model = hedgehog = load_hedgehog(
-            model,
+            base,
             maps_from.artifact("feature_maps"),
             attention_eps=config.model.attention_eps,
             chunk_size=config.model.chunk_size,
             attention_backend=config.model.attention_backend,
             feature_map_seed=config.seed,
         )
-        hedgehog.decoder.report = report
+        hedgehog.report_to(report)
     if not inputs["finetune"].skipped:
         model = _attach_adapter(model, inputs["finetune"].artifact("adapter"))
+        if inputs["finetune"].has("head"):
+            load_head(inputs["finetune"].artifact("head"), model)
     return model.eval()
 
 

@@ -16,7 +16,6 @@ import torch
 
 from ..kernels.softmax_attention import MaterialisedAttentionError
 from ..pipeline.checkpoints import Checkpoints
-from ..pipeline.data.base_fingerprint import check_base_unchanged
 from ..pipeline.data.batches import BatchPlan, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.engine import TrainingEngine, build_engine, release_deepspeed, shard_frozen, sharded_loading
@@ -29,7 +28,7 @@ from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
     from ..pipeline.distillation import FeatureMapDistillation
-    from ..pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
+    from ..pipeline.modeling.hedgehog_model import HedgehogPreTrainedModel
 
 CONSUMES = ("prepare",)
 SECTIONS = ("model", "distill", "data.max_length_tokens", "engine.precision", "seed")
@@ -311,27 +310,21 @@ class _Alone:
 _ALONE = _Alone()
 
 
-def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogCausalLM]:
+def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogPreTrainedModel]:
     # Importing transformers' models takes seconds, which `merge` need not wait.
     from ..pipeline.distillation import FeatureMapDistillation, Teacher
     from ..pipeline.layer_subset import parse_layers
     from ..pipeline.modeling.architecture import architecture_of
     from ..pipeline.modeling.convert import convert_base
-    from ..pipeline.modeling.load_base import load_base
+    from ..pipeline.modeling.load_base import load_prepared_base
 
     config, prepare = ctx.config, ctx.inputs["prepare"]
     sharded = config.engine.zero_stage == 3
     if sharded and config.model.quantization is not None:
         raise ConfigError("engine.zero_stage 3 cannot shard quantized weights: use stage 2, or no quantization.")
-    check_base_unchanged(prepare, config.model.revision)
     with sharded_loading(config.engine, ctx.world):
-        base = load_base(
-            prepare.summary["base_model"],
-            dtype=config.engine.precision,
-            revision=config.model.revision,
-            quantization=config.model.quantization,
-            device=None if sharded else ctx.world.device,
-        )
+        device = None if sharded else ctx.world.device
+        base = load_prepared_base(prepare, config, dtype=config.engine.precision, device=device)
     layers = parse_layers(config.distill.layers, base.config.num_hidden_layers)
     hedgehog = convert_base(
         base,
@@ -361,7 +354,7 @@ def _load(ctx: StageContext) -> tuple[FeatureMapDistillation, HedgehogCausalLM]:
 
 def _save(
     ctx: StageContext,
-    hedgehog: HedgehogCausalLM,
+    hedgehog: HedgehogPreTrainedModel,
     module: FeatureMapDistillation,
     weights: dict[str, torch.Tensor],
     task: _Distillation,

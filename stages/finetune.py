@@ -1,6 +1,8 @@
 """Stage two: LoRA on the summaries, loss on the summaries' tokens only. Feature maps learn along, or stay.
 
 load the base → linear attention with the distilled maps (or softmax) → adapters → train → adapter and maps
+
+An encoder learns to tell the rows' labels; its head learns along, whole.
 """
 
 from __future__ import annotations
@@ -12,24 +14,27 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..pipeline.checkpoints import Checkpoints
-from ..pipeline.data.base_fingerprint import check_base_unchanged
-from ..pipeline.data.batches import NO_LOSS, BatchPlan, validation_batches
+from ..pipeline.classification_head import head_modules, release_head, save_head
+from ..pipeline.data.batches import NO_LOSS, BatchPlan, LossOn, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.engine import TrainingEngine, build_engine, sharded_loading
 from ..pipeline.errors import ConfigError
+from ..pipeline.families import family_of_config
 from ..pipeline.feature_map_file import read_feature_maps, write_feature_maps
+from ..pipeline.label_loss import LabelLoss
 from ..pipeline.lora import attach_lora, save_adapter
 from ..pipeline.modeling.convert import convert_base, feature_map_modules, load_hedgehog
-from ..pipeline.modeling.load_base import load_base
+from ..pipeline.modeling.load_base import load_prepared_base
 from ..pipeline.run_folder import atomic_file
 from ..pipeline.stage_context import StageContext, StageResult
 from ..pipeline.summary_loss import SummaryLoss
 from ..pipeline.training import sum_over_ranks, to_device, train
 
 if TYPE_CHECKING:
-    from ..pipeline.modeling.hedgehog_decoder import HedgehogCausalLM
+    from ..pipeline.modeling.hedgehog_model import HedgehogPreTrainedModel
 
 CONSUMES = ("prepare", "distill")
 SECTIONS = ("model", "finetune", "data.max_length_tokens", "engine.precision", "seed")
@@ -47,6 +52,7 @@ IGNORED = frozenset(
 
 ADAPTER = "adapter"
 FEATURE_MAPS = "feature_maps.safetensors"
+HEAD = "head.safetensors"
 PAD_ID = 0
 """Right padding is never attended to and has no label, so any id would do."""
 _CURE = "Lower finetune.learning_rate, or set a smaller finetune.gradient_clip, then begin the stage anew with --force."
@@ -62,14 +68,16 @@ def run(ctx: StageContext) -> StageResult:
     if not config.finetune.enabled:
         return StageResult(skipped="finetune.enabled is false: the model is scored as distill left it")
     model = _load(ctx)
-    model.decoder.report = ctx.reporter.info
+    model.report_to(ctx.reporter.info)
     adapted = attach_lora(model, config.finetune.lora, seed=ctx.rng("finetune.lora").initial_seed())
     map_parameters = _release_feature_maps(ctx, model)
     if config.finetune.gradient_checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renamed it, 5.17 has only this name
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = SummaryLoss(adapted, packed=config.finetune.packing)
+    is_encoder = family_of_config(model.config).is_encoder
+    release_head(model)
+    module = LabelLoss(adapted) if is_encoder else SummaryLoss(adapted, packed=config.finetune.packing)
 
     plan = BatchPlan(
         TokenizedSplit.open(ctx.inputs["prepare"].artifact("tokens_train")),
@@ -78,7 +86,7 @@ def run(ctx: StageContext) -> StageResult:
         PAD_ID,
         config.seed,
         ctx.world,
-        loss_on="summary",
+        loss_on="row" if is_encoder else "summary",
     )
     checkpoints = Checkpoints(
         ctx.folder / "checkpoints",
@@ -106,7 +114,7 @@ def run(ctx: StageContext) -> StageResult:
     num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters.values())
     ctx.reporter.info(f"{num_trained:,} weights learn, {plan.num_steps} steps")
     outcome = train(
-        _Finetuning(ctx, engine),
+        _Finetuning(ctx, engine, plan.loss_on),
         engine,
         plan,
         config.finetune,
@@ -118,7 +126,8 @@ def run(ctx: StageContext) -> StageResult:
         cure=_CURE,
     )
     validation_loss = outcome.validation[_Finetuning.FIGURE]
-    ctx.reporter.info(f"loss on the validation rows: {validation_loss:.4f} nats a token")
+    unit = "row" if is_encoder else "token"
+    ctx.reporter.info(f"loss on the validation rows: {validation_loss:.4f} nats a {unit}")
     artifacts = _save(ctx, engine, module, model)
     engine.close()
     del engine, module, adapted, model
@@ -140,9 +149,10 @@ class _Finetuning:
 
     FIGURE = "validation_loss_nats"
 
-    def __init__(self, ctx: StageContext, engine: TrainingEngine) -> None:
+    def __init__(self, ctx: StageContext, engine: TrainingEngine, loss_on: LossOn) -> None:
         self._ctx = ctx
         self._engine = engine
+        self._loss_on: LossOn = loss_on
         self._validation = TokenizedSplit.open(ctx.inputs["prepare"].artifact("tokens_validation"))
 
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -157,33 +167,29 @@ class _Finetuning:
         return f"the loss is {float(totals['loss'])}" + (f", first of all {first}" if first else "")
 
     def validate(self) -> dict[str, float]:
-        """Nats per summary token over the validation rows."""
+        """Nats per summary token over the validation rows; of rows with labels, per row."""
         world, settings = self._ctx.world, self._ctx.config.finetune
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in validation_batches(self._validation, settings.micro_batch_size, PAD_ID, world, loss_on="summary"):
+        rows = validation_batches(self._validation, settings.micro_batch_size, PAD_ID, world, loss_on=self._loss_on)
+        for batch in rows:
             batch = to_device(batch, world.device)
             loss = self._engine.module(batch)
             if batch["counted"]:
-                sums += torch.stack([loss.double(), (batch["labels"] != NO_LOSS).sum().double()])
+                count = len(batch["row_labels"]) if self._loss_on == "row" else (batch["labels"] != NO_LOSS).sum()
+                sums += torch.stack([loss.double(), torch.as_tensor(count, device=world.device).double()])
         loss, count = sum_over_ranks({"sums": sums}, world)["sums"].tolist()
         return {self.FIGURE: loss / count}
 
 
-def _load(ctx: StageContext) -> HedgehogCausalLM:
+def _load(ctx: StageContext) -> HedgehogPreTrainedModel:
     """The converted model with its distilled maps; for softmax attention the same class without maps."""
     config = ctx.config
     sharded = config.engine.zero_stage == 3
     if sharded and config.model.quantization is not None:
         raise ConfigError("engine.zero_stage 3 cannot shard quantized weights: use stage 2, or no quantization.")
-    check_base_unchanged(ctx.inputs["prepare"], config.model.revision)
     with sharded_loading(config.engine, ctx.world):
-        base = load_base(
-            ctx.inputs["prepare"].summary["base_model"],
-            dtype=config.engine.precision,
-            revision=config.model.revision,
-            quantization=config.model.quantization,
-            device=None if sharded else ctx.world.device,
-        )
+        device = None if sharded else ctx.world.device
+        base = load_prepared_base(ctx.inputs["prepare"], config, dtype=config.engine.precision, device=device)
     if config.model.attention == "softmax":
         return convert_base(base, attention="softmax")
     return load_hedgehog(
@@ -196,7 +202,7 @@ def _load(ctx: StageContext) -> HedgehogCausalLM:
     )
 
 
-def _release_feature_maps(ctx: StageContext, model: HedgehogCausalLM) -> list[torch.Tensor]:
+def _release_feature_maps(ctx: StageContext, model: HedgehogPreTrainedModel) -> list[torch.Tensor]:
     """The feature maps' weights that are to learn, which peft froze with all the rest."""
     if not ctx.config.finetune.train_feature_maps:
         return []
@@ -204,9 +210,7 @@ def _release_feature_maps(ctx: StageContext, model: HedgehogCausalLM) -> list[to
     return [weight.requires_grad_() for weight in weights]
 
 
-def _parameter_groups(
-    ctx: StageContext, module: SummaryLoss, map_parameters: list[torch.Tensor]
-) -> list[dict[str, Any]]:
+def _parameter_groups(ctx: StageContext, module: nn.Module, map_parameters: list[torch.Tensor]) -> list[dict[str, Any]]:
     settings = ctx.config.finetune
     of_maps = {id(p) for p in map_parameters}
     adapters = [p for p in module.parameters() if p.requires_grad and id(p) not in of_maps]
@@ -217,21 +221,27 @@ def _parameter_groups(
     return groups
 
 
-def _save(ctx: StageContext, engine: TrainingEngine, module: SummaryLoss, model: HedgehogCausalLM) -> dict[str, str]:
+def _save(
+    ctx: StageContext, engine: TrainingEngine, module: SummaryLoss | LabelLoss, model: HedgehogPreTrainedModel
+) -> dict[str, str]:
     """Write the artifacts (rank 0). Collective: the weights are gathered from all ranks."""
     weights = engine.full_weights()
     if not ctx.world.is_main:
         return {}
-    prefix = "model."  # SummaryLoss holds the model
+    prefix = "model."  # the loss holds the model
     save_adapter(
         ctx.folder / ADAPTER,
         module.model,
         {name.removeprefix(prefix): tensor for name, tensor in weights.items()},
     )
-    if ctx.config.model.attention == "softmax":
-        return {"adapter": ADAPTER}
-    distilled = ctx.inputs["distill"].artifact("feature_maps")
     names = {id(parameter): name for name, parameter in engine.parameters.items()}
+    artifacts = {"adapter": ADAPTER}
+    if head_modules(model):
+        save_head(ctx.folder / HEAD, model, {own: weights[name] for own, name in names.items()})
+        artifacts["head"] = HEAD
+    if ctx.config.model.attention == "softmax":
+        return artifacts
+    distilled = ctx.inputs["distill"].artifact("feature_maps")
     trained = {
         f"layers.{layer}.{side}.{key}": weights[names[id(parameter)]]
         for (layer, side), feature_map in feature_map_modules(model).items()
@@ -244,4 +254,4 @@ def _save(ctx: StageContext, engine: TrainingEngine, module: SummaryLoss, model:
     else:
         with atomic_file(ctx.folder / FEATURE_MAPS) as temporary:
             shutil.copyfile(distilled, temporary)
-    return {"adapter": ADAPTER, "feature_maps": FEATURE_MAPS}
+    return {**artifacts, "feature_maps": FEATURE_MAPS}

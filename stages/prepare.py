@@ -77,11 +77,11 @@ def _prepare(ctx: StageContext) -> StageResult:
 
     stop_if_asked(_SAVED)
     # Everything that can be refused cheaply is refused before the slow work.
-    splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     base_config = check_base(base, revision=model.revision)
     fault = kind_fault(family_of_config(base_config), data.kind)
     if fault is not None:
         raise ConfigError(f"data.kind: {fault}")
+    splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     check_convertible(base, base_config.to_dict(), ctx.config)
     label_names = _number_labels(ctx, splits, base_config) if data.kind == "classification" else None
     num_positions = table_length(base_config)

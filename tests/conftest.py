@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -28,14 +29,55 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 
 @pytest.hookimpl(trylast=True)  # what -m leaves out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those on a real Slurm first: they mostly wait, and take longest. Two of xdist's workers start with half of them
-    each, where the others have equal shares of the rest; whoever is done takes over tests from another one's end."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
+    """What takes longest comes first, or one worker of xdist would be left with it at the end. Those on a real Slurm
+    mostly wait: two workers start with half of them each. The other slow ones are dealt to the other workers. Each has
+    an equal share of the rest; whoever is done takes over tests from another one's end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = dealt(items, int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+def dealt(items: list[pytest.Item], num_workers: int) -> list[pytest.Item]:
+    """So ordered that `--dist worksteal`, which cuts it into equal parts, gives each worker what is meant for it."""
     on_slurm = [item for item in items if item.get_closest_marker("slurm")]
-    rest = [item for item in items if not item.get_closest_marker("slurm")]
-    share = len(items) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) - len(on_slurm[::2])
-    items[:] = [*on_slurm[::2], *rest[:share], *on_slurm[1::2], *rest[share:]]
+    slow = [item for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("slurm")]
+    taken = {id(item) for item in (*on_slurm, *slow)}
+    rest = [item for item in items if id(item) not in taken]
+    patient = min(2, num_workers)
+    busy = max(1, num_workers - patient)
+    first = [on_slurm[worker::patient] for worker in range(patient)] + [[] for _ in range(num_workers - patient)]
+    for worker in range(busy):
+        first[-busy + worker] += slow[worker::busy]
+    order: list[pytest.Item] = []
+    for worker, begins in enumerate(first):
+        part = (len(items) - len(order)) // (num_workers - worker)
+        share = max(0, part - len(begins))
+        order += [*begins, *rest[:share]]
+        del rest[:share]
+    return order + rest
+
+
+_modules_when_frozen = 0
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made: what they make is collected as ever
+def pytest_runtest_setup() -> None:
+    """What a worker has imported (torch, DeepSpeed, transformers: over a million objects) is nothing to collect, and
+    looking through it took half of the time of tests that train."""
+    global _modules_when_frozen
+    if len(sys.modules) > _modules_when_frozen + 100:
+        _modules_when_frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Training that a test cuts off under ZeRO-3 leaves the process DeepSpeed's own F.linear, which keeps other tensors
+    than torch's: tests that count them failed when they came after."""
+    if "deepspeed" in sys.modules:
+        from hedgehog.pipeline.engine import release_deepspeed
+
+        release_deepspeed()
 
 
 NUM_LAYERS = 3
@@ -241,13 +283,19 @@ def made_once() -> Callable[[Path, Callable[[], Any]], Any]:
 
 
 @pytest.fixture(scope="session")
-def run_forked(everyones_folder: Path) -> Iterator[Callable[..., tuple[int, str]]]:
-    """`run_forked(script, arguments, environment)`: a script in a process whose imports have been made already."""
+def forking_server() -> Any:
+    """The module of that name."""
     sys.path.insert(0, str(Path(__file__).parent))
     try:
         import forking_server
     finally:
         sys.path.pop(0)
+    return forking_server
+
+
+@pytest.fixture(scope="session")
+def run_forked(everyones_folder: Path, forking_server: Any) -> Iterator[Callable[..., tuple[int, str]]]:
+    """`run_forked(script, arguments, environment)`: a script in a process whose imports have been made already."""
     with forking_server.connect(everyones_folder):  # keeps it alive
         yield partial(forking_server.run_forked, everyones_folder)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -29,8 +30,8 @@ LINGER_S = 10.0
 START_TIMEOUT_S = 120.0
 
 
-def connect(place: Path) -> socket.socket:
-    """A connection to the session's server at `place`, which is started if there is none.
+def connect(place: Path, environment: Mapping[str, str] | None = None) -> socket.socket:
+    """A connection to the session's server at `place`, which is started if there is none, with this environment.
 
     Raises:
         RuntimeError: the server did not come up; with what it said.
@@ -43,7 +44,8 @@ def connect(place: Path) -> socket.socket:
         Path(address).unlink(missing_ok=True)
         with open(log, "w") as output:
             command = [sys.executable, __file__, address]
-            server = subprocess.Popen(command, stdin=-3, stdout=output, stderr=output, start_new_session=True)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            server = subprocess.Popen(command, **streams, env=environment, start_new_session=True)
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and server.poll() is None:
             with contextlib.suppress(OSError):
@@ -162,4 +164,5 @@ if __name__ == "__main__":
 
     import_deepspeed()
     torch.set_num_threads(1)
+    gc.freeze()  # children need not look through all that to find garbage, and share its pages
     serve(sys.argv[1])

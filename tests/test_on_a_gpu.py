@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,31 @@ def on_gpu(everyones_folder: Path) -> OnGpu:
 
 
 @pytest.fixture(scope="session")
-def run_stages(on_gpu: OnGpu) -> Callable[..., str]:
+def forked_on_gpu(everyones_folder: Path, forking_server: Any) -> Iterator[OnGpu]:
+    """The same for a script of the stand-in's in a forked process, which need not import what takes seconds."""
+    environment = stand_in.environment(stand_in.build(everyones_folder))
+    place = everyones_folder / "forking-on-gpu"
+    place.mkdir(exist_ok=True)
+
+    def run(script: str, *arguments: str) -> str:
+        status, said = forking_server.run_forked(place, HERE / script, arguments, environment, timeout_s=280)
+        assert status == 0, said[-6000:]
+        return said
+
+    with forking_server.connect(place, environment):  # keeps it alive
+        yield run
+
+
+@pytest.fixture(scope="session")
+def run_stages(on_gpu: OnGpu, forked_on_gpu: OnGpu) -> Callable[..., str]:
     """`run_stages((run, "distill"), …, ranks=2)`: stages there, one after the other; returns what was printed."""
 
     def run(*work: tuple[Any, str], ranks: int = 1, **options: Any) -> str:
         from hedgehog.pipeline.distributed import free_port
 
         argument = json.dumps([(run.values, stage) for run, stage in work])
+        if ranks == 1 and not options:
+            return forked_on_gpu("run_stages.py", argument)
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
         script = [str(HERE / "run_stages.py"), argument]
         return on_gpu(*(launcher if ranks > 1 else []), *script, **options)
@@ -90,6 +108,7 @@ def test_the_stand_in_is_a_device(on_gpu: OnGpu) -> None:
     assert on_gpu(str(HERE / "look_at_the_device.py")).endswith("a device\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_training_on_a_gpu_is_that_on_a_cpu(zero_stage: int, new_run, run_stages) -> None:
     """And `engine.device: cpu` is a CPU where there is a GPU, to the bit: DeepSpeed would take the GPU.
@@ -119,6 +138,7 @@ def test_a_run_that_began_on_a_cpu_goes_on_on_a_gpu(new_run, interrupt, run_stag
     assert run.losses("distill") == pytest.approx(expected.losses("distill"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_meet_through_nccl(new_run, run_stages, one_process_run) -> None:
     expected = one_process_run("zero1")
     single = {f"{stage}__{key}": expected.values[stage][key] for stage in ("distill", "finetune") for key in SAME_STEPS}
@@ -129,6 +149,7 @@ def test_two_ranks_meet_through_nccl(new_run, run_stages, one_process_run) -> No
         assert run.losses(stage) == pytest.approx(expected.losses(stage), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_stage_with_the_kernels_of_a_gpu(on_gpu: OnGpu, tmp_path: Path) -> None:
     """From nothing to the export, which plain transformers loads on that GPU; what ran is what was to run. Under
     ZeRO-3, which puts other tensors in the places of a batch's, where the Triton kernel looks for those it knows."""
@@ -146,9 +167,10 @@ def test_every_stage_with_the_kernels_of_a_gpu(on_gpu: OnGpu, tmp_path: Path) ->
     assert "Kept between tokens: 130.0 KiB" in answered  # 2 layers · 2 heads · 128 features · (64 + 1) · 4 bytes
 
 
-def test_memory_on_a_gpu_is_what_was_estimated(on_gpu: OnGpu, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_memory_on_a_gpu_is_what_was_estimated(forked_on_gpu: OnGpu, tmp_path: Path) -> None:
     """Within 10 %, weights and optimizer included, as the tensors of real steps are counted."""
-    on_gpu(str(HERE / "measure_memory.py"), str(tmp_path / "report.json"))
+    forked_on_gpu("measure_memory.py", str(tmp_path / "report.json"))
     report = json.loads((tmp_path / "report.json").read_text())
     rows = [*report["distill"], *report["finetune"]]
     assert [row.get("attention") for row in rows] == [None, "linear", "softmax"]
@@ -164,9 +186,10 @@ def test_where_memory_ends_a_gpu_says_which_estimate_to_change(new_run, run_stag
     assert "other processes hold 80.0 GiB" in said
 
 
-def test_the_benchmarks_of_a_gpu_run(on_gpu: OnGpu, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_benchmarks_of_a_gpu_run(forked_on_gpu: OnGpu, tmp_path: Path) -> None:
     """Every line of theirs that a GPU alone would reach, but the sanitizer's: events, graphs, the GPU's sizes."""
-    on_gpu(str(HERE / "run_benchmarks.py"), str(tmp_path))
+    forked_on_gpu("run_benchmarks.py", str(tmp_path))
     kernels, model = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("bench_gpu", "bench_7b"))
     assert {"another stream", "decoding in a CUDA graph"} <= kernels["correctness"]["checks"].keys()
     assert any("seconds" in row for row in kernels["times"]) and any("seconds" in row for row in kernels["decoding"])

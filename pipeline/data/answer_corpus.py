@@ -1,7 +1,7 @@
 """A generated corpus for classification: a dialogue and a question about it; the class is the answer, a day or a time.
 
-Many dialogues name several days and times, and what they agree on is often not what was proposed first: a model that
-only sees which words occur is wrong where one that reads is right.
+Many dialogues name several days or times, and what they agree on last is the answer: a guess among those of the kind
+asked for is right in 85 of 100 rows, so that it takes attention to their order to do better.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def _label_of(row: Row, name: str, label_names: Sequence[str] | None) -> Label:
         raise DataError(f"{row.place}: field '{name}' must be text or a whole number, not {type(label).__name__}")
     if label == -1:
         raise DataError(
-            f"{row.place}: its label is -1, which stands for one that is kept secret; take a split with labels, for "
-            "example the validation split as data.test_file"
+            f"{row.place}: its label is -1, which stands for one that is kept secret; take rows with labels, as "
+            "data.test_file or, of a dataset on the hub, with data.test_split=validation"
         )
     if isinstance(label, int) and label_names is not None:
         if not 0 <= label < len(label_names):
@@ -156,7 +156,7 @@ def number_labels(
     """Make every example's label the number of its class: (names of the classes, what deserves a warning).
 
     The order is the base model's where it names its classes and knows all labels by name, so that its head fits them;
-    else the hub's, the numbers' or the alphabet's. Whole numbers within the base's classes are those classes.
+    else the hub's, the numbers' or the alphabet's. Numbers have the base's names where there are as many.
     """
     train = splits["train"]
     names, numbers = _numbered(train.labels, train.label_names, named_by_base)
@@ -174,8 +174,6 @@ def _numbered(
     of_base = list(named_by_base or ())
     if all(isinstance(label, int) for label in labels):
         ordered = sorted(labels)
-        if all(0 <= int(label) < len(of_base) for label in ordered):
-            return of_base, {label: int(label) for label in ordered}
         names = of_base if len(of_base) == len(ordered) else [str(label) for label in ordered]
         return names, {label: number for number, label in enumerate(ordered)}
     texts = sorted(str(label) for label in labels)

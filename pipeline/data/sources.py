@@ -7,6 +7,7 @@ test        ──▶ its own file; a row says whether its dialogue (text) also 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from ..config_checks import Problem
 from ..errors import DataError
 from .examples import Example, Source, Split, SplitCounts, check_encodable, missing_field, text_field
 from .json_rows import Row, read_rows, read_text
-from .labelled_rows import check_labels, labelled_examples
+from .labelled_rows import check_labels, check_some_classes, labelled_examples
 from .table_rows import read_table
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def select_examples(
         split.counts.used = len(split.examples)
         if not split.examples:
             raise DataError(f"{split.source}: no usable {name} rows: {split.counts.described()}")
+    if data.kind == "classification":
+        check_some_classes(train.source, Counter(str(example.label) for example in train.examples))
     return splits
 
 
@@ -248,7 +251,14 @@ def _hub_sources(data: DataConfig) -> dict[str, Source]:
             label_names=None if names is None else tuple(names),
         )
 
-    return {split: source(split) for split in SPLITS if split in loaded}
+    named = {"validation": data.validation_split, "test": data.test_split}
+    for key, own in named.items():
+        if own is not None and own not in loaded:
+            raise DataError(f"data.{key}_split: {name} has no split {own}; it has {', '.join(loaded)}")
+    splits = {split: named.get(split) or split for split in SPLITS}
+    if data.validation_split is None and splits["test"] == splits["validation"]:
+        del splits["validation"]  # held out of train instead: what chooses the weights is not what scores them
+    return {split: source(own) for split, own in splits.items() if own in loaded}
 
 
 def _clean(source: Source, data: DataConfig, name: str) -> Split[Any]:

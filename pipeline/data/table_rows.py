@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 
 def read_table(path: Path, label_field: str) -> Iterator[Row]:
     """Yield the rows of a table; empty lines are skipped. Numbers in the column `label_field` are numbers, all else is
-    text; an empty field there is None.
+    text.
 
     Not by the csv module: quotation marks are characters here, and only a line feed ends a row.
 
@@ -50,11 +50,11 @@ def _fields(line: str) -> list[str]:
     return line.removesuffix("\r").split("\t")
 
 
-def _label(text: str) -> int | float | str | None:
+def _label(text: str) -> int | float | str:
     text = text.strip()
     if _WHOLE_NUMBER.fullmatch(text):
         return int(text)
-    return float(text) if _NUMBER.fullmatch(text) else text or None
+    return float(text) if _NUMBER.fullmatch(text) else text
 
 
 __all__ = ["read_table"]

@@ -65,7 +65,13 @@ class GPT2Architecture(Architecture):
             attn_pdrop=0.0,
         )
 
-    def embed(self, decoder: GPT2Model, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        decoder: GPT2Model,
+        input_ids_BL: torch.Tensor,
+        position_ids_BL: torch.Tensor,
+        token_type_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return decoder.wte(input_ids_BL) + decoder.wpe(position_ids_BL)
 
     def heads(
@@ -82,11 +88,11 @@ class GPT2Architecture(Architecture):
     def scale(self, layer: GPT2Block) -> float:
         return layer.attn.scaling
 
-    def project(self, layer: GPT2Block, o_BLE: torch.Tensor) -> torch.Tensor:
-        return layer.attn.c_proj(o_BLE)
+    def after_attention(self, layer: GPT2Block, hidden_BLE: torch.Tensor, o_BLE: torch.Tensor) -> torch.Tensor:
+        return hidden_BLE + layer.attn.c_proj(o_BLE)
 
-    def mlp(self, layer: GPT2Block, hidden_BLE: torch.Tensor) -> torch.Tensor:
-        return layer.mlp(layer.ln_2(hidden_BLE))
+    def after_mlp(self, layer: GPT2Block, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return hidden_BLE + layer.mlp(layer.ln_2(hidden_BLE))
 
 
 ARCHITECTURE = GPT2Architecture()

@@ -18,7 +18,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT
 from ...kernels.backends import Backend
 from ..modeling.hedgehog_attention import HedgehogAttention
 from ..modeling.hedgehog_cache import HedgehogCache, the_cache_given
-from ..modeling.hedgehog_decoder import HedgehogCausalLM, HedgehogDecoder, HedgehogPreTrainedModel
+from ..modeling.hedgehog_decoder import HedgehogCausalLM, HedgehogDecoder
+from ..modeling.hedgehog_model import HedgehogPreTrainedModel
 from .configuration_hedgehog_gpt2 import HedgehogGPT2Config
 
 

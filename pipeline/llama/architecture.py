@@ -53,7 +53,13 @@ class LlamaArchitecture(Architecture):
             tie_word_embeddings=True,
         )
 
-    def embed(self, decoder: LlamaModel, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        decoder: LlamaModel,
+        input_ids_BL: torch.Tensor,
+        position_ids_BL: torch.Tensor,
+        token_type_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return decoder.embed_tokens(input_ids_BL)
 
     def positions(self, decoder: LlamaModel, hidden_BLE: torch.Tensor, position_ids_BL: torch.Tensor) -> Any:
@@ -74,11 +80,11 @@ class LlamaArchitecture(Architecture):
     def scale(self, layer: LlamaDecoderLayer) -> float:
         return layer.self_attn.scaling
 
-    def project(self, layer: LlamaDecoderLayer, o_BLE: torch.Tensor) -> torch.Tensor:
-        return layer.self_attn.o_proj(o_BLE)
+    def after_attention(self, layer: LlamaDecoderLayer, hidden_BLE: torch.Tensor, o_BLE: torch.Tensor) -> torch.Tensor:
+        return hidden_BLE + layer.self_attn.o_proj(o_BLE)
 
-    def mlp(self, layer: LlamaDecoderLayer, hidden_BLE: torch.Tensor) -> torch.Tensor:
-        return layer.mlp(layer.post_attention_layernorm(hidden_BLE))
+    def after_mlp(self, layer: LlamaDecoderLayer, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return hidden_BLE + layer.mlp(layer.post_attention_layernorm(hidden_BLE))
 
 
 ARCHITECTURE = LlamaArchitecture()

@@ -26,7 +26,8 @@ from transformers.models.llama.modeling_llama import (
 from ...kernels.backends import Backend
 from ..modeling.hedgehog_attention import HedgehogAttention, keeping_float32
 from ..modeling.hedgehog_cache import HedgehogCache, the_cache_given
-from ..modeling.hedgehog_decoder import HedgehogCausalLM, HedgehogDecoder, HedgehogPreTrainedModel
+from ..modeling.hedgehog_decoder import HedgehogCausalLM, HedgehogDecoder
+from ..modeling.hedgehog_model import HedgehogPreTrainedModel
 from .configuration_hedgehog_llama import HedgehogLlamaConfig
 
 

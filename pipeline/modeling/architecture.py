@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families import family_of, family_of_config
-from .hedgehog_decoder import HedgehogCausalLM
+from .hedgehog_model import HedgehogPreTrainedModel
 
 if TYPE_CHECKING:
     from ..config import TinyConfig
@@ -31,13 +31,18 @@ class Architecture(ABC):
 
     base_class: ClassVar[type[PreTrainedModel]]
     base_config_class: ClassVar[type[PreTrainedConfig]]
-    hedgehog_class: ClassVar[type[HedgehogCausalLM]]
+    hedgehog_class: ClassVar[type[HedgehogPreTrainedModel]]
     config_class: ClassVar[type[PreTrainedConfig]]
     auto_map: ClassVar[dict[str, str]]
     """What a config.json says of the modeling files beside it."""
     modeling_files: ClassVar[tuple[ModuleType, ...]]
     """Modules that travel with an export, with all that they import from this project."""
 
+    is_causal: ClassVar[bool] = True
+    """Whether tokens see those before them only."""
+
+    of_model: ClassVar[tuple[str, ...]] = ("lm_head",)
+    """Modules that a converted model shares with its base, above the decoder."""
     of_decoder: ClassVar[tuple[str, ...]]
     """Modules that a converted decoder shares with its base's, beside the layers."""
     of_layer: ClassVar[tuple[str, ...]]
@@ -46,14 +51,20 @@ class Architecture(ABC):
     """The attention's projections."""
     layers_name: ClassVar[str]
     attention_name: ClassVar[str]
+    head_modules: ClassVar[tuple[str, ...]] = ()
+    """Modules of an encoder's head: they learn whole in stage two; a base that was only pretrained may lack them."""
 
     def decoder(self, model: PreTrainedModel) -> Any:
-        """The stack below the head of a base model or a converted one."""
+        """The stack below the head of a base model or a converted one; an encoder's too."""
         return model.base_model
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The decoder layers."""
-        return getattr(self.decoder(model), self.layers_name)
+        """The layers."""
+        return self.decoder(model).get_submodule(self.layers_name)
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """A layer's attention."""
+        return layer.get_submodule(self.attention_name)
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of a converted model's config that differ from the base's."""
@@ -71,8 +82,14 @@ class Architecture(ABC):
         """Configuration of the small model that a tiny run pretrains."""
 
     @abstractmethod
-    def embed(self, decoder: Any, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> torch.Tensor:
-        """What the first layer reads (B, L, E)."""
+    def embed(
+        self,
+        decoder: Any,
+        input_ids_BL: torch.Tensor,
+        position_ids_BL: torch.Tensor,
+        token_type_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the first layer reads (B, L, E). Token types are an encoder's alone; None: all 0."""
 
     def positions(self, decoder: Any, hidden_BLE: torch.Tensor, position_ids_BL: torch.Tensor) -> Any:
         """What `heads` wants of positions, the same for every layer."""
@@ -89,12 +106,12 @@ class Architecture(ABC):
         """What q·k is multiplied with before the softmax."""
 
     @abstractmethod
-    def project(self, layer: Any, o_BLE: torch.Tensor) -> torch.Tensor:
-        """Attention's output, heads side by side, → what is added to the hidden states."""
+    def after_attention(self, layer: Any, hidden_BLE: torch.Tensor, o_BLE: torch.Tensor) -> torch.Tensor:
+        """Hidden states that entered the layer, attention's output with heads side by side → what its MLP is given."""
 
     @abstractmethod
-    def mlp(self, layer: Any, hidden_BLE: torch.Tensor) -> torch.Tensor:
-        """Hidden states after attention → what is added to them."""
+    def after_mlp(self, layer: Any, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        """Hidden states after attention → what leaves the layer."""
 
 
 def architecture_of(model_or_config: Any) -> Architecture:
@@ -117,9 +134,10 @@ def architecture(model_type: str) -> Architecture:
 
 
 def share_modules(target: Any, source: Any, names: Iterable[str]) -> None:
-    """Make modules of `source` those of `target` too."""
+    """Make modules of `source` those of `target` too; a name may lead to one inside another: `attention.output`."""
     for name in names:
-        setattr(target, name, getattr(source, name))
+        parent, _, own = name.rpartition(".")
+        setattr(target.get_submodule(parent), own, source.get_submodule(name))
 
 
 __all__ = ["SMALL_MODELS_INITIAL", "Architecture", "architecture", "architecture_of", "share_modules"]

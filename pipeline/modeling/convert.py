@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..feature_map_file import MAP_FIELDS, read_feature_maps, write_feature_maps
 from .architecture import architecture_of, share_modules
 from .hedgehog_attention import FEATURE_MAP_NAMES
-from .hedgehog_decoder import HedgehogCausalLM
+from .hedgehog_model import HedgehogPreTrainedModel
 
 __all__ = [
     "convert_base",
@@ -32,7 +32,7 @@ __all__ = [
 _NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "auto_map", "quantization_config")
 
 
-def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogCausalLM:
+def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogPreTrainedModel:
     """The converted model around the own modules of `base`, its feature maps at their initial values (the identity).
 
     `hedgehog_fields` are those of HedgehogFields (feature_map, feature_dim, attention, …); any other config field
@@ -59,19 +59,20 @@ def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogCausa
     config.dtype = base.config.dtype
 
     share_modules(architecture.decoder(model), architecture.decoder(base), architecture.of_decoder)
-    model.lm_head = cast(nn.Linear, base.lm_head)
+    share_modules(model, base, architecture.of_model)
     for layer, base_layer in zip(architecture.layers(model), architecture.layers(base), strict=True):
         share_modules(layer, base_layer, architecture.of_layer)
-        attention = getattr(layer, architecture.attention_name)
-        share_modules(attention, getattr(base_layer, architecture.attention_name), architecture.of_attention)
+        attention = architecture.attention(layer)
+        share_modules(attention, architecture.attention(base_layer), architecture.of_attention)
         if config.attention == "linear":
-            device = next(getattr(base_layer, architecture.of_layer[-1]).parameters()).device
+            device = next(base_layer.get_submodule(architecture.of_layer[-1]).parameters()).device
             for name in FEATURE_MAP_NAMES:
                 feature_map = getattr(attention, name).to_empty(device=device)
                 feature_map.reset_parameters()
     architecture.complete(model)
 
-    model.generation_config = base.generation_config
+    if not architecture.head_modules:  # an encoder generates nothing
+        model.generation_config = base.generation_config
     # a quantized base stays recognisable as such, to peft and to transformers
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(base, name):
@@ -81,11 +82,11 @@ def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogCausa
     return model.train(base.training)
 
 
-def feature_map_modules(model: HedgehogCausalLM) -> dict[tuple[int, str], nn.Module]:
+def feature_map_modules(model: HedgehogPreTrainedModel) -> dict[tuple[int, str], nn.Module]:
     """{(layer, "feature_map_q" | "feature_map_k"): module} of a converted model, in the order of the layers."""
     return {
         (index, name): getattr(attention, name)
-        for index, attention in enumerate(model.decoder.attentions())
+        for index, attention in enumerate(model.attentions())
         for name in FEATURE_MAP_NAMES
         if hasattr(attention, name)
     }
@@ -98,7 +99,7 @@ def feature_map_metadata(config: Any) -> dict[str, Any]:
 
 def save_feature_maps(
     file: str | os.PathLike,
-    model: HedgehogCausalLM,
+    model: HedgehogPreTrainedModel,
     metadata: Mapping[str, Any] | None = None,
     *,
     layers: Iterable[int] | None = None,
@@ -115,7 +116,7 @@ def save_feature_maps(
 
 
 def load_feature_maps(
-    file: str | os.PathLike, model: HedgehogCausalLM, layers: Iterable[int] | None = None
+    file: str | os.PathLike, model: HedgehogPreTrainedModel, layers: Iterable[int] | None = None
 ) -> dict[str, Any]:
     """Copy the maps of `file` into `model` (all layers, or only `layers`) and return the file's metadata.
 
@@ -128,7 +129,7 @@ def load_feature_maps(
                 f"{file}: its maps were made with {field} = {metadata.get(field)!r}, the model has {expected!r}"
             )
     modules = feature_map_modules(model)
-    num_layers = len(model.decoder.decoder_layers())
+    num_layers = model.config.num_hidden_layers
     wanted_layers = set(range(num_layers)) if layers is None else set(layers)
     outside = sorted(wanted_layers - set(range(num_layers)))
     if outside:
@@ -157,7 +158,7 @@ def load_feature_maps(
 
 def load_hedgehog(
     base: PreTrainedModel, feature_maps_file: str | os.PathLike | None = None, **hedgehog_fields: Any
-) -> HedgehogCausalLM:
+) -> HedgehogPreTrainedModel:
     """convert_base, with the maps of `feature_maps_file` if one is given.
 
     The file's own kind of map (feature_map, feature_dim, options) is taken unless `hedgehog_fields` says otherwise.

@@ -17,7 +17,11 @@ from torch import nn
 
 from ...kernels.backends import Backend
 from ...kernels.feature_maps import FeatureMap, make_feature_map
-from ...kernels.linear_attention import LinearAttentionState, recurrent_linear_attention_step
+from ...kernels.linear_attention import (
+    LinearAttentionState,
+    noncausal_linear_attention,
+    recurrent_linear_attention_step,
+)
 from ...kernels.mapped_attention import why_not_mapped
 from .hedgehog_cache import HedgehogCache
 
@@ -103,6 +107,23 @@ class HedgehogAttention(nn.Module):
         if layer is not None:
             layer.store(state, num_new_tokens=q_BHLD.shape[2])
         return o_BHLV
+
+    def attend_both_ways(
+        self,
+        q_BHLD: torch.Tensor,
+        k_BHLD: torch.Tensor,
+        v_BHLV: torch.Tensor,
+        *,
+        mask_BL: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """An encoder's linear attention, every token seeing all real ones → (B, H, L, V). φ and sums as in `attend`."""
+        with torch.autocast(v_BHLV.device.type, enabled=False):
+            dtype = torch.float32 if v_BHLV.dtype == torch.float16 else v_BHLV.dtype
+            phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
+            phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)
+            eps = self.config.attention_eps
+            return noncausal_linear_attention(phi_q_BHLF, phi_k_BHLF, v_BHLV, mask_BL=mask_BL, eps=eps)
 
     def _attend(
         self,

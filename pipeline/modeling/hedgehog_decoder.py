@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
@@ -19,40 +19,19 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 
 from ...kernels.backends import Backend, select_attention_backend
-from ...kernels.feature_maps import FeatureMap
 from ...kernels.linear_attention import run_index_BL
 from .given_inputs import check_mask_of_past, hedgehog_cache, padding_mask
-from .hedgehog_attention import FEATURE_MAP_NAMES, HedgehogAttention
+from .hedgehog_attention import HedgehogAttention
 from .hedgehog_cache import CACHE_NAME, HedgehogCache, the_cache_given
+from .hedgehog_model import HedgehogPreTrainedModel, as_a_dataclass
 from .positions import first_tokens, packed_segments, row_positions
 
 logger = logging.getLogger(__name__)
 
 PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What transformers' data collators say of packed rows, to attention that reads it."""
-
-# The classes below stand before a family's PreTrainedModel, and take its methods for their own.
-_Model = PreTrainedModel if TYPE_CHECKING else nn.Module
-
-
-class HedgehogPreTrainedModel(_Model):
-    """What all converted models say of themselves to transformers."""
-
-    config: Any
-    # transformers' own output capturing would need attention weights, which linear attention never has
-    _can_record_outputs: ClassVar[dict] = {}
-    # from_pretrained(dtype=bfloat16) keeps these fp32
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(FEATURE_MAP_NAMES)  # type: ignore[misc]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FeatureMap):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
 
 class HedgehogDecoder(HedgehogPreTrainedModel):
@@ -190,7 +169,7 @@ class HedgehogDecoder(HedgehogPreTrainedModel):
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
             **named_cache,
         )
-        return result if _as_a_dataclass(return_dict, self.config) else result.to_tuple()
+        return result if as_a_dataclass(return_dict, self.config) else result.to_tuple()
 
     def _check_positions(self, num_tokens: int, position_ids: torch.Tensor, is_given: bool) -> None:
         """ValueError for a position that does not exist. Padding needs none, so that only the ids themselves tell; on a
@@ -339,10 +318,6 @@ class HedgehogDecoder(HedgehogPreTrainedModel):
         return torch.zeros_like(visible_B1LL, dtype=inputs_embeds.dtype).masked_fill(~visible_B1LL, lowest)
 
 
-def _as_a_dataclass(return_dict: bool | None, config: Any) -> bool:
-    return bool(config.return_dict if return_dict is None else return_dict)
-
-
 class HedgehogCausalLM(HedgehogPreTrainedModel):
     """A decoder with its language-model head; generate() as usual (no assisted decoding: a state has no undo).
 
@@ -418,7 +393,7 @@ class HedgehogCausalLM(HedgehogPreTrainedModel):
             hidden_states=outputs.hidden_states,
             **named_cache,
         )
-        return result if _as_a_dataclass(return_dict, self.config) else result.to_tuple()
+        return result if as_a_dataclass(return_dict, self.config) else result.to_tuple()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() a HedgehogCache where it would make a DynamicCache; look at one that was given."""
@@ -451,4 +426,4 @@ class HedgehogCausalLM(HedgehogPreTrainedModel):
         )
 
 
-__all__ = ["HedgehogCausalLM", "HedgehogDecoder", "HedgehogPreTrainedModel"]
+__all__ = ["HedgehogCausalLM", "HedgehogDecoder"]

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..base_folder import check_not_quantized, check_weights, read_base_config
+from ..classification_head import draw_head
+from ..data.base_fingerprint import check_base_unchanged
 from ..errors import ModelError
-from ..families import family_of, shape_from_fields
+from ..families import family_of, family_of_config, shape_from_fields
 from .architecture import architecture, architecture_of
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+    from ..manifest import StageInput
 
 QUANTIZATIONS = ("nf4", "int8")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
@@ -31,20 +38,25 @@ def load_base(
     quantization: str | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
+    label_names: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """The language model in a local folder, or of a hub id, in eval mode.
+    """The language model or encoder in a local folder, or of a hub id, in eval mode.
 
     dtype          of the weights (a torch dtype or its name); with `quantization` of the computation
     quantization   None, "nf4" (4 bit, double quantization) or "int8", through bitsandbytes; works on a CPU
     device         where to put it; None leaves it where transformers puts it (the CPU, or ZeRO-3's shards)
+    label_names    the classes that an encoder tells, in their order; where it lacks a head, or half of one, that is
+                   drawn from `seed`
 
     Raises ModelError, with the cure, for: a missing folder, a kind of model that cannot be converted, a missing shard,
     a truncated file, pickled weights only, weights quantized already, tensors that are missing or of another shape than
-    the config's, a hub id that cannot be fetched, a quantization that cannot be done.
+    the config's, a hub id that cannot be fetched, a quantization that cannot be done, a head for other classes.
     """
     name = str(path_or_id)
     dtype = _torch_dtype(dtype)
-    architecture = architecture_of(check_base(path_or_id, revision=revision))
+    config = check_base(path_or_id, revision=revision)
+    architecture = architecture_of(config)
     options: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,
@@ -53,7 +65,11 @@ def load_base(
         "output_loading_info": True,
     }
     if quantization is not None:
-        options["quantization_config"] = _quantization_config(quantization, dtype)
+        options["quantization_config"] = _quantization_config(quantization, dtype, architecture.head_modules)
+    if label_names is not None:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {label: index for index, label in enumerate(label_names)}
+        options["config"] = config
     if device is not None and (quantization is not None or torch.device(device).type != "cpu"):
         # file by file to where it belongs: eight ranks of a node would else hold eight copies in its memory
         options["device_map"] = {"": str(device)}
@@ -70,16 +86,49 @@ def load_base(
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
+        if label_names is not None and _has_other_classes(error):
+            raise ModelError(
+                f"{name}: its head tells other classes than the {len(label_names)} of the data "
+                f"({', '.join(label_names)}): give it rows of its own task, or take the {family_of_config(config).title} that it "
+                "was finetuned from"
+            ) from error
         raise ModelError(f"{name}: config.json and the weights are of different models; fetch it again") from error
     base, info = loaded
-    missing = sorted(info["missing_keys"])
+    new = {key for key in info["missing_keys"] if key.startswith(tuple(f"{m}." for m in architecture.head_modules))}
+    missing = sorted(set(info["missing_keys"]) - new)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
     if quantization == "nf4":
         _keep_weights_differentiable(base)
+    if new:
+        draw_head(base, new, seed)
     architecture.loaded(base)
     return base.eval()
+
+
+def load_prepared_base(
+    prepare: StageInput, config: RunConfig, *, dtype: str | torch.dtype, device: torch.device | None
+) -> PreTrainedModel:
+    """The base model that a run prepared, as its stages load it: see load_base, also for the errors.
+
+    Raises:
+        CheckpointError: it has changed since.
+    """
+    check_base_unchanged(prepare, config.model.revision)
+    return load_base(
+        prepare.summary["base_model"],
+        dtype=dtype,
+        revision=config.model.revision,
+        quantization=config.model.quantization,
+        device=device,
+        label_names=prepare.summary.get("label_names"),
+        seed=config.seed,
+    )
+
+
+def _has_other_classes(error: RuntimeError) -> bool:
+    return "classifier" in str(error)
 
 
 def _keep_weights_differentiable(base: PreTrainedModel) -> None:
@@ -149,7 +198,7 @@ def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+def _quantization_config(quantization: str, dtype: torch.dtype, kept_whole: Sequence[str]) -> Any:
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization {quantization!r} is unknown; known: {', '.join(QUANTIZATIONS)}")
     try:
@@ -161,11 +210,14 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
         ) from error
     from transformers import BitsAndBytesConfig
 
+    # None: transformers finds the output layer itself
+    skipped: dict[str, Any] = {"llm_int8_skip_modules": list(kept_whole) or None}
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
+        **skipped,
     )

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...kernels.linear_attention import run_index_BL
-from ...kernels.softmax_attention import causal_softmax_attention
+from ...kernels.softmax_attention import bidirectional_softmax_attention, causal_softmax_attention
 from .architecture import Architecture, architecture_of
 from .positions import row_positions
 
@@ -33,6 +33,7 @@ class TeacherLayer:
     scale: float
     o_BHLV: torch.Tensor  # softmax attention's output, before its projection
     log_sum_exp_BHL: torch.Tensor | None = None  # log Σ_j exp(scale q_i·k_j), where attention hands it out
+    is_causal: bool = True
 
 
 class TeacherForward:
@@ -59,6 +60,7 @@ class TeacherForward:
         mask_BL: torch.Tensor | None = None,
         position_ids_BL: torch.Tensor | None = None,
         segment_ids_BL: torch.Tensor | None = None,
+        token_type_ids_BL: torch.Tensor | None = None,
         entering_BLE: torch.Tensor | None = None,
         keep_entering: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[TeacherLayer]:
@@ -66,11 +68,12 @@ class TeacherForward:
 
         mask_BL        1 or True for real tokens; padding may stand anywhere. Rows of padding come out as zeros
         position_ids   default: 0, 1, 2, … over each row's real tokens, again from 0 at each segment's border
-        segment_ids    packed rows: runs of equal ids attend only to themselves
+        segment_ids    packed rows: runs of equal ids attend only to themselves; not for an encoder
+        token_type_ids of an encoder: which tokens are of a pair's second text
         entering_BLE   hidden states that enter the first of `layers`, if known: no layer below it is run
         keep_entering  is given those states where they are computed here, and returns those to go on with
 
-        Raises ValueError for a layer that does not exist.
+        Raises ValueError for a layer that does not exist, and for an encoder's rows that are packed.
         """
         wanted = set(range(len(self.layers))) if layers is None else set(layers)
         outside = sorted(wanted - set(range(len(self.layers))))
@@ -79,7 +82,10 @@ class TeacherForward:
         if not wanted:
             return
         mask_BL = None if mask_BL is None else mask_BL.bool()
-        spans = attention_spans(mask_BL, segment_ids_BL)
+        is_causal = self.architecture.is_causal
+        if segment_ids_BL is not None and not is_causal:
+            raise ValueError("segment_ids: an encoder's rows are padded, not packed")
+        spans = attention_spans(mask_BL, segment_ids_BL) if is_causal else None
         if position_ids_BL is None:
             position_ids_BL = row_positions(input_ids_BL.shape, mask_BL, segment_ids_BL, input_ids_BL.device)
         first, last = min(wanted), max(wanted)
@@ -89,7 +95,7 @@ class TeacherForward:
         with torch.no_grad():
             hidden_BLE = entering_BLE
             if hidden_BLE is None:
-                hidden_BLE = architecture.embed(decoder, input_ids_BL, position_ids_BL)
+                hidden_BLE = architecture.embed(decoder, input_ids_BL, position_ids_BL, token_type_ids_BL)
             positions = architecture.positions(decoder, hidden_BLE, position_ids_BL)
         del entering_BLE
         for layer_index in range(first if given else 0, last + 1):
@@ -97,7 +103,7 @@ class TeacherForward:
                 hidden_BLE = keep_entering(hidden_BLE)
             layer = self.layers[layer_index]
             with torch.no_grad():
-                seen = _attend(architecture, layer, layer_index, hidden_BLE, positions, spans)
+                seen = _attend(architecture, layer, layer_index, hidden_BLE, positions, spans, mask_BL)
             o_BHLV = seen.o_BHLV
             if layer_index in wanted:
                 yield seen
@@ -105,9 +111,9 @@ class TeacherForward:
             if layer_index == last:
                 return
             with torch.no_grad():
-                hidden_BLE = hidden_BLE + architecture.project(layer, _side_by_side(o_BHLV))
+                hidden_BLE = architecture.after_attention(layer, hidden_BLE, _side_by_side(o_BHLV))
                 del o_BHLV
-                hidden_BLE = hidden_BLE + architecture.mlp(layer, hidden_BLE)
+                hidden_BLE = architecture.after_mlp(layer, hidden_BLE)
 
 
 def attention_spans(
@@ -146,10 +152,13 @@ def _attend(
     hidden_BLE: torch.Tensor,
     positions: object,
     spans: list[tuple[int, int, int]] | None,
+    mask_BL: torch.Tensor | None,
 ) -> TeacherLayer:
     q_BHLD, k_BKLD, v_BKLV = architecture.heads(layer, hidden_BLE, positions)
     scale = architecture.scale(layer)
-    if spans is None:
+    if not architecture.is_causal:
+        o_BHLV, log_sum_exp_BHL = bidirectional_softmax_attention(q_BHLD, k_BKLD, v_BKLV, scale, mask_BL), None
+    elif spans is None:
         o_BHLV, log_sum_exp_BHL = causal_softmax_attention(q_BHLD, k_BKLD, v_BKLV, scale)
     else:
         o_BHLV = torch.zeros_like(q_BHLD)
@@ -161,7 +170,9 @@ def _attend(
                 log_sum_exp_BHL = None
             elif log_sum_exp_BHL is not None:
                 log_sum_exp_BHL[here] = part
-    return TeacherLayer(layer_index, q_BHLD, k_BKLD, v_BKLV, scale, o_BHLV, log_sum_exp_BHL)
+    return TeacherLayer(
+        layer_index, q_BHLD, k_BKLD, v_BKLV, scale, o_BHLV, log_sum_exp_BHL, is_causal=architecture.is_causal
+    )
 
 
 def _side_by_side(o_BHLV: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ multiply bfloat16). Launches compile for the GPU of that capability and run in p
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from typing import Any
@@ -112,6 +113,7 @@ def make_problem(name: str, length: int, head_dim: int, feature_dim: int) -> tup
 
 def main() -> None:
     capability, length, head_dim, feature_dim = (int(sys.argv[i]) for i in (1, 3, 4, 5))
+    gc.disable()  # programs of many thousand instructions are no garbage, and this process ends soon
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
     launcher = Launcher(capability)
     triton.runtime.JITFunction.__getitem__ = lambda kernel, grid: launcher.of(kernel, grid)

@@ -64,13 +64,14 @@ def assert_same_loss(tiled, reference, feature_maps, rtol=1e-7):
         assert (grad - exact).norm() <= 10 * rtol * exact.norm()
 
 
-def test_reference_is_the_equation():
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_is_the_equation(causal):
     q, k, _ = teacher(5)
     mask, segments = padding(5, "left"), torch.tensor([[0, 0, 0, 0, 0], [1, 1, 2, 2, 2]])
     map_q, map_k = maps()
     row_weights = torch.rand(BATCH, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     result = materialised_distillation_loss(
-        q, k, map_q, map_k, mask_BL=mask, segment_ids_BL=segments, row_weights_BL=row_weights, scale=0.7
+        q, k, map_q, map_k, mask_BL=mask, segment_ids_BL=segments, row_weights_BL=row_weights, scale=0.7, causal=causal
     )
     phi_q, phi_k = map_q(q), map_k(k.repeat_interleave(2, dim=1))
     loss = torch.zeros((), dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_reference_is_the_equation():
             if not mask[b, i]:
                 continue
             total += float(row_weights[b, i])
-            seen = [j for j in range(i + 1) if mask[b, j] and segments[b, i] == segments[b, j]]
+            seen = [j for j in range(i + 1 if causal else 5) if mask[b, j] and segments[b, i] == segments[b, j]]
             for h in range(HEADS):
                 a = torch.stack([0.7 * q[b, h, i] @ k[b, h // 2, j] for j in seen]).softmax(0)
                 s = torch.stack([phi_q[b, h, i] @ phi_k[b, h, j] + LOSS_EPS for j in seen])
@@ -100,29 +101,48 @@ def test_tiled_equals_materialised_for_every_feature_map(name):
     assert_same_loss(tiled, materialised_distillation_loss(q, k, *pair, **options), pair)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "encoder"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize("pad", ["none", "left", "right", "holes", "one row"])
 @pytest.mark.parametrize("length", [1, 63, 64, 65])
-def test_tiled_equals_materialised(length, pad, packed):
+def test_tiled_equals_materialised(length, pad, packed, causal):
     q, k, _ = teacher(length)
     pair = maps()
     segments = torch.stack([torch.arange(length) // 10, torch.arange(length) // 64]) if packed else None
-    options = {"mask_BL": padding(length, pad), "segment_ids_BL": segments}
+    options = {"mask_BL": padding(length, pad), "segment_ids_BL": segments, "causal": causal}
     tiled = attention_distillation_loss(q, k, *pair, block_size=16, **options)
     assert_same_loss(tiled, materialised_distillation_loss(q, k, *pair, **options), pair)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "encoder"])
 @pytest.mark.parametrize("max_cells", [1, 200, 2000])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_a_few_heads_at_a_time_change_nothing(kv_heads, max_cells, monkeypatch):
+def test_a_few_heads_at_a_time_change_nothing(kv_heads, max_cells, causal, monkeypatch):
     monkeypatch.setitem(map_training.MAX_CELLS, "cpu", max_cells)
     q, k, v = teacher(20, kv_heads=kv_heads)
-    pair, mask = maps(), padding(20, "left")
-    tiled = attention_distillation_loss(q, k, *pair, block_size=4, mask_BL=mask)
-    assert_same_loss(tiled, materialised_distillation_loss(q, k, *pair, mask_BL=mask), pair)
-    output = output_mse_loss(q, k, v, *pair, mask_BL=mask)
+    pair, options = maps(), {"mask_BL": padding(20, "left"), "causal": causal}
+    tiled = attention_distillation_loss(q, k, *pair, block_size=4, **options)
+    assert_same_loss(tiled, materialised_distillation_loss(q, k, *pair, **options), pair)
+    output = output_mse_loss(q, k, v, *pair, **options)
     monkeypatch.undo()
-    torch.testing.assert_close(output.mse_H, output_mse_loss(q, k, v, *pair, mask_BL=mask).mse_H)
+    torch.testing.assert_close(output.mse_H, output_mse_loss(q, k, v, *pair, **options).mse_H)
+
+
+@pytest.mark.parametrize("block_size", [4, 64])
+def test_spans_of_an_encoder_that_are_filled_up_see_no_filling(block_size):
+    """18 and 20 tokens are worked on together: the shorter row's filling must be hidden from it."""
+    q, k, v = teacher(20)
+    mask = torch.ones(BATCH, 20, dtype=torch.bool)
+    mask[1, 18:] = False
+    pair = maps("hedgehog_exp", noise=0.3)
+    tiled = attention_distillation_loss(q, k, *pair, block_size=block_size, mask_BL=mask, causal=False)
+    assert_same_loss(tiled, materialised_distillation_loss(q, k, *pair, mask_BL=mask, causal=False), pair)
+    parts = [
+        output_mse_loss(q[r : r + 1, :, :n], k[r : r + 1, :, :n], v[r : r + 1, :, :n], *pair, causal=False)
+        for r, n in ((0, 20), (1, 18))
+    ]
+    whole = output_mse_loss(q, k, v, *pair, mask_BL=mask, causal=False)
+    torch.testing.assert_close(whole.loss, (20 * parts[0].loss + 18 * parts[1].loss) / 38)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 64, 500])
@@ -165,22 +185,24 @@ def test_gradcheck_output_loss():
     assert torch.autograd.gradcheck(function, start)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "encoder"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize("pad", ["none", "left", "right", "holes", "one row"])
-def test_output_loss_equals_quadratic_attention_against_softmax(pad, packed):
+def test_output_loss_equals_quadratic_attention_against_softmax(pad, packed, causal):
     length = 20
     q, k, v = teacher(length)
     map_q, map_k = maps()
     mask = padding(length, pad)
     real = torch.ones(BATCH, length, dtype=torch.bool) if mask is None else mask
     segments = torch.arange(length).expand(BATCH, -1) // 8
-    visible = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None, :]
+    visible = torch.ones(length, length, dtype=torch.bool)
+    visible = (visible.tril() if causal else visible) & real[:, None, None, :]
     if packed:
         visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
     k_heads, v_heads = (x.repeat_interleave(2, dim=1) for x in (k, v))
     logits = (0.6 * q @ k_heads.transpose(-1, -2)).masked_fill(~visible, -1e30)
     y = logits.softmax(-1) @ v_heads
-    options = {"mask_BL": mask, "segment_ids_BL": segments if packed else None}
+    options = {"mask_BL": mask, "segment_ids_BL": segments if packed else None, "causal": causal}
     o = quadratic_linear_attention(map_q(q), map_k(k_heads), v, **options)
     error = ((o - y).square().mean(-1) * real[:, None]).sum(dim=(0, 2)) / real.sum()
     expected_grads = torch.autograd.grad(error.mean(), weights_of(map_q, map_k))

@@ -139,6 +139,55 @@ def test_tiny_makes_its_inputs_itself(tmp_path):
     assert "data.dataset (line 3)" in shown
 
 
+def test_a_tiny_bert_is_for_classification_and_classification_for_a_tiny_bert(tmp_path):
+    tiny = "name: trial\ntiny: {architecture: %s}\ndata: {kind: %s}\n"
+    assert load_config(write(tmp_path, tiny % ("bert", "classification"))).tiny is not None
+    shown = message(tmp_path, tiny % ("bert", "dialogues"))
+    assert "tiny.architecture (line 2): a bert is an encoder" in shown and "set data.kind to classification" in shown
+    shown = message(tmp_path, tiny % ("gpt2", "classification"))
+    assert "data.kind (line 3): classification needs an encoder" in shown and "tiny.architecture to bert" in shown
+    assert "the section `tiny` makes dialogues" in message(tmp_path, tiny % ("llama", "text"))
+    heads = "name: trial\ndata: {kind: classification}\ntiny: {architecture: bert, num_key_value_heads: 1}\n"
+    assert "a bert has as many as query heads: leave it out" in message(tmp_path, heads)
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "expected"),
+    [
+        (
+            "classification",
+            "finetune.packing=true",
+            "finetune.packing (command line): an encoder's rows are not joined",
+        ),
+        ("classification", "distill.packing=true", "distill.packing (command line): an encoder's rows are not joined"),
+        ("classification", "data.overlong=truncate_dialogue", "have no dialogue to cut; take truncate, or drop."),
+        (
+            "dialogues",
+            "data.overlong=truncate",
+            "is for rows to classify; of dialogues take truncate_dialogue, or drop.",
+        ),
+        ("classification", "data.second_text_field=text", "text is the text or the label already"),
+        ("classification", "data.second_text_field=label", "label is the text or the label already"),
+        ("classification", "data.label_field=text", "data.label_field (command line): text is the text already"),
+    ],
+)
+def test_what_does_not_go_with_the_kind_of_data(tmp_path, kind, override, expected):
+    text = VALID.replace("some/rows", f"some/rows, kind: {kind}")
+    assert load_config(write(tmp_path, text), ["data.overlong=drop"]).data.kind == kind
+    assert expected in message(tmp_path, text, override)
+
+
+def test_a_variant_packs_no_rows_to_classify_either(tmp_path):
+    text = VALID.replace("some/rows", "some/rows, kind: classification")
+    shown = message(tmp_path, text + "variants: {one: {overrides: {finetune.packing: true}}}\n")
+    assert "variants.one.overrides.finetune.packing (line 4): an encoder's rows are not joined" in shown
+
+
+def test_what_a_classifying_run_needs_is_named(tmp_path):
+    shown = message(tmp_path, "name: trial\ndata: {kind: classification}\n")
+    assert "hub id of a BERT, here" in shown and "give a .tsv, .json or .jsonl file" in shown
+
+
 @pytest.mark.parametrize("overrides", [["engine.zero_stage=3"], ["engine.zero_stage=3", "model.quantization=int8"]])
 def test_quantized_weights_cannot_be_sharded(tmp_path, overrides):
     text = VALID.replace("some/llama", "some/llama, quantization: nf4")
@@ -332,7 +381,9 @@ def test_loading_a_config_imports_no_torch():
 def test_what_came_later_is_no_difference_to_runs_from_before():
     """A run that was begun without `tiny.architecture`, and with LoRA's modules spelt out, goes on."""
     now = flatten(RunConfig.model_validate({"name": "x", "tiny": {}}))
-    before = {key: value for key, value in now.items() if key not in ("tiny.architecture", "data.kind")}
+    later = {"tiny.architecture", "data.kind", "data.second_text_field", "data.label_field"}
+    later |= {"data.validation_split", "data.test_split"}
+    before = {key: value for key, value in now.items() if key not in later}
     before["finetune.lora.target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert canonical(now) == canonical(before) and config_differences(before, now) == []
     gpt2 = flatten(RunConfig.model_validate({"name": "x", "tiny": {"architecture": "gpt2"}}))

@@ -122,6 +122,15 @@ def test_the_last_lines_are_commands_for_what_was_made(
     assert " ".join(told["scores"]) == f"{config.output_dir}/r/evaluate/results.md"
 
 
+def test_the_last_lines_of_a_run_that_classifies_generate_nothing(
+    stages: FakeStages, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = config.data.model_copy(update={"kind": "classification"})
+    run_pipeline(config.model_copy(update={"data": data}))
+    told = capsys.readouterr().out
+    assert "load it  AutoModelForSequenceClassification.from_pretrained(" in told and "try it" not in told
+
+
 def test_a_finished_run_does_nothing_and_says_so(
     stages: FakeStages, config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -312,6 +312,8 @@ def test_rows_that_are_no_json(folder):
             "overlong: has no effect while data.kind is text",
         ),
         (["data.text_end=nothing"], "data.text_end: has no effect while data.kind is dialogues"),
+        (["data.label_field=x"], "data.label_field: has no effect while data.kind is dialogues"),
+        (["data.text_field=x"], "data.text_field: has no effect while data.kind is dialogues"),
         (["engine.zero_stage=3"], "hold the whole model in every process"),
         (["distill.layers=0"], "joined by `hedgehog merge`"),
     ],

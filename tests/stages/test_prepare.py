@@ -255,8 +255,8 @@ def test_a_base_model_that_cannot_be_used_is_refused_and_its_repair_accepted(bas
         prepare(real_config(tmp_path, broken), force=True)
     weights.write_bytes(content)
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    with pytest.raises(ModelError, match="only Llama and GPT-2 models"):
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    with pytest.raises(ModelError, match="only Llama, GPT-2 and BERT models"):
         prepare(real_config(tmp_path, broken), force=True)
     (broken / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     with pytest.raises(ModelError, match=r"attention_dropout 0\.1, but linear attention"):

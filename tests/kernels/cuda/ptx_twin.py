@@ -6,16 +6,18 @@ import contextlib
 import ctypes
 import functools
 import gc
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from hedgehog.kernels.cuda.build import FOLDER, HOPPER_UNITS, NVCC_FLAGS, find_nvcc
+from hedgehog.kernels.cuda.build import FOLDER, HOPPER_UNITS, NVCC_FLAGS, UNITS, find_nvcc
 from hedgehog.kernels.cuda.library import Library, SeenLaunch
 
 from ..ptx.machine import Machine
@@ -65,9 +67,13 @@ def kernel_name(address: int) -> str:
     return found.name.decode()
 
 
-@functools.cache
-def ptx_of(unit: str) -> str:
-    """A source file as nvcc's PTX: for sm_80, or sm_90a where it needs that."""
+def ptx_of_all() -> dict[str, str]:
+    """{source file: nvcc's PTX of it}, for sm_80, or sm_90a where one needs that; compiled side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler of its own
+        return dict(zip(_SOURCES, pool.map(_compiled, _SOURCES), strict=True))
+
+
+def _compiled(unit: str) -> str:
     hopper = unit in HOPPER_UNITS
     flags = [*NVCC_FLAGS, f"-arch=compute_{'90a' if hopper else '80'}", *(["-DHEDGEHOG_SM_90A"] if hopper else [])]
     with tempfile.TemporaryDirectory() as folder:
@@ -77,9 +83,14 @@ def ptx_of(unit: str) -> str:
         return target.read_text(encoding="utf-8")
 
 
+_SOURCES = (*UNITS, *HOPPER_UNITS)
+PTX: dict[str, str] = {}
+"""What `ptx_of_all` gave, to whichever worker of xdist made it; test_ptx.py fills it in."""
+
+
 @functools.cache
 def _programs_of(unit: str) -> dict[str, Program]:
-    return read_programs(ptx_of(unit))
+    return read_programs(PTX[unit])
 
 
 def _unit_of(name: str) -> str:
@@ -112,7 +123,7 @@ def machine_of(name: str) -> Machine:
 
 def edited(name: str, edit: Callable[[str], str]) -> Machine:
     """The same with another text in the place of its PTX."""
-    return Machine(read_programs(edit(ptx_of(_unit_of(name))))[name])
+    return Machine(read_programs(edit(PTX[_unit_of(name)]))[name])
 
 
 class _Twin:

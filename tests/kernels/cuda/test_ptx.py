@@ -6,6 +6,7 @@ tests/kernels/ptx has the machine that runs it, written from the manual. Runs in
 
 from __future__ import annotations
 
+import gc
 import re
 import zlib
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from hedgehog.kernels.cuda.backward_choice import SWITCH as BACKWARD_SWITCH
-from hedgehog.kernels.cuda.build import HOPPER_UNITS, UNITS, find_nvcc
+from hedgehog.kernels.cuda.build import find_nvcc
 from hedgehog.kernels.cuda.compile_check import readable_name
 from hedgehog.kernels.cuda.forward_choice import SWITCH as FORWARD_SWITCH
 from hedgehog.kernels.cuda.operators import linear_attention_token
@@ -23,7 +24,7 @@ from hedgehog.kernels.linear_attention import LinearAttentionState
 from ..ptx.memory import Fault
 from ..ptx.program import read_programs
 from .problems import EPS, Problem, random_problem
-from .ptx_twin import Twin, edited, machine_of, ptx_of, twin_of
+from .ptx_twin import PTX, Twin, edited, machine_of, ptx_of_all, twin_of
 
 pytestmark = [
     pytest.mark.compiles,
@@ -36,6 +37,12 @@ SHAPES = [(64, 128), (64, 256), (128, 128), (128, 256)]
 SIMPLE = ["hedgehog_softmax", "given"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ptx(everyones_folder, made_once):
+    """nvcc takes some twenty seconds for all sources, and every worker of xdist needs nearly all of them."""
+    PTX.update(made_once(everyones_folder / "ptx.json", ptx_of_all))
+
+
 @pytest.fixture(autouse=True)
 def poisoned():
     """torch.empty gives NaN: memory that a kernel leaves alone shows, and so does what it writes."""
@@ -43,6 +50,17 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def programs_are_no_garbage():
+    """They stay until the session ends. Looked through for garbage again and again they took a sixth of these tests.
+    Frozen in between alone: the twin looks for a test's tensors among what is not."""
+    gc.disable()
+    yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def kind_of(feature_map: str) -> str:
@@ -159,7 +177,7 @@ def test_decoding(emulation, request, head_dim, features, feature_map, splits):
 
 def test_every_kernel_has_a_case_here():
     """By the names in the PTX of all sources; decode is made thrice of each shape, for its splits."""
-    made = [readable_name(name) for unit in (*UNITS, *HOPPER_UNITS) for name in read_programs(ptx_of(unit))]
+    made = [readable_name(name) for text in PTX.values() for name in read_programs(text)]
     shapes = [f"<{d},{f},{kind}>" for d, f in SHAPES for kind in ("fused", "given")]
     here = [f"linear_attention_{what}{shape}" for what in ("forward", *_GRADIENTS) for shape in shapes]
     here += [f"linear_attention_{what}<128,256,{kind}>" for what in _GRADIENTS for kind in ("whole", "wgmma")]

@@ -307,7 +307,12 @@ class Machine:
             return lambda block: np.full(block.num_threads, offset, np.int64)
         wide = isinstance(operand.base, Symbol) or self.program.kind(operand.base.name).endswith("64")
         base = self._read(operand.base, "u64" if wide else "u32")
-        return lambda block: np.broadcast_to(base(block).astype(np.int64) + offset, block.num_threads)
+
+        def addresses(block: Block) -> np.ndarray:
+            found_N = base(block).astype(np.int64) + offset
+            return found_N if found_N.ndim else np.broadcast_to(found_N, block.num_threads)
+
+        return addresses
 
     # instructions
 
@@ -576,12 +581,17 @@ class Machine:
 
     def _warps(self, read: Callable[[Block], Any], block: Block, first: np.ndarray) -> np.ndarray:
         """A register of the warps that begin at these threads: (W, 32)."""
-        value_N = np.broadcast_to(read(block), block.num_threads)
-        return value_N.reshape(-1, WARP)[first // WARP]
+        value_N = read(block)
+        if value_N.ndim == 0:  # np.broadcast_to is slow, and this is called for each register of each mma
+            value_N = np.broadcast_to(value_N, block.num_threads)
+        value_WN = value_N.reshape(-1, WARP)
+        return value_WN if len(first) == len(value_WN) else value_WN[first // WARP]
 
     def _scatter(self, write: Callable, block: Block, mask_N: np.ndarray | None, first: np.ndarray, value: np.ndarray):
-        whole = np.zeros((block.num_threads // WARP, WARP), value.dtype)
-        whole[first // WARP] = value
+        whole = value
+        if len(first) != block.num_threads // WARP:
+            whole = np.zeros((block.num_threads // WARP, WARP), value.dtype)
+            whole[first // WARP] = value
         write(block, mask_N, whole.reshape(-1))
 
     def _op_mma(self, instruction: Instruction) -> Step:

@@ -6,6 +6,8 @@ the lower column in the lower half.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 _LANE = np.arange(32)
@@ -20,24 +22,37 @@ def _halves(register: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return register & np.uint32(0xFFFF), register >> np.uint32(16)
 
 
+def _places(num_registers: int, shape: tuple[int, int], place: Callable) -> np.ndarray:
+    """Which half of which lane's registers, (register, lane, half) as one number, each element of a matrix is; `place`
+    gives the rows and columns of all lanes, by register and half."""
+    found = np.full(shape, -1)
+    numbers = np.arange(num_registers * 64).reshape(num_registers, 32, 2)
+    for register in range(num_registers):
+        for half in range(2):
+            found[place(register, half)] = numbers[register, :, half]
+    assert sorted(found.ravel()) == list(range(num_registers * 64)), "each element once"
+    return found
+
+
+_A_PLACES = _places(4, (16, 16), lambda i, j: (_GROUP + 8 * (i % 2), 2 * _IN_GROUP + 8 * (i // 2) + j))
+_B_PLACES = _places(2, (16, 8), lambda i, j: (2 * _IN_GROUP + 8 * i + j, _GROUP))
+
+
+def _gathered(registers: list[np.ndarray], places: np.ndarray) -> np.ndarray:
+    """The matrices (W, …) whose elements are in these places."""
+    halves = np.stack(registers, axis=1).view("<u2").reshape(len(registers[0]), -1)  # the lower half comes first
+    return floats_of_bf16(halves[:, places])
+
+
 def a_matrix(registers: list[np.ndarray]) -> np.ndarray:
     """The 16×16 matrix A (W, 16, 16) of mma and wgmma from four registers: rows g and g + 8, columns 2t and 2t + 8."""
-    matrix = np.zeros((registers[0].shape[0], 16, 16), np.float32)
-    for i, register in enumerate(registers):
-        row, column = _GROUP + 8 * (i % 2), 2 * _IN_GROUP + 8 * (i // 2)
-        for j, half in enumerate(_halves(register)):
-            matrix[:, row, column + j] = floats_of_bf16(half)
-    return matrix
+    return _gathered(registers, _A_PLACES)
 
 
 def multiply_16_8_16(a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray]) -> list[np.ndarray]:
     """mma.m16n8k16: d = a b + c; a in 4, b in 2 registers of bf16, c and d in 4 of float32."""
-    b_matrix = np.zeros((b[0].shape[0], 16, 8), np.float32)
-    for i, register in enumerate(b):
-        for j, half in enumerate(_halves(register)):
-            b_matrix[:, 2 * _IN_GROUP + 8 * i + j, _GROUP] = floats_of_bf16(half)
     with np.errstate(all="ignore"):
-        product = np.matmul(a_matrix(a).astype(np.float64), b_matrix.astype(np.float64))
+        product = np.matmul(a_matrix(a).astype(np.float64), _gathered(b, _B_PLACES).astype(np.float64))
     d = []
     for i, before in enumerate(c):
         row, column = _GROUP + 8 * (i // 2), 2 * _IN_GROUP + i % 2

@@ -119,7 +119,10 @@ def test_bad_tables_are_named_with_line_and_cure(folder: Path, content: bytes, m
         (row(1, [1]), "3: field 'label' must be text or a whole number, not list"),
         (row(1, "1"), r"3: its label is '1', that of .*rows\.jsonl:1 0: take numbers or text, not both"),
         (row(1, True), "3: its label is 'true', that of .* 0: take numbers or text"),
-        (row(1, -1), "3: its label is -1, .*the validation split as data.test_file"),
+        (
+            row(1, -1),
+            "3: its label is -1, .*as data.test_file or, of a dataset on the hub, with data.test_split=validation",
+        ),
         (row(1, 1, text=5), "3: field 'text' must be text, not int"),
         (row(1, 1, text="half \ud800"), r"3: field 'text' is no text at character 6 \(half of a surrogate pair\)"),
         ({"id": "1", "text": "x"}, r"3: no field 'label' \(fields found: id, text\); set data\.label_field"),
@@ -155,6 +158,9 @@ def test_one_class_is_nothing_to_tell_apart(folder: Path) -> None:
     file = write(folder / "one.jsonl", [row(i, "yes") for i in range(9)])
     with pytest.raises(DataError, match=r"one\.jsonl: every label is 'yes': there is nothing to tell apart"):
         resolve(train_file=file, test_file=file)
+    two = str(folder / "train.jsonl")
+    with pytest.raises(DataError, match=r"train\.jsonl: every label of the rows used is '[01]'"):
+        resolve(train_file=two, test_file=two, max_train_examples=1)
     with pytest.raises(DataError, match=r"every label of the rows used is 'a'.*max_train_examples"):
         check_some_classes("x", {"a": 5, "b": 0})
     check_some_classes("x", {"a": 5, "b": 1, "c": 0})
@@ -183,6 +189,15 @@ def test_the_hub_names_its_classes(monkeypatch: pytest.MonkeyPatch, folder: Path
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
     with pytest.raises(DataError, match=r"someone/feelings \(test\) row 1: its label is -1"):
         resolve(dataset="someone/feelings")
+    splits = resolve(dataset="someone/feelings", test_split="validation", num_validation_examples=1)
+    assert splits["test"].source == "someone/feelings (validation)"
+    assert splits["validation"].source == "someone/feelings (train) (held out)"
+    splits = resolve(dataset="someone/feelings", test_split="validation", validation_split="train")
+    assert splits["validation"].source == "someone/feelings (train)" and len(splits["train"].examples) == 5
+    with pytest.raises(
+        DataError, match=r"data\.test_split: someone/feelings has no split dev; it has train, validation, test"
+    ):
+        resolve(dataset="someone/feelings", test_split="dev")
     local = write(folder / "local.jsonl", [row(1, "positive")])
     splits = resolve(dataset="someone/feelings", test_file=local)
     assert number_labels(splits, None) == (["negative", "positive", "neutral"], None)
@@ -213,8 +228,8 @@ def labelled(*labels: int | str) -> dict[str, Any]:
         ((10, 9, 2), None, ["2", "9", "10"], [2, 1, 0]),
         ((1, 0), ("bad", "good"), ["bad", "good"], [1, 0]),
         ((2, 1), ("bad", "good"), ["bad", "good"], [1, 0]),
-        ((2, 0), ("bad", "so", "good"), ["bad", "so", "good"], [2, 0]),
-        ((3, 0), ("bad", "so", "good"), ["0", "3"], [1, 0]),
+        ((2, 0), ("bad", "so", "good"), ["0", "2"], [1, 0]),  # of another task, maybe
+        ((2, 0, 1), ("bad", "so", "good"), ["bad", "so", "good"], [2, 0, 1]),
         (("b", "a"), None, ["a", "b"], [1, 0]),
         (("b", "a"), ("b", "a"), ["b", "a"], [0, 1]),
         (("good", "bad"), ("BAD", "SO", "GOOD"), ["BAD", "SO", "GOOD"], [2, 0]),

@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from hedgehog.pipeline.config import DataConfig
+from hedgehog.pipeline.data import dialogue_words as words
 from hedgehog.pipeline.data.answer_corpus import ANSWERS, generate_questions
 from hedgehog.pipeline.data.dialogue_corpus import generate_dialogues
 from hedgehog.pipeline.data.examples import LabelledExample
@@ -128,8 +129,11 @@ def test_the_questions_of_the_tiny_corpus() -> None:
     assert len({one.dialogue for one in asked}) == 3000
     assert {one.answer for one in asked} == set(ANSWERS) and len(ANSWERS) == len(set(ANSWERS)) == 15
     assert all(one.answer in one.dialogue for one in asked)
-    # it takes reading: where several days or times are named, the last of them is often not the answer
+    # it takes the question, and where several answers of its kind are named their order
     several = [one for one in asked if sum(answer in one.dialogue for answer in ANSWERS) > 1]
     last = [one for one in several if max(ANSWERS, key=one.dialogue.rfind) == one.answer]
     assert len(several) > 0.5 * len(asked) and 0.3 < len(last) / len(several) < 0.8
+    kinds = [words.DAYS if one.answer in words.DAYS else words.TIMES for one in asked]
+    guesses = [1 / sum(answer in one.dialogue for answer in kind) for one, kind in zip(asked, kinds, strict=True)]
+    assert 0.8 < sum(guesses) / len(asked) < 0.9
     assert generate_dialogues(20, 5) == generate_dialogues(50, 5)[:20]

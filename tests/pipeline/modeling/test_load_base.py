@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM, RobertaConfig
 
 from hedgehog.pipeline.errors import ModelError
 from hedgehog.pipeline.modeling import load_base as load_base_module
@@ -62,8 +62,8 @@ def test_no_such_folder(tmp_path):
 
 
 def test_not_to_be_converted(tmp_path, llama):
-    BertConfig().save_pretrained(tmp_path / "bert")
-    refused(tmp_path / "bert", "has model_type 'bert'; only Llama and GPT-2 models can be converted")
+    RobertaConfig().save_pretrained(tmp_path / "roberta")
+    refused(tmp_path / "roberta", "has model_type 'roberta'; only Llama, GPT-2 and BERT models can be converted")
     convert_base(llama).save_pretrained(tmp_path / "hedgehog")
     refused(tmp_path / "hedgehog", "is already a Hedgehog-Llama")
 

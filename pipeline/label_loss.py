@@ -1,0 +1,29 @@
+"""The loss of finetuning an encoder: nats on the rows' labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class LabelLoss(nn.Module):
+    """An encoder with adapters, and its summed cross-entropy over a batch's labels."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Σ −log p(label) over the rows, in float32, a scalar."""
+        encoder: Any = self.model.get_base_model()
+        logits_BC = encoder(
+            input_ids=batch["input_ids"], attention_mask=batch["mask"], token_type_ids=batch["token_type_ids"]
+        ).logits
+        return F.cross_entropy(logits_BC.float(), batch["row_labels"], reduction="sum")
