@@ -18,9 +18,12 @@ from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import DataError, Interrupted, ModelError
 from hedgehog.pipeline.evaluation import classification
-from hedgehog.pipeline.manifest import Manifest, describe_artifact, read_manifest
+from hedgehog.pipeline.manifest import Manifest, StageInput, describe_artifact, read_manifest
+from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.row_log import read_complete_rows
-from hedgehog.pipeline.runner import run_stage
+from hedgehog.pipeline.runner import run_pipeline, run_stage
+from hedgehog.pipeline.status import read_status
+from hedgehog.pipeline.variants import load_variant_model
 from hedgehog.stages import evaluate
 
 VARIANTS = ("main", "softmax", "zero_shot")
@@ -339,3 +342,70 @@ def test_logits_in_bfloat16_become_float32_before_the_softmax():
     log_p_BC = classification.class_log_probabilities(model.to(torch.bfloat16), batch)
     assert log_p_BC.dtype == torch.float32
     assert float(log_p_BC.exp().sum()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A tiny BERT that was converted, in a few steps, and scored beside its softmax."""
+    schedule = {"max_steps": 4, "global_batch_size": 8, "micro_batch_size": 8}
+    config = RunConfig.model_validate(
+        {
+            "name": "b",
+            "output_dir": str(tmp_path_factory.mktemp("converted")),
+            "tiny": {
+                "architecture": "bert",
+                "num_train_dialogues": 40,
+                "num_validation_dialogues": 8,
+                "num_test_dialogues": 20,
+                "vocab_size": 500,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "intermediate_size": 64,
+                "pretrain_steps": 6,
+            },
+            "data": {"kind": "classification", "max_length_tokens": 256},
+            "distill": schedule,
+            "finetune": schedule,
+            "evaluate": {"batch_size": 6, "bootstrap_samples": 20},
+            "engine": {"zero_stage": 0, "precision": "float32", "device": "cpu", "cpu_threads": 1},
+            "variants": {"softmax": {"overrides": {"model.attention": "softmax"}}},
+        }
+    )
+    run_pipeline(config, last="evaluate")
+    return config
+
+
+@torch.no_grad()
+def test_a_converted_bert_says_of_each_row_alone_what_evaluate_wrote(converted):
+    root = folder(converted).parent
+    inputs = {}
+    for stage in ("prepare", "distill", "finetune"):
+        manifest = read_manifest(root / stage)
+        assert manifest is not None
+        inputs[stage] = StageInput(root / stage, manifest)
+    model: Any = load_variant_model(converted, inputs, torch.device("cpu"), "float32", lambda _: None)
+    names = inputs["prepare"].summary["label_names"]
+    split = TokenizedSplit.open(root / "prepare/tokens_test.safetensors")
+    assert split.labels is not None
+    rows = read_complete_rows(folder(converted) / "predictions/main.jsonl")
+    assert len(rows) == len(split) == 20
+    for number, row in enumerate(rows):
+        ids, num_first = split[number]
+        kinds = (torch.arange(len(ids)) >= num_first).long()
+        logits = model(
+            input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], token_type_ids=kinds[None]
+        ).logits[0]
+        nats = logits.double().logsumexp(0) - logits.double()
+        assert row["label"] == names[split.labels[number]] and row["prediction"] == names[int(logits.argmax())]
+        assert row["loss_nats"] == pytest.approx(float(nats[split.labels[number]]), rel=1e-4)
+
+
+def test_a_converted_bert_has_a_table_a_page_and_a_state(converted):
+    root = folder(converted).parent
+    assert "KL (nats)" in (folder(converted) / "results.md").read_text()
+    page = write_report(str(root)).read_text()
+    assert "Accuracy of every variant" in page and "Mistakes" in page and "No scores" not in page
+    stage = {stage.title: stage for stage in read_status(str(root)).stages}["evaluate"]
+    loss = json.loads((folder(converted) / "rouge.json").read_text())["variants"]["main"]["all"]["loss_nats_per_row"]
+    assert (stage.step, stage.loss_name, stage.loss) == (40, "test_loss_nats", loss["value"])
