@@ -156,10 +156,11 @@ def evaluate(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Summarize the test rows; one table of ROUGE for all variants.
+    """Score all variants on the test rows; one table.
 
-    Also measures the perplexity of the reference summaries. Goes on at the example where it stopped. Takes over the
-    rows that `--shard` did, and scores all of them.
+    Dialogues are summarized (ROUGE, and the perplexity of the reference summaries), text is read (perplexity), rows
+    with classes are classified (accuracy, F1, Matthews correlation). Goes on at the example where it stopped. Takes
+    over the rows that `--shard` did, and scores all of them.
 
     \b
     Example: hedgehog evaluate configs/tiny.yaml evaluate.num_beams=4

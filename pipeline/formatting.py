@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import textwrap
@@ -65,3 +66,20 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+_LONGEST_NAME = 80
+
+
+def code_span(text: str) -> str:
+    """Text of a user's data within a line of Markdown, where none of its signs means anything.
+
+    What a line cannot hold (line breaks, blanks at an end, nothing at all) is written as JSON has it; long text is cut.
+    """
+    if len(text) > _LONGEST_NAME:
+        text = text[: _LONGEST_NAME - 1] + "…"
+    if not text.isprintable() or text != text.strip() or not text:
+        text = json.dumps(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    blank = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{blank}{text}{blank}{fence}"

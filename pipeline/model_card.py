@@ -10,10 +10,15 @@ from typing import Any
 
 from .config import RunConfig
 from .families import FAMILIES, lora_modules
+from .formatting import code_span
 from .model_shape import ModelShape
 from .run_folder import atomic_write
+from .score_table import comparison_lines
 
 _HUB_ID_PARTS = 2
+_MOST_LABELS = 20
+"""More classes are not listed: config.json has them."""
+_TAGS = {"dialogues": ["- summarization"], "text": [], "classification": ["- text-classification"]}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class CardFacts:
     """rouge.json's entry of the softmax baseline, if there is one."""
     num_examples: int | None
     dtype: str
+    label_names: Sequence[str] = ()
+    """Of rows to classify: the classes, by their number."""
 
 
 def write_model_card(folder: Path, config: RunConfig, facts: CardFacts) -> None:
@@ -64,13 +71,14 @@ def short_name(folder_or_id: str) -> str:
 
 
 def _front_matter(config: RunConfig, linear: bool) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    task = "text-classification" if config.data.kind == "classification" else "text-generation"
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     name = base_name(config)
     if len(name.split("/")) == _HUB_ID_PARTS:
         lines.append(f"base_model: {name}")
     if config.tiny is None:
         lines += ["license: other", "license_name: licence-of-the-base-model"]
-    lines += ["tags:"] + ["- summarization"] * (config.data.kind == "dialogues")
+    lines += ["tags:", *_TAGS[config.data.kind]]
     if linear:
         lines += ["- linear-attention", "- hedgehog"]
     return "\n".join([*lines, "---"])
@@ -78,7 +86,13 @@ def _front_matter(config: RunConfig, linear: bool) -> str:
 
 def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     base = base_name(config)
-    purpose = "summarize dialogues" if config.data.kind == "dialogues" else "go on with text"
+    classified = "texts" if config.data.second_text_field is None and config.tiny is None else "pairs of texts"
+    purpose = {
+        "dialogues": "summarize dialogues",
+        "text": "go on with text",
+        "classification": f"classify {classified}",
+    }[config.data.kind]
+    state = "" if config.data.kind == "classification" else ", and the decoding state has a constant size"
     if not linear:
         return (
             f"# {config.name}\n\n{base} with its softmax attention, finetuned with LoRA to {purpose}: the "
@@ -87,12 +101,41 @@ def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     return (
         f"# {config.name}\n\nA {facts.family.hedgehog_title}: {base} with every softmax attention replaced by learned "
         f"linear attention (feature map `{config.model.feature_map}`) that imitates it, made to {purpose}. "
-        "Cost grows linearly with length, and the decoding state has a constant size. Method: Zhang, Bhatia, Kumbong, "
+        f"Cost grows linearly with length{state}. Method: Zhang, Bhatia, Kumbong, "
         'Ré, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (2024).'
     )
 
 
 def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
+    classifies = config.data.kind == "classification"
+    code = _code_that_classifies(config, linear) if classifies else _code_that_generates(config, facts, linear)
+    text = "## How to use it\n\n```python\n" + "\n".join(code) + "\n```"
+    if facts.label_names:
+        shown = ", ".join(code_span(name) for name in facts.label_names[:_MOST_LABELS])
+        more = len(facts.label_names) - _MOST_LABELS
+        text += f"\n\nLabels: {shown}" + (f" and {more} more, which `config.json` lists." if more > 0 else ".")
+    if linear:
+        text += "\n\nThe modeling files beside the weights need torch and transformers (5.17 to 5.24) only."
+    return text
+
+
+def _code_that_classifies(config: RunConfig, linear: bool) -> list[str]:
+    trust = ", trust_remote_code=True" if linear else ""
+    pair = ', "the text beside it"' if config.data.second_text_field is not None or config.tiny is not None else ""
+    return [
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        'folder = "."  # this folder, or its hub id',
+        f'model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto"{trust})',
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+        f'longest = {{"truncation": True, "max_length": {config.data.max_length_tokens}}}',
+        f'inputs = tokenizer("the text to classify"{pair}, return_tensors="pt", **longest)',
+        "logits = model(**inputs).logits",
+        "print(model.config.id2label[logits.argmax().item()])",
+    ]
+
+
+def _code_that_generates(config: RunConfig, facts: CardFacts, linear: bool) -> list[str]:
     trust = ", trust_remote_code=True" if linear else ""
     prompt = ['prompt = "Once upon a time"']
     if config.data.kind == "dialogues":
@@ -100,7 +143,7 @@ def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         said = '    "{dialogue}", "Ann: Lunch at one? Bob: Yes, see you there!"'
         prompt = [f"prompt = {template}.replace(", said, ")"]
     bos = "" if facts.tokenizer_adds_bos else "tokenizer.bos_token + "
-    code = [
+    return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # this folder, or its hub id',
@@ -111,16 +154,14 @@ def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         f"output = model.generate(**inputs, max_new_tokens={config.evaluate.max_new_tokens})",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
-    text = "## How to use it\n\n```python\n" + "\n".join(code) + "\n```"
-    if linear:
-        text += "\n\nThe modeling files beside the weights need torch and transformers (5.17 to 5.24) only."
-    return text
 
 
 def _scores(facts: CardFacts) -> str:
     title = "## Scores\n\n"
     if facts.scores is None:
         return title + "Not measured: these weights had not been scored by `hedgehog evaluate` when they were exported."
+    if facts.scores["all"].get("accuracy") is not None:
+        return title + _scores_of_classes(facts, facts.scores)
     entries = [facts.scores] + ([facts.baseline] if facts.baseline is not None else [])
     has_rouge = facts.scores["all"].get("rouge1") is not None
     columns = ["ROUGE-1 (95 % interval)", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"] * has_rouge
@@ -143,6 +184,25 @@ def _scores(facts: CardFacts) -> str:
     if ratio is not None and facts.baseline is not None:
         sentence += f" ROUGE-1 is {ratio['value']:.1%} of {facts.baseline['label']}'s."
     return title + "\n".join(lines) + "\n\n" + sentence
+
+
+def _scores_of_classes(facts: CardFacts, scores: Mapping[str, Any]) -> str:
+    lines = ["| | accuracy (95 % interval) | F1 | MCC | loss (nats a row) |", "|:--|--:|--:|--:|--:|"]
+    for entry in [scores] + ([facts.baseline] if facts.baseline is not None else []):
+        figures = entry["all"]
+        cells = [entry["label"].replace("|", "\\|"), _with_interval(figures["accuracy"])]
+        cells += [f"{figures[key]['value']:{form}}" for key, form in _CLASS_FIGURES]
+        lines.append("| " + " | ".join(cells) + " |")
+    f1 = f"that of {code_span(facts.label_names[1])}" if len(facts.label_names) == 2 else "the mean over the classes"
+    sentence = f"Unmerged weights, {facts.num_examples} test rows. All but the loss × 100; F1 is {f1}, MCC is Matthews "
+    sentence += "correlation."
+    if facts.baseline is not None:
+        compared = comparison_lines({"this": scores, "baseline": facts.baseline}, "baseline")
+        sentence += "".join(f" {line}." for line in compared)
+    return "\n".join(lines) + "\n\n" + sentence
+
+
+_CLASS_FIGURES = (("f1", ".2f"), ("mcc", ".2f"), ("loss_nats_per_row", ".4f"))
 
 
 def _with_interval(figure: Mapping[str, float | None]) -> str:
@@ -168,7 +228,9 @@ def _training(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     lora = config.finetune.lora
     modules = lora_modules(lora, facts.family)
     if config.finetune.enabled:
-        maps = " The maps trained along." if linear and config.finetune.train_feature_maps else ""
+        along = ["maps"] * (linear and config.finetune.train_feature_maps)
+        along += ["head"] * (config.data.kind == "classification")
+        maps = f" The {' and the '.join(along)} trained along." if along else ""
         lines.append(
             f"- Stage two: LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(modules)}; merged in "
             f"float32.{maps}"
@@ -186,6 +248,14 @@ def _training(config: RunConfig, facts: CardFacts, linear: bool) -> str:
 
 def _drift(facts: CardFacts) -> str:
     drift = facts.drift
+    if facts.label_names:
+        return (
+            "## Merged against unmerged\n\n"
+            "Reloaded in a fresh process with plain transformers and compared with the unmerged model on test rows: "
+            f"logits differ by at most {drift['logits_max_abs']:.3g} (mean {drift['logits_mean_abs']:.3g}, relative "
+            f"{drift['logits_relative']:.3g}), KL of the classes {drift['kl_mean_nats']:.3g} nats, the same class for "
+            f"{drift['equal_argmax_share']:.1%} of {drift['num_positions']} rows."
+        )
     return (
         "## Merged against unmerged\n\n"
         "Reloaded in a fresh process with plain transformers and compared with the unmerged model on test rows: logits "

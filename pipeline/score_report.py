@@ -1,24 +1,40 @@
-"""From predictions and losses of all variants to the figures of rouge.json; score_table.py shows them."""
+"""From what was measured of all variants to the figures of rouge.json; score_table.py shows them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import rouge
+from . import bootstrap, rouge
+from .bootstrap import POINTS
 
-POINTS = 100
-"""ROUGE is reported in points, as papers do: F1 x 100."""
+
+class Measured(Protocol):
+    """Everything measured about one variant, over the N test examples in their order."""
+
+    def entry(self) -> dict[str, Any]:
+        """What rouge.json says of the variant beside its figures, its `label` first."""
+        ...
+
+    def figures(self, against: Any, keep_N: Tensor, weights_SN: Tensor) -> dict[str, Any]:
+        """The figures over the examples that are kept.
+
+        Args:
+            against: the variant of the same kind that ratios and gaps are measured against, or None.
+            keep_N: bool.
+            weights_SN: how often each of the kept examples is in each resample (`draw_bootstrap_weights`).
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class VariantScores:
-    """Everything measured about one variant, over the N test examples in their order."""
+    """Of a variant that writes or reads text: its summaries' ROUGE, and its loss."""
 
     label: str
     rouge: rouge.RougeScores | None
@@ -31,9 +47,39 @@ class VariantScores:
     facts: dict[str, Any] = field(default_factory=dict)
     """What the variant is: attention, feature map, mean KL …"""
 
+    def entry(self) -> dict[str, Any]:
+        return {"label": self.label, **self.facts, "generation": self.generation}
+
+    def figures(self, against: VariantScores | None, keep_N: Tensor, weights_SN: Tensor) -> dict[str, Any]:
+        figures: dict[str, Any] = {"num_examples": int(keep_N.sum())}
+        if self.rouge is not None:
+            for name in rouge.ROUGE_TYPES:
+                figures[name] = {
+                    **bootstrap.mean(self.rouge.f1_N[name][keep_N], weights_SN).as_dict(POINTS),
+                    "precision": float(self.rouge.precision_N[name][keep_N].mean()) * POINTS,
+                    "recall": float(self.rouge.recall_N[name][keep_N].mean()) * POINTS,
+                }
+        if self.rouge is not None and against is not None and against.rouge is not None:
+            ratio = bootstrap.ratio_of_means(
+                self.rouge.f1_N["rouge1"][keep_N], against.rouge.f1_N["rouge1"][keep_N], weights_SN
+            )
+            figures["rouge1_ratio"] = None if ratio is None else ratio.as_dict()
+        if self.loss_N is not None and self.num_tokens_N is not None:
+            loss_N, num_tokens_N = self.loss_N[keep_N], self.num_tokens_N[keep_N]
+            loss = bootstrap.weighted_mean(loss_N, num_tokens_N, weights_SN)
+            figures["num_reference_tokens"] = int(num_tokens_N.sum())
+            figures["loss_nats_per_token"] = loss.as_dict()
+            figures["perplexity"] = {
+                key: None if value is None else _exp(value) for key, value in loss.as_dict().items()
+            }
+            if against is not None and against.loss_N is not None:
+                gap = bootstrap.difference_of_weighted_means(loss_N, against.loss_N[keep_N], num_tokens_N, weights_SN)
+                figures["loss_gap_nats_per_token"] = gap.as_dict()
+        return figures
+
 
 def summarize_scores(
-    variants: Mapping[str, VariantScores],
+    variants: Mapping[str, Measured],
     *,
     seen_in_train_N: Tensor,
     reference: str | None,
@@ -44,52 +90,21 @@ def summarize_scores(
 
     Args:
         seen_in_train_N: bool, which test examples stand word for word in train.
-        reference: the variant that ROUGE-1 ratios and loss gaps are measured against, or None.
+        reference: the variant that ratios and gaps are measured against, or None.
         generators: one for each of "all" and "unseen".
     """
     subsets = {"all": torch.ones_like(seen_in_train_N), "unseen": ~seen_in_train_N}
-    figures: dict[str, Any] = {
-        name: {"label": scores.label, **scores.facts, "generation": scores.generation}
-        for name, scores in variants.items()
-    }
+    figures: dict[str, Any] = {name: scores.entry() for name, scores in variants.items()}
     for subset, keep_N in subsets.items():
         num_examples = int(keep_N.sum())
         if num_examples == 0:
             for name in variants:
                 figures[name][subset] = None
             continue
-        weights_SN = rouge.draw_bootstrap_weights(num_examples, bootstrap_samples, generators[subset])
+        weights_SN = bootstrap.draw_bootstrap_weights(num_examples, bootstrap_samples, generators[subset])
         for name, scores in variants.items():
             against = variants[reference] if reference is not None and reference != name else None
-            figures[name][subset] = _subset_figures(scores, against, keep_N, weights_SN)
-    return figures
-
-
-def _subset_figures(
-    scores: VariantScores, against: VariantScores | None, keep_N: Tensor, weights_SN: Tensor
-) -> dict[str, Any]:
-    figures: dict[str, Any] = {"num_examples": int(keep_N.sum())}
-    if scores.rouge is not None:
-        for name in rouge.ROUGE_TYPES:
-            figures[name] = {
-                **rouge.mean(scores.rouge.f1_N[name][keep_N], weights_SN).as_dict(POINTS),
-                "precision": float(scores.rouge.precision_N[name][keep_N].mean()) * POINTS,
-                "recall": float(scores.rouge.recall_N[name][keep_N].mean()) * POINTS,
-            }
-    if scores.rouge is not None and against is not None and against.rouge is not None:
-        ratio = rouge.ratio_of_means(
-            scores.rouge.f1_N["rouge1"][keep_N], against.rouge.f1_N["rouge1"][keep_N], weights_SN
-        )
-        figures["rouge1_ratio"] = None if ratio is None else ratio.as_dict()
-    if scores.loss_N is not None and scores.num_tokens_N is not None:
-        loss_N, num_tokens_N = scores.loss_N[keep_N], scores.num_tokens_N[keep_N]
-        loss = rouge.weighted_mean(loss_N, num_tokens_N, weights_SN)
-        figures["num_reference_tokens"] = int(num_tokens_N.sum())
-        figures["loss_nats_per_token"] = loss.as_dict()
-        figures["perplexity"] = {key: None if value is None else _exp(value) for key, value in loss.as_dict().items()}
-        if against is not None and against.loss_N is not None:
-            gap = rouge.difference_of_weighted_means(loss_N, against.loss_N[keep_N], num_tokens_N, weights_SN)
-            figures["loss_gap_nats_per_token"] = gap.as_dict()
+            figures[name][subset] = scores.figures(against, keep_N, weights_SN)
     return figures
 
 

@@ -10,37 +10,37 @@ from .formatting import format_bytes
 _PLAIN_BELOW = 1e7
 """From here on a cell has four significant digits and an exponent: a perplexity may have hundreds of digits."""
 
-TABLE_COLUMNS = (
-    "variant",
-    "ROUGE-1",
-    "ROUGE-2",
-    "ROUGE-L",
-    "loss",
-    "perplexity",
-    "mean KL",
-    "train min",
-    "peak memory",
-)
-_ROUGE_COLUMNS = slice(1, 4)
-NARROW_COLUMNS = ("variant", "ROUGE-1", "R-2", "R-L", "loss", "ppl", "KL", "min", "memory")
-"""The same for 80 columns, where a row of four figures before the point still takes one line."""
+_Figures = Mapping[str, Any]
+
+_ROUGE = (("ROUGE-1", "ROUGE-1"), ("ROUGE-2", "R-2"), ("ROUGE-L", "R-L"))
+_CLASSES = (("accuracy", "accuracy"), ("F1", "F1"), ("MCC", "MCC"))
+_LOSS = ("loss", "loss")
+_PERPLEXITY = ("perplexity", "ppl")
+_TRAINING = (("mean KL", "KL"), ("train min", "min"), ("peak memory", "memory"))
+"""Titles of columns, and those for 80 columns, where a row of four figures before the point still takes one line."""
 
 
 def table_columns(figures: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Titles of the columns, and those for 80 columns; without ROUGE's where nothing was generated.
+    """Titles of the columns, and those for 80 columns: of what was measured.
 
     Args:
         figures: what `summarize_scores` gave.
     """
-    if _has_rouge(figures):
-        return TABLE_COLUMNS, NARROW_COLUMNS
-    wide, narrow = list(TABLE_COLUMNS), list(NARROW_COLUMNS)
-    del wide[_ROUGE_COLUMNS], narrow[_ROUGE_COLUMNS]
-    return tuple(wide), tuple(narrow)
+    if has_classes(figures):
+        titles = [("variant", "variant"), *_CLASSES, _LOSS, *_TRAINING]
+    else:
+        titles = [("variant", "variant"), *(_ROUGE if has_rouge(figures) else ()), _LOSS, _PERPLEXITY, *_TRAINING]
+    return tuple(wide for wide, _ in titles), tuple(narrow for _, narrow in titles)
 
 
-def _has_rouge(figures: Mapping[str, Any]) -> bool:
+def has_rouge(figures: Mapping[str, Any]) -> bool:
+    """Whether summaries were generated."""
     return any(variant["all"].get("rouge1") is not None for variant in figures.values())
+
+
+def has_classes(figures: Mapping[str, Any]) -> bool:
+    """Whether rows were classified."""
+    return any(variant["all"].get("accuracy") is not None for variant in figures.values())
 
 
 def table_rows(figures: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -50,29 +50,34 @@ def table_rows(figures: Mapping[str, Any], training: Mapping[str, Mapping[str, A
         figures: what `summarize_scores` gave.
         training: per variant `minutes` (or None) and `peak_memory_bytes` (or None) of its training stages.
     """
+    cells = _of_classes if has_classes(figures) else _with_rouge if has_rouge(figures) else _of_losses
     rows = []
     for name, variant in figures.items():
-        scores = variant["all"]
         minutes, memory = training[name]["minutes"], training[name]["peak_memory_bytes"]
-        rouge = []
-        if _has_rouge(figures):
-            rouge = [
-                _with_half_width(scores["rouge1"]),
-                f"{scores['rouge2']['value']:.2f}",
-                f"{scores['rougeL']['value']:.2f}",
-            ]
         rows.append(
             [
                 variant["label"],
-                *rouge,
-                _number(scores.get("loss_nats_per_token"), ".4f"),
-                _number(scores.get("perplexity"), ".2f"),
+                *cells(variant["all"]),
                 "–" if variant.get("kl_mean_nats") is None else _short(variant["kl_mean_nats"], ".4f"),
                 "–" if minutes is None else f"{minutes:.1f}",
                 "–" if memory is None else format_bytes(memory),
             ]
         )
     return rows
+
+
+def _of_classes(scores: _Figures) -> list[str]:
+    shares = [f"{scores[key]['value']:.2f}" for key in ("f1", "mcc")]
+    return [_with_half_width(scores["accuracy"]), *shares, _number(scores.get("loss_nats_per_row"), ".4f")]
+
+
+def _with_rouge(scores: _Figures) -> list[str]:
+    others = [f"{scores[key]['value']:.2f}" for key in ("rouge2", "rougeL")]
+    return [_with_half_width(scores["rouge1"]), *others, *_of_losses(scores)]
+
+
+def _of_losses(scores: _Figures) -> list[str]:
+    return [_number(scores.get("loss_nats_per_token"), ".4f"), _number(scores.get("perplexity"), ".2f")]
 
 
 def _with_half_width(figure: Mapping[str, float | None]) -> str:
@@ -90,27 +95,53 @@ def _short(value: float, form: str) -> str:
 
 
 def comparison_lines(figures: Mapping[str, Any], reference: str | None) -> list[str]:
-    """One sentence for every variant: its ROUGE-1, if any, over the softmax baseline's, and its gap in loss."""
+    """One sentence for every variant: its accuracy, or ROUGE-1 if any, beside the softmax baseline's, and its gap in
+    loss."""
     if reference is None:
         return []
+    compare = _compared_classes if has_classes(figures) else _compared_text
     lines = []
     against = figures[reference]["label"]
     for name, variant in figures.items():
-        scores = variant["all"] or {}
-        ratio, gap = scores.get("rouge1_ratio"), scores.get("loss_gap_nats_per_token")
-        if name == reference or (ratio is None and (gap is None or _has_rouge(figures))):
-            continue
-        parts = []
-        if ratio is not None:
-            interval = "" if ratio["low"] is None else f" (95 % interval {ratio['low']:.1%} to {ratio['high']:.1%})"
-            parts.append(f"ROUGE-1 is {ratio['value']:.1%} of {against}'s{interval}")
-        if gap is not None:
-            interval = "" if gap["low"] is None else f" ({gap['low']:+.4f} to {gap['high']:+.4f})"
-            parts.append(f"loss {gap['value']:+.4f} nats a token{interval}")
-            if ratio is None:
-                parts[-1] += f" against {against}"
-        lines.append(f"{variant['label']}: {', '.join(parts)}")
+        parts = [] if name == reference else compare(variant["all"] or {}, against, has_rouge(figures))
+        if parts:
+            lines.append(f"{variant['label']}: {', '.join(parts)}")
     return lines
+
+
+def _compared_text(scores: _Figures, against: str, with_rouge: bool) -> list[str]:
+    ratio, gap = scores.get("rouge1_ratio"), scores.get("loss_gap_nats_per_token")
+    if ratio is None and with_rouge:
+        return []
+    parts = []
+    if ratio is not None:
+        interval = "" if ratio["low"] is None else f" (95 % interval {ratio['low']:.1%} to {ratio['high']:.1%})"
+        parts.append(f"ROUGE-1 is {ratio['value']:.1%} of {against}'s{interval}")
+    if gap is not None:
+        parts.append(_gap(gap, "token"))
+        if ratio is None:
+            parts[-1] += f" against {against}"
+    return parts
+
+
+def _compared_classes(scores: _Figures, against: str, _: bool) -> list[str]:
+    difference, gap = scores.get("accuracy_difference"), scores.get("loss_gap_nats_per_row")
+    parts = []
+    if difference is not None:
+        value, low, high = (_points(difference[key]) for key in ("value", "low", "high"))
+        interval = f" ({low} to {high})" if low and high else ""
+        parts.append(f"accuracy is {value} points{interval} against {against}")
+    return parts + ([] if gap is None or difference is None else [_gap(gap, "row")])
+
+
+def _gap(gap: Mapping[str, float | None], unit: str) -> str:
+    interval = "" if gap["low"] is None else f" ({gap['low']:+.4f} to {gap['high']:+.4f})"
+    return f"loss {gap['value']:+.4f} nats a {unit}{interval}"
+
+
+def _points(value: float | None) -> str:
+    """`+0.3`; no sign before what is rounded to nothing."""
+    return "" if value is None else "0.0" if abs(value) < 0.05 else f"{value:+.1f}"
 
 
 def markdown_report(
@@ -123,7 +154,7 @@ def markdown_report(
     """results.md: the table, how each variant compares with the baseline, and how it was measured."""
     header = "| " + " | ".join(columns) + " |"
     rule = "|" + "|".join(":--" if index == 0 else "--:" for index in range(len(columns))) + "|"
-    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    body = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     blocks = [f"# {title}", "\n".join([header, rule, *body])]
     if comparisons:
         blocks.append("\n".join(f"- {line}" for line in comparisons))

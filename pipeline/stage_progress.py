@@ -47,14 +47,14 @@ class Progress:
 def read_progress(
     folder: RunFolder, config: RunConfig | None, manifest: Manifest, place: Path, shard: str | None = None
 ) -> Progress:
-    """The progress of the stage in `place`: optimizer steps, or summaries where it is evaluate or a shard of it."""
+    """The progress of the stage in `place`: optimizer steps, or test rows where it is evaluate or a shard of it."""
     records = read_metrics(place / "metrics.jsonl")
     name, loss = _result(manifest) or _last_loss(records)
     if name == "loss_nats" and manifest.stage == "evaluate":
         name, loss = None, None  # of some rows of some variant
     recorded_s = sum(_step_times(records))
     if manifest.stage == "evaluate" and config is not None:
-        step, total, remaining_s = _summaries(folder, config, manifest, place, shard, records)
+        step, total, remaining_s = _test_rows(folder, config, manifest, place, shard, records)
     else:
         steps = (record.get("step", 0) for record in records)
         step = max((step for step in steps if isinstance(step, int)), default=None)
@@ -110,14 +110,16 @@ def _step_times(records: Sequence[dict[str, Any]]) -> list[float]:
 def _result(manifest: Manifest) -> tuple[str, float] | None:
     """Name and value of what a finished stage is judged by, as the tables show it."""
     summary = manifest.summary if manifest.status == "done" else {}
-    main_loss: Any = summary.get("variants")
-    for key in ("main", "loss_nats_per_token"):
-        main_loss = main_loss.get(key) if isinstance(main_loss, dict) else None
+    main: Any = summary.get("variants")
+    main = main.get("main") if isinstance(main, dict) else None
+    main = main if isinstance(main, dict) else {}
     found = {
         "distill": ("validation_kl_nats", summary.get("kl_mean")),
         "finetune": ("validation_loss_nats", summary.get("validation_loss")),
-        "evaluate": ("reference_loss_nats", main_loss),
+        "evaluate": ("reference_loss_nats", main.get("loss_nats_per_token")),
     }
+    if manifest.stage == "evaluate" and "loss_nats_per_row" in main:
+        found["evaluate"] = ("test_loss_nats", main["loss_nats_per_row"])
     name, value = found.get(manifest.stage, ("", None))
     return (name, float(value)) if isinstance(value, (int, float)) else None
 
@@ -131,7 +133,7 @@ def _last_loss(records: Sequence[dict[str, Any]]) -> tuple[str | None, float | N
     return None, None
 
 
-def _summaries(
+def _test_rows(
     folder: RunFolder,
     config: RunConfig,
     manifest: Manifest,
@@ -139,12 +141,14 @@ def _summaries(
     shard: str | None,
     records: Sequence[dict[str, Any]],
 ) -> tuple[int, int | None, float | None]:
-    """Summaries of all variants that are there, how many there will be, and the time for the rest.
+    """Rows of all variants that are there (summaries; losses of text; predicted classes), how many there will be, and
+    the time for the rest.
 
-    Two kinds of batches take their own time each: those that generate, and those that measure the references' loss.
+    Two kinds of batches take their own time each: those that generate, and those that measure a loss. Rows of text and
+    rows to classify have the latter alone.
     """
-    is_text = config.data.kind == "text"
-    num_made = _num_lines(place / ("reference_losses" if is_text else "predictions"))
+    only_reads = config.data.kind in ("text", "classification")
+    num_made = _num_lines(place / ("reference_losses" if config.data.kind == "text" else "predictions"))
     num_rows = _num_rows(folder, "test")
     if num_rows is None:
         return num_made, None, None
@@ -155,7 +159,7 @@ def _summaries(
     num_made = min(num_made, total)
     generating = _step_times([record for record in records if "loss_nats" not in record])[-_ETA_STEPS:]
     measuring = _step_times([record for record in records if "loss_nats" in record])[-_ETA_STEPS:]
-    if is_text and measuring:
+    if only_reads and measuring:
         remaining_s = (total - num_made) / batch_size * sum(measuring) / len(measuring)
         return num_made, total, remaining_s / manifest.world_size
     if not generating:

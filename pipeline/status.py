@@ -34,11 +34,11 @@ class StageStatus:
     detail: str = ""
     """Why it was skipped, or when an unfinished one last wrote."""
     step: int | None = None
-    """Optimizer steps; summaries of all variants where it is evaluate."""
+    """Optimizer steps; test rows of all variants where it is evaluate."""
     total_steps: int | None = None
     loss_name: str | None = None
     """`loss_nats`, the newest step's; of a finished stage `validation_kl_nats` (distill), `validation_loss_nats`
-    (finetune) or `reference_loss_nats` (evaluate, of the main conversion)."""
+    (finetune), `reference_loss_nats` or, of rows to classify, `test_loss_nats` (evaluate, of the main conversion)."""
     loss: float | None = None
     minutes: float | None = None
     artifacts: dict[str, str] = field(default_factory=dict)

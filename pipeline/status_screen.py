@@ -33,7 +33,12 @@ _BY_URGENCY: tuple[State, ...] = (
     "done",
     "skipped",
 )
-_RESULTS = {"validation_kl_nats": "KL", "validation_loss_nats": "valid.", "reference_loss_nats": "test"}
+_RESULTS = {
+    "validation_kl_nats": "KL",
+    "validation_loss_nats": "valid.",
+    "reference_loss_nats": "test",
+    "test_loss_nats": "test",
+}
 """Words before the figure that a finished stage is judged by."""
 _STYLES: dict[State, str] = {"running": "bold", "failed": "bold red", "cancelled": "yellow", "unfinished": "yellow"}
 

@@ -160,6 +160,7 @@ def _write_card(ctx: StageContext, folder: Path, summary: Mapping[str, Any]) -> 
             baseline=baseline,
             num_examples=num_examples,
             dtype=ctx.config.export.dtype,
+            label_names=ctx.inputs["prepare"].summary.get("label_names", ()),
         ),
     )
     return scored_by

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from .markup import Content, Markup, joined, tag
 
+_LONGEST_NAME = 80
+
 
 def section(identifier: str, title: str, *content: Content) -> Markup:
     """A part of the page with a heading."""
@@ -18,6 +20,12 @@ def prose(text: str, class_: str | None = None) -> Markup:
     parts = re.split(r"`([^`]*)`", text)
     content = (tag("code", part) if number % 2 else part for number, part in enumerate(parts))
     return tag("p", *content, class_=class_)
+
+
+def in_line(name: str) -> str:
+    """A name from the data within `prose`, of which no part may become code; long ones are cut."""
+    name = " ".join(name.split()).replace("`", "'")
+    return f"“{name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + '…'}”"
 
 
 def notes(lines: Sequence[str]) -> Markup | None:

@@ -36,7 +36,8 @@ def cost(run: RunFiles, stale: Stale) -> Markup:
                 f"Together {sum(minutes):,.1f} minutes, {hours:,.2f} process-hours{counted}, all attempts "
                 "counted; stages that had nothing to do are left out.",
                 "Tokens/s: over all processes, in the recorded steps without validation and saving; of evaluate the "
-                "generated tokens. Peak memory: of one process, allocated on its GPU, or resident where it has none.",
+                f"{'tokens of its rows' if _reads(run) else 'generated tokens'}. Peak memory: of one process, "
+                "allocated on its GPU, or resident where it has none.",
                 *_resumed(busy),
             ]
         ),
@@ -46,7 +47,7 @@ def cost(run: RunFiles, stale: Stale) -> Markup:
 def _row(run: RunFiles, files: StageFiles, is_stale: bool) -> list[str]:
     status, manifest = files.status, files.manifest
     part = status.layers or status.shard
-    speed = tokens_per_s(files.records, generating=status.stage == "evaluate")
+    speed = tokens_per_s(files.records, generating=status.stage == "evaluate" and not _reads(run))
     return [
         status.stage + (f" {part}" if part else ""),
         "all" if status.stage in ("prepare", "evaluate") else run.labels[files.variant],
@@ -56,6 +57,11 @@ def _row(run: RunFiles, files: StageFiles, is_stale: bool) -> list[str]:
         format_bytes(manifest.peak_memory_bytes) if manifest.peak_memory_bytes else "–",
         f"{manifest.world_size:,}",
     ]
+
+
+def _reads(run: RunFiles) -> bool:
+    """Whether evaluate only reads its rows."""
+    return run.kind == "classification"
 
 
 def tokens_per_s(records: Iterable[Mapping[str, Any]], *, generating: bool = False) -> float | None:

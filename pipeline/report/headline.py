@@ -92,9 +92,17 @@ def _result(scores: Scores) -> str:
         return ""
     nothing = {name: {"minutes": None, "peak_memory_bytes": None} for name in main}
     row = dict(zip(table_columns(main)[0], table_rows(main, nothing)[0], strict=True))
-    said = [f"ROUGE-1 is {row['ROUGE-1']}"] if "ROUGE-1" in row else []
-    said += [f"loss {row['loss']} nats a token"] if row["loss"] != "–" else []
-    said += [f"perplexity {row['perplexity']}"] if "ROUGE-1" not in row else []
+    if "accuracy" in row:
+        said = [
+            f"accuracy is {row['accuracy']}",
+            f"F1 {row['F1']}",
+            f"MCC {row['MCC']}",
+            f"loss {row['loss']} nats a row",
+        ]
+    else:
+        said = [f"ROUGE-1 is {row['ROUGE-1']}"] if "ROUGE-1" in row else []
+        said += [f"loss {row['loss']} nats a token"] if row["loss"] != "–" else []
+        said += [f"perplexity {row['perplexity']}"] if "ROUGE-1" not in row else []
     return f"{row['variant']}: {', '.join(said)}."
 
 
@@ -129,7 +137,8 @@ def _state(status: StageStatus, run: RunFiles) -> str:
         return "had nothing to do"
     if status.state != "unfinished" or status.step is None:
         return status.state
-    what = ("rows" if run.is_text else "summaries") if status.stage == "evaluate" else "steps"
+    rows = "rows" if run.kind in ("text", "classification") else "summaries"
+    what = rows if status.stage == "evaluate" else "steps"
     return f"unfinished, {status.step:,} of {status.total_steps:,} {what}" if status.total_steps else status.state
 
 

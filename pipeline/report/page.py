@@ -6,11 +6,12 @@ from datetime import datetime
 
 from .cost import cost
 from .headline import headline
-from .markup import raw, tag
+from .markup import Markup, raw, tag
+from .mistakes import mistakes
 from .provenance import provenance
 from .results import results
 from .run_files import RunFiles
-from .scores import read_scores
+from .scores import Scores, read_scores
 from .staleness import find_stale
 from .style import STYLE
 from .summaries import summaries
@@ -24,7 +25,7 @@ def page(run: RunFiles, written_at: datetime) -> str:
         written_at: for the foot of the page; UTC.
     """
     stale = find_stale(run)
-    scores = read_scores(run.folder.stage("evaluate") / "rouge.json")
+    scores = read_scores(run.folder.stage("evaluate") / "rouge.json", run.kind)
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -41,9 +42,16 @@ def page(run: RunFiles, written_at: datetime) -> str:
             stage_one(run),
             stage_two(run),
             cost(run, stale),
-            None if run.is_text else summaries(run),
+            _samples(run, scores),
             provenance(run),
         ),
         tag("footer", f"Written by hedgehog report on {written_at:%Y-%m-%d %H:%M} UTC."),
     )
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _samples(run: RunFiles, scores: Scores | str) -> Markup | None:
+    """What the conversions made of some test rows: of running text nothing that could be shown."""
+    if run.kind == "text":
+        return None
+    return mistakes(run, scores) if run.kind == "classification" else summaries(run)

@@ -6,13 +6,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..score_table import comparison_lines, table_columns, table_rows
-from .blocks import figure, notes, prose, section, table
+from .blocks import figure, in_line, notes, prose, section, table
 from .interval_chart import Estimate, interval_chart
 from .markup import Markup, tag
 from .run_files import RunFiles
 from .scale import is_drawable
 from .scores import Refused, Scores
 from .staleness import Stale
+
+_CHARTS = (
+    ("rouge1", "ROUGE-1 of every variant", "ROUGE-1, points; more is better", 2),
+    ("accuracy", "Accuracy of every variant", "accuracy, %; more is better", 2),
+    ("loss_nats_per_token", "Loss of every variant", "loss, nats a token; less is better", 3),
+    ("loss_nats_per_row", "Loss of every variant", "loss, nats a row; less is better", 3),
+)
+"""Figure, title, unit and decimals; what was not measured has none."""
+_TRAINING_COLUMNS = (
+    "KL, in nats: of the distilled from the softmax attention, after stage one. Train: minutes of distill and "
+    "finetune; memory: the peak of one process."
+)
+_HALF_WIDTH = "± is half of a 95 % bootstrap interval, which the charts show as a line."
 
 
 def results(run: RunFiles, scores: Scores | str, stale: Stale) -> Markup:
@@ -32,14 +45,7 @@ def results(run: RunFiles, scores: Scores | str, stale: Stale) -> Markup:
         prose("What evaluate noted of the training cannot be read.", "warning") if training is None else None,
         table(table_columns(scores.figures)[0], rows, caption="Scores of all variants"),
         tag("ul", *(tag("li", line) for line in comparisons)) if comparisons else None,
-        tag(
-            "div",
-            _chart(run, scores, "rouge1", "ROUGE-1 of every variant", "ROUGE-1, points; more is better", 2),
-            _chart(
-                run, scores, "loss_nats_per_token", "Loss of every variant", "loss, nats a token; less is better", 3
-            ),
-            class_="panels",
-        ),
+        tag("div", *(_chart(run, scores, *chart) for chart in _CHARTS), class_="panels"),
         notes(list(_how_measured(scores))),
     )
 
@@ -95,39 +101,56 @@ def _outdated(stale: Stale) -> Markup | None:
 
 
 def _how_measured(scores: Scores) -> Iterator[str]:
+    told = {"text": _how_text_was, "classification": _how_classes_were, "dialogues": _how_dialogues_were}
+    return told[scores.file.kind](scores)
+
+
+def _how_text_was(scores: Scores) -> Iterator[str]:
     file = scores.file
-    if file.kind == "text":
-        yield f"{file.num_examples} rows of text, each read by itself, {file.settings.precision}."
-        if file.settings.intervals.samples:
-            yield "The chart's lines are 95 % bootstrap intervals over rows."
-        yield (
-            "Loss and perplexity: per token, each row's first one aside. KL, in nats: of the distilled from the "
-            "softmax attention, after stage one. Train: minutes of distill and finetune; memory: the peak of one "
-            "process."
-        )
-        return
+    yield f"{file.num_examples} rows of text, each read by itself, {file.settings.precision}."
+    if file.settings.intervals.samples:
+        yield "The chart's lines are 95 % bootstrap intervals over rows."
+    yield f"Loss and perplexity: per token, each row's first one aside. {_TRAINING_COLUMNS}"
+
+
+def _how_classes_were(scores: Scores) -> Iterator[str]:
+    file = scores.file
+    seen = file.num_examples_seen_in_train
+    yield f"{file.num_examples} test rows, {seen} of which stand word for word in train, {file.settings.precision}."
+    yield from _without_seen(scores, "accuracy", "Accuracy")
+    name, num_rows = max(file.label_counts.items(), key=lambda entry: entry[1])
+    yield f"The most frequent label, {in_line(name)}, is that of {num_rows / file.num_examples:.1%}."
+    f1 = "the mean over the classes" if file.settings.f1_class is None else f"that of {in_line(file.settings.f1_class)}"
+    yield f"Accuracy, F1 ({f1}) and MCC, Matthews correlation: × 100."
+    if file.settings.intervals.samples:
+        yield _HALF_WIDTH
+    yield f"Loss: nats a row, of its label. {_TRAINING_COLUMNS}"
+
+
+def _how_dialogues_were(scores: Scores) -> Iterator[str]:
+    file = scores.file
     generation = file.settings.generation
     assert generation is not None, "else scores.py has refused the file"
     search = "greedy" if generation.num_beams == 1 else f"{generation.num_beams} beams"
-    seen = file.num_examples_seen_in_train
     yield (
-        f"{file.num_examples} test dialogues, {seen} of which stand word for word in train; {search}, at most "
-        f"{generation.max_new_tokens} new tokens, {file.settings.precision}."
+        f"{file.num_examples} test dialogues, {file.num_examples_seen_in_train} of which stand word for word in train; "
+        f"{search}, at most {generation.max_new_tokens} new tokens, {file.settings.precision}."
     )
-    without = [
-        f"{variant['label']} {variant['unseen']['rouge1']['value']:.2f}"
-        for variant in scores.figures.values()
-        if variant["unseen"] is not None and variant["unseen"]["rouge1"] is not None
-    ]
-    if seen and without:
-        yield f"ROUGE-1 without those: {', '.join(without)}."
+    yield from _without_seen(scores, "rouge1", "ROUGE-1")
     yield "ROUGE: F1 × 100 with stemming."
     if file.settings.intervals.samples:
-        yield "± is half of a 95 % bootstrap interval, which the charts show as a line."
-    yield (
-        "Loss and perplexity: per token of the reference summaries. KL, in nats: of the distilled from the softmax "
-        "attention, after stage one. Train: minutes of distill and finetune; memory: the peak of one process."
-    )
+        yield _HALF_WIDTH
+    yield f"Loss and perplexity: per token of the reference summaries. {_TRAINING_COLUMNS}"
     unscorable = file.num_references_that_rouge_cannot_score
     if unscorable:
         yield f"{unscorable} of the references have neither a letter a-z nor a digit, and score 0 in any case."
+
+
+def _without_seen(scores: Scores, key: str, title: str) -> Iterator[str]:
+    without = [
+        f"{variant['label']} {variant['unseen'][key]['value']:.2f}"
+        for variant in scores.figures.values()
+        if variant["unseen"] is not None and variant["unseen"][key] is not None
+    ]
+    if scores.file.num_examples_seen_in_train and without:
+        yield f"{title} without those: {', '.join(without)}."

@@ -93,9 +93,12 @@ class RunFiles:
         return next((files for files in self.of_stage(stage) if files.variant == name and not files.is_part), None)
 
     @property
-    def is_text(self) -> bool:
-        """Whether it is a run on running text, of which nothing is summarized."""
-        return self.config is not None and self.config.data.kind == "text"
+    def kind(self) -> str | None:
+        """The `data.kind`: what the run does with its rows; None where nothing says it."""
+        if self.config is not None:
+            return self.config.data.kind
+        prepare = self.whole("prepare")
+        return None if prepare is None else prepare.manifest.summary.get("kind")
 
     @property
     def converted_to(self) -> str:
@@ -174,7 +177,7 @@ def _submitted(folder: RunFolder, statuses: tuple[StageStatus, ...]) -> tuple[st
 
 
 def read_predictions(evaluate: Path, name: str) -> dict[int, dict[str, Any]] | str:
-    """Summaries of `main` or a variant that can be shown, by the test row's index, or why they cannot be read."""
+    """Summaries, or predicted labels, of `main` or a variant, by the test row's index, or why they cannot be read."""
     file = evaluate / "predictions" / f"{name}.jsonl"
     try:
         rows = read_complete_rows(file)
@@ -185,8 +188,9 @@ def read_predictions(evaluate: Path, name: str) -> dict[int, dict[str, Any]] | s
     }
 
 
-def read_dialogues(prepare: StageFiles | None) -> list[Mapping[str, Any]] | str:
-    """The test split's rows (`id`, `dialogue`, …) in order, or why there are none; a torn line is an empty row."""
+def read_examples(prepare: StageFiles | None) -> list[Mapping[str, Any]] | str:
+    """The test split's rows (`id`, `dialogue` or `text`, …) in order, or why there are none; a torn line is an empty
+    row."""
     entry = None if prepare is None else prepare.manifest.artifacts.get("examples_test")
     if prepare is None or entry is None:
         return "prepare has not written it"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+_KINDS = {"dialogues": "dialogues", "text": "running text", "classification": "rows that were classified"}
 
 
 class _Read(BaseModel):
@@ -29,6 +31,12 @@ class _Subset(_Read):
     loss_nats_per_token: _Figure | None = None
     loss_gap_nats_per_token: _Figure | None = None
     perplexity: _Figure | None = None
+    accuracy: _Figure | None = None
+    f1: _Figure | None = None
+    mcc: _Figure | None = None
+    accuracy_difference: _Figure | None = None
+    loss_nats_per_row: _Figure | None = None
+    loss_gap_nats_per_row: _Figure | None = None
 
 
 class _Variant(_Read):
@@ -51,24 +59,33 @@ class _Settings(_Read):
     generation: _Generation | None = None
     intervals: _Intervals
     precision: str
+    f1_class: str | None = None
+    """The class that F1 is of; None: the mean over the classes."""
 
 
 class _File(_Read):
-    kind: str = "dialogues"
+    kind: Literal["dialogues", "text", "classification"] = "dialogues"
     settings: _Settings
     num_examples: int
     num_examples_seen_in_train: int = 0
     num_references_that_rouge_cannot_score: int = 0
+    label_counts: dict[str, int] = {}
+    """How many test rows each class has."""
     softmax_reference: str | None = None
     variants: dict[str, _Variant]
 
     @model_validator(mode="after")
-    def _dialogues_have_rouge(self) -> _File:
-        """Only of running text is nothing generated."""
+    def _has_what_its_kind_has(self) -> _File:
+        """Of running text nothing is needed: what was not measured has a – in the table."""
         subsets = [subset for one in self.variants.values() for subset in (one.all, one.unseen) if subset is not None]
-        complete = all(None not in (subset.rouge1, subset.rouge2, subset.rougeL) for subset in subsets)
-        if self.kind != "text" and not (complete and self.settings.generation is not None):
-            raise ValueError("a figure of ROUGE, or how summaries were generated, is missing")
+        if self.kind == "dialogues":
+            complete = all(None not in (subset.rouge1, subset.rouge2, subset.rougeL) for subset in subsets)
+            if not complete or self.settings.generation is None:
+                raise ValueError("a figure of ROUGE, or how summaries were generated, is missing")
+        if self.kind == "classification":
+            complete = all(None not in (one.accuracy, one.f1, one.mcc, one.loss_nats_per_row) for one in subsets)
+            if not complete or not sum(self.label_counts.values()) or self.num_examples < 1:
+                raise ValueError("accuracy, F1, MCC, a loss, or how many rows each label has, is missing")
         return self
 
 
@@ -90,8 +107,12 @@ class Refused(str):
     """Why the operating system does not hand the file out: making it anew is no cure."""
 
 
-def read_scores(file: Path) -> Scores | str:
-    """The scores, or why there are none: no such file, or its first fault."""
+def read_scores(file: Path, kind: str | None = None) -> Scores | str:
+    """The scores, or why there are none: no such file, or its first fault.
+
+    Args:
+        kind: the run's `data.kind`, where it is known: a file of another kind was made before the config was changed.
+    """
     try:
         read = _File.model_validate(json.loads(file.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
@@ -105,5 +126,7 @@ def read_scores(file: Path) -> Scores | str:
         return f"rouge.json cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})"
     except ValueError as error:
         return f"rouge.json cannot be read ({error})"
+    if kind is not None and read.kind != kind:
+        return f"rouge.json is of {_KINDS[read.kind]}, and data.kind is {kind}"
     figures = {name: variant.model_dump() for name, variant in read.variants.items()}
     return Scores(read, figures)

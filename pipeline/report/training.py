@@ -16,8 +16,17 @@ from .run_files import RunFiles, StageFiles
 from .scale import is_drawable
 
 _KL = "KL to softmax attention, nats"
-_LOSS = "loss, nats a token of the summary"
-_LOSS_OF_TEXT = "loss, nats a token"
+_LOSSES = {
+    "text": "loss, nats a token",
+    "classification": "loss, nats a row",
+    "dialogues": "loss, nats a token of the summary",
+}
+_LEARNT = {
+    "text": "LoRA adapters learn on running text; the loss is that of all tokens but each row's first.",
+    "classification": "LoRA adapters and the head learn to classify; the loss is that of each row's label.",
+    "dialogues": "LoRA adapters learn to summarize dialogues; the loss is that of the summaries' tokens.",
+}
+"""By `data.kind`; nothing else was known before there was that key."""
 _LOW = 1 / 3
 """Below this part of the highest value a variant's bars get an axis of their own."""
 _MANY_LAYERS = 40
@@ -50,16 +59,12 @@ def stage_one(run: RunFiles) -> Markup:
 def stage_two(run: RunFiles) -> Markup:
     """The training loss by step of every variant."""
     curves = _curves(run, "finetune", "loss_nats", "validation_loss_nats")
-    unit = _LOSS_OF_TEXT if run.is_text else _LOSS
-    chart = _by_step("loss-by-step", curves, "Training loss by step", unit)
+    kind = run.kind if run.kind in _LEARNT else "dialogues"
+    chart = _by_step("loss-by-step", curves, "Training loss by step", _LOSSES[kind])
     return section(
         "stage-two",
         "Stage two: finetune",
-        prose(
-            "LoRA adapters learn on running text; the loss is that of all tokens but each row's first."
-            if run.is_text
-            else "LoRA adapters learn to summarize dialogues; the loss is that of the summaries' tokens."
-        ),
+        prose(_LEARNT[kind]),
         chart if chart is not None else _missing(run, "finetune", "No losses"),
     )
 

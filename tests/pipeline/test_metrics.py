@@ -130,29 +130,33 @@ def test_a_terminal_shows_step_loss_speed_eta_and_memory(drawn: Callable[..., st
 
 
 def test_the_table_of_scores_is_whole_in_80_columns() -> None:
-    from hedgehog.pipeline.score_table import TABLE_COLUMNS
+    from hedgehog.pipeline.score_table import table_columns
+
+    columns, _ = table_columns({"main": {"all": {"rouge1": {}}}})
 
     row = ["Hedgehog + LoRA", "63.22 ± 4.63", "47.53", "60.23", "0.8124", "405.06", "0.2171", "146.7", "905.1 MiB"]
-    assert len(row) == len(TABLE_COLUMNS)
+    assert len(row) == len(columns)
     reporter = Reporter("evaluate", None)
     reporter.console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
     with reporter.console.capture() as capture:
-        reporter.table("tiny", TABLE_COLUMNS, [row])
+        reporter.table("tiny", columns, [row])
     words = capture.get().split()
     assert "…" not in capture.get()
-    assert {word for cell in [*TABLE_COLUMNS, *row] for word in cell.split()} <= set(words)
+    assert {word for cell in [*columns, *row] for word in cell.split()} <= set(words)
 
 
 def test_a_row_of_scores_takes_one_line_of_80() -> None:
-    from hedgehog.pipeline.score_table import NARROW_COLUMNS, TABLE_COLUMNS
+    from hedgehog.pipeline.score_table import table_columns
+
+    wide, narrow = table_columns({"main": {"all": {"rouge1": {}}}})
 
     row = ["Hedgehog + LoRA", "63.22 ± 4.63", "47.53", "60.23", "0.8124", "405.06", "0.2171", "146.7", "905.1 MiB"]
-    assert len(NARROW_COLUMNS) == len(TABLE_COLUMNS)
+    assert len(narrow) == len(wide)
     reporter = Reporter("evaluate", None)
-    for width, columns in ((80, NARROW_COLUMNS), (120, TABLE_COLUMNS)):
+    for width, columns in ((80, narrow), (120, wide)):
         reporter.console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
         with reporter.console.capture() as capture:
-            reporter.table("tiny", TABLE_COLUMNS, [row], narrow=NARROW_COLUMNS)
+            reporter.table("tiny", wide, [row], narrow=narrow)
         title, heads, _, line = capture.get().rstrip().splitlines()
         assert title.strip() == "tiny" and max(len(heads.rstrip()), len(line.rstrip())) <= width
         assert (heads.split(), line.split()) == (" ".join(columns).split(), " ".join(row).split())

@@ -149,6 +149,21 @@ def test_how_long_an_evaluation_will_take(run):
     assert (shard.step, shard.total_steps, shard.eta_s) == (20, 24, (4 / 8 * 10 + 16 / 8) / 2)
 
 
+def test_how_long_rows_to_classify_will_take(run):
+    """20 rows in batches of 8 for two variants; every batch is one forward pass."""
+    with_config(run, data={"kind": "classification", "dataset": "some/rows"}, evaluate={"batch_size": 8})
+    prepared(run, num_rows=20)
+    folder = run / "evaluate"
+    (folder / "predictions").mkdir(parents=True)
+    (folder / "predictions" / "main.jsonl").write_text('{"index": 0}\n' * 8 + '{"ind')
+    Manifest(stage="evaluate", fingerprint="f", config={}, world_size=2).write(folder)
+    record = {"step": 1, "loss_nats": 0.5, "accuracy_percent": 87.5, "step_s": 3.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    stage = {stage.title: stage for stage in read_status(str(run)).stages}["evaluate"]
+    assert (stage.step, stage.total_steps, stage.eta_s) == (8, 40, 32 / 8 * 3 / 2)
+    assert stage.loss is None, "of some rows of some variant"
+
+
 def test_a_live_stage_renames_files_while_it_is_looked_at(run, monkeypatch):
     """Whatever is listed may be gone when it is opened, at every moment."""
     add_stage(run, "distill", status="running", records=[{"step": 1, "loss_nats": 3.0, "step_s": 2.0}])
@@ -280,3 +295,19 @@ def test_json_and_the_table_say_the_same(run, capsys):
     assert "soft" in shown
     print_status(str(run), as_json=False, verbose=True)
     assert "soft/finetune" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variants", "shown"),
+    [
+        ({"main": {"accuracy": 91.0, "loss_nats_per_row": 0.31239}}, "test 0.3124"),
+        ({"main": {"loss_nats_per_row": None}}, None),
+        ({"main": []}, None),
+        ([], None),
+    ],
+)
+def test_rows_to_classify_have_a_loss_a_row(run, variants, shown, capsys):
+    add_stage(run, "evaluate", summary={"variants": variants})
+    print_status(str(run), as_json=False, verbose=True)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate"))
+    assert ("test" in line) == (shown is not None) and (shown or "") in line

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.config_loading import apply_variant
 from hedgehog.pipeline.data.tokenize import TextEncoder, render_prompt
 from hedgehog.pipeline.data.tokens import TokenizedSplit
+from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.families import lora_modules
 from hedgehog.pipeline.llama.shape import LlamaShape
 from hedgehog.pipeline.manifest import Manifest, describe_artifact
 from hedgehog.pipeline.run_folder import RunFolder
+from hedgehog.pipeline.stage_context import StageContext
 
 DIALOGUES = [
     ("Ann: Lunch at 1? Bob: Yes!", "Ann and Bob have lunch at 1."),
@@ -238,3 +242,70 @@ def tiny_config() -> Callable[..., RunConfig]:
         return RunConfig.model_validate({**values, **sections})
 
     return make
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreadWorld(World):
+    """Ranks in threads, of which one at a time runs: what they call is safe between processes, not threads."""
+
+    meeting: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(1))
+    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    board: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def barrier(self) -> None:
+        self.turn.release()
+        try:
+            self.meeting.wait()
+        finally:
+            self.turn.acquire()
+
+    def broadcast(self, value: Any) -> Any:
+        if self.is_main:
+            self.board["value"] = value
+        self.barrier()
+        value = self.board["value"]
+        self.barrier()
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        self.board[f"of {self.rank}"] = value
+        self.barrier()
+        values = [self.board[f"of {rank}"] for rank in range(self.world_size)]
+        self.barrier()
+        return values
+
+
+def _in_two_threads(run: Callable[[StageContext], Any]) -> Callable[[StageContext], Any]:
+    """A stage's `run` as two ranks would run it."""
+
+    def run_in_two_threads(ctx: StageContext) -> Any:
+        first = ThreadWorld(0, 2, 0, torch.device("cpu"), meeting=threading.Barrier(2))
+        outcomes: dict[int, Any] = {}
+
+        def run_rank(world: ThreadWorld) -> None:
+            with world.turn:
+                try:
+                    outcomes[world.rank] = run(dataclasses.replace(ctx, world=world))
+                except BaseException as error:
+                    outcomes[world.rank] = error
+                    world.meeting.abort()  # or the other rank would wait for ever
+
+        threads = [
+            threading.Thread(target=run_rank, args=(dataclasses.replace(first, rank=rank),)) for rank in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
+        if errors:
+            raise errors[0]
+        return outcomes[0]
+
+    return run_in_two_threads
+
+
+@pytest.fixture(scope="session")
+def in_two_threads() -> Callable[[Callable[[StageContext], Any]], Callable[[StageContext], Any]]:
+    """`in_two_threads(evaluate.run)`: a stage's `run` as two ranks would run it."""
+    return _in_two_threads

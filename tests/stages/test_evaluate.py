@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,13 @@ from transformers import LlamaForCausalLM
 
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
-from hedgehog.pipeline.distributed import World
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, Interrupted, ModelError
+from hedgehog.pipeline.evaluation import dialogues, losses
 from hedgehog.pipeline.manifest import describe_artifact, read_manifest
 from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.rouge import UNSCORABLE, score_rouge
 from hedgehog.pipeline.row_log import read_complete_rows
 from hedgehog.pipeline.runner import run_stage
-from hedgehog.pipeline.stage_context import StageContext
 from hedgehog.stages import evaluate
 
 VARIANTS = ("main", "softmax", "zero_shot")
@@ -156,7 +153,7 @@ def test_a_killed_shard_and_a_missing_one(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "reference_losses", dies)
+        patch.setattr(losses, "reference_losses", dies)
         with pytest.raises(Killed):
             run_stage(copied_run, "evaluate", shard="0/3")
     run_stage(copied_run, "evaluate", shard="0/3")
@@ -182,11 +179,15 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the stage may catch it."""
 
 
-@pytest.mark.parametrize("function", ["generate_summaries", "reference_losses"])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(dialogues, "generate_summaries"), (losses, "reference_losses")],
+    ids=["summaries", "losses"],
+)
 def test_killed_and_resumed_gives_the_same_files(
-    function: str, copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    module: Any, function: str, copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    original = getattr(evaluate, function)
+    original = getattr(module, function)
     calls = 0
 
     def dies_in_the_second_variant(*arguments: Any) -> Any:
@@ -196,7 +197,7 @@ def test_killed_and_resumed_gives_the_same_files(
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(evaluate, function, dies_in_the_second_variant)
+    monkeypatch.setattr(module, function, dies_in_the_second_variant)
     with pytest.raises(Killed):
         run_stage(copied_run, "evaluate")
     assert not (folder(copied_run) / "rouge.json").exists()
@@ -231,72 +232,11 @@ def test_finished_batches_are_not_computed_again(copied_run: RunConfig, monkeypa
     assert run_stage(copied_run, "evaluate").status == "done"
 
 
-@dataclasses.dataclass(frozen=True)
-class ThreadWorld(World):
-    """Ranks in threads, of which one at a time runs: what they call is safe between processes, not threads."""
-
-    meeting: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(1))
-    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    board: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def barrier(self) -> None:
-        self.turn.release()
-        try:
-            self.meeting.wait()
-        finally:
-            self.turn.acquire()
-
-    def broadcast(self, value: Any) -> Any:
-        if self.is_main:
-            self.board["value"] = value
-        self.barrier()
-        value = self.board["value"]
-        self.barrier()
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        self.board[f"of {self.rank}"] = value
-        self.barrier()
-        values = [self.board[f"of {rank}"] for rank in range(self.world_size)]
-        self.barrier()
-        return values
-
-
-def in_two_threads(run: Callable[[StageContext], Any]) -> Callable[[StageContext], Any]:
-    """A stage's `run` as two ranks would run it."""
-
-    def run_in_two_threads(ctx: StageContext) -> Any:
-        first = ThreadWorld(0, 2, 0, torch.device("cpu"), meeting=threading.Barrier(2))
-        outcomes: dict[int, Any] = {}
-
-        def run_rank(world: ThreadWorld) -> None:
-            with world.turn:
-                try:
-                    outcomes[world.rank] = run(dataclasses.replace(ctx, world=world))
-                except BaseException as error:
-                    outcomes[world.rank] = error
-                    world.meeting.abort()  # or the other rank would wait for ever
-
-        threads = [
-            threading.Thread(target=run_rank, args=(dataclasses.replace(first, rank=rank),)) for rank in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
-        if errors:
-            raise errors[0]
-        return outcomes[0]
-
-    return run_in_two_threads
-
-
 def test_two_ranks_finish_what_one_began(
-    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    copied_run: RunConfig, uninterrupted: dict[str, str], in_two_threads: Any, monkeypatch: pytest.MonkeyPatch
 ):
     computed: dict[int, int] = {}
-    generate = evaluate.generate_summaries
+    generate = dialogues.generate_summaries
 
     def count_by_thread(*arguments: Any) -> Any:
         computed[threading.get_ident()] = computed.get(threading.get_ident(), 0) + 1
@@ -308,14 +248,14 @@ def test_two_ranks_finish_what_one_began(
     (predictions / "main.jsonl").write_text(lines[4])
     (predictions / "main.rank3.jsonl").write_text(lines[6] + lines[3] + "{")
     monkeypatch.setattr(evaluate, "run", in_two_threads(evaluate.run))
-    monkeypatch.setattr(evaluate, "generate_summaries", count_by_thread)
+    monkeypatch.setattr(dialogues, "generate_summaries", count_by_thread)
     run_stage(copied_run, "evaluate")
     assert results(copied_run) == uninterrupted
     assert len(computed) == 2 and min(computed.values()) >= 3
 
 
 def test_a_rank_that_is_stopped_alone_takes_the_other_along(
-    copied_run: RunConfig, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    copied_run: RunConfig, uninterrupted: dict[str, str], in_two_threads: Any, monkeypatch: pytest.MonkeyPatch
 ):
     asked: dict[int, int] = {}
 
@@ -360,7 +300,7 @@ def test_a_model_that_gives_nan_is_named(copied_run: RunConfig, monkeypatch: pyt
     def nan_losses(model: Any, rows: list[Any], pad_id: int) -> list[tuple[float, int]]:
         return [(math.nan, 1) for _ in rows]
 
-    monkeypatch.setattr(evaluate, "reference_losses", nan_losses)
+    monkeypatch.setattr(losses, "reference_losses", nan_losses)
     with pytest.raises(ModelError, match=r"main: the loss of 7 test rows is not finite"):
         run_stage(copied_run, "evaluate")
 

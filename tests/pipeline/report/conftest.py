@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -207,3 +208,23 @@ def drawn() -> Callable[[str | None], Drawing]:
         return Drawing(svg)
 
     return read
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the operating system refuse a file, or all in a folder; root, as whom tests may run, may read any."""
+
+    def forbid(name: str) -> None:
+        def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Any, *arguments: Any, **options: Any) -> Any:
+                if isinstance(path, (str, Path)) and name in Path(path).parts:
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return function(path, *arguments, **options)
+
+            return call
+
+        monkeypatch.setattr("io.open", refusing(open))  # what pathlib calls
+        monkeypatch.setattr("pathlib.Path.stat", refusing(Path.stat))
+        monkeypatch.setattr("pathlib.Path.mkdir", refusing(Path.mkdir))
+
+    return forbid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hedgehog.pipeline.report.summaries import choose
+from hedgehog.pipeline.report.samples import choose
 
 
 def rows(seen: str) -> list[dict]:
