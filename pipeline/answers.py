@@ -149,6 +149,11 @@ def _open(folder: RunFolder, name: str, config: RunConfig, given: Sequence[str])
             lines = "\n".join(f"  {line}" for line in changed)
             raise CheckpointError(f"{entry.folder}: was made with another model section; {cure}:\n{lines}")
     prepare = inputs["prepare"]
+    if prepare.summary.get("kind") == "classification":
+        raise ConfigError(
+            f"{folder.root}: its model tells classes and generates nothing; the README.md of its export says how to "
+            "ask it"
+        )
     template = config.data.prompt_template
     if _TEMPLATE not in given:  # evaluate reads the prompts that prepare made, whatever the config says since
         template = prepare.manifest.config.get(_TEMPLATE, template)

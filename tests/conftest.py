@@ -155,10 +155,14 @@ def override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
 
 def _base_config(family: str) -> Any:
     """Weights large enough that attention is not flat; GPT-2 with its usual dropout."""
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import BertConfig, GPT2Config, LlamaConfig
 
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
     shared = {**sizes, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+    if family.startswith("bert"):
+        rate = 0 if family == "bert without dropout" else 0.1
+        of_bert = {**sizes, "max_position_embeddings": 128, "initializer_range": 0.3, "intermediate_size": 48}
+        return BertConfig(**of_bert, hidden_dropout_prob=rate, id2label={0: "no", 1: "yes"})
     if family == "gpt2":
         return GPT2Config(**shared, n_inner=48)
     if family == "gpt2 without dropout":
@@ -169,14 +173,17 @@ def _base_config(family: str) -> Any:
 def _prepare(folder: Path, family: str) -> None:
     """A finished prepare stage."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoModelForSequenceClassification
 
     from hedgehog.pipeline.data.tokens import TokenizedSplit
     from hedgehog.pipeline.manifest import Manifest, describe_artifact
 
     folder.mkdir()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(_base_config(family)).save_pretrained(folder / "base_model")
+    is_encoder = family.startswith("bert")
+    kind = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
+    kind = AutoModelForPreTraining if family == "bert without head" else kind
+    kind.from_config(_base_config(family)).save_pretrained(folder / "base_model")
     generator = torch.Generator().manual_seed(1)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -186,7 +193,10 @@ def _prepare(folder: Path, family: str) -> None:
     artifacts = {}
     for split, num_rows in (("train", 12), ("validation", 3)):
         rows = [(tokens(3, 16), [*tokens(2, 7), 2]) for _ in range(num_rows)]
-        TokenizedSplit.from_rows(rows).write(folder / f"tokens_{split}.safetensors")
+        tokenized = TokenizedSplit.from_rows(rows)
+        if is_encoder:  # the first token tells the class
+            tokenized.labels = torch.tensor([prompt[0] % 2 for prompt, _ in rows], dtype=torch.int32)
+        tokenized.write(folder / f"tokens_{split}.safetensors")
         artifacts[f"tokens_{split}"] = f"tokens_{split}.safetensors"
     Manifest(
         stage="prepare",
@@ -198,6 +208,7 @@ def _prepare(folder: Path, family: str) -> None:
             "base_model": str(folder / "base_model"),
             "tokenizer": str(folder / "base_model"),
             "model_type": family.partition(" ")[0],
+            **({"kind": "classification", "label_names": ["no", "yes"]} if is_encoder else {}),
         },
     ).write(folder)
 
@@ -225,7 +236,7 @@ def new_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingR
         values = {
             "name": root.name,
             "output_dir": str(root.parent),
-            "data": {"max_length_tokens": 32},
+            "data": {"max_length_tokens": 32, "kind": "classification" if family.startswith("bert") else "dialogues"},
             "model": {"base": "from prepare's summary"},
             "distill": {**schedule, "query_block": 16},
             "finetune": {**schedule, "lora": {"rank": 4, "alpha": 8}},
