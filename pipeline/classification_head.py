@@ -40,7 +40,8 @@ def draw_head(base: PreTrainedModel, missing: Iterable[str], seed: int) -> None:
         size = (module.out_features, module.in_features)
         weight = torch.randn(size, generator=random) * config.initializer_range
         if any(tensor.startswith(f"{name}.") for tensor in missing):
-            linear = nn.Linear(module.in_features, module.out_features, device=module.weight.device)
+            # no draw of torch's own comes before
+            linear: Any = nn.utils.skip_init(nn.Linear, *size[::-1], device=module.weight.device)
             with torch.no_grad():
                 linear.weight.copy_(weight)
                 linear.bias.zero_()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -66,6 +68,7 @@ def load_base(
     }
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype, architecture.head_modules)
+    num_own_labels = getattr(config, "num_labels", None)
     if label_names is not None:
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: index for index, label in enumerate(label_names)}
@@ -76,7 +79,8 @@ def load_base(
     if revision is not None:
         options["revision"] = revision
     try:
-        loaded: Any = architecture.base_class.from_pretrained(name, **options)
+        with _quiet(), torch.random.fork_rng(devices=[]):  # transformers draws what is missing; so do we, below
+            loaded: Any = architecture.base_class.from_pretrained(name, **options)
     except OSError as error:
         raise _cannot_fetch(name, error) from error
     except SafetensorError as error:
@@ -86,7 +90,7 @@ def load_base(
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        if label_names is not None and _has_other_classes(error):
+        if label_names is not None and num_own_labels != len(label_names):
             title = family_of_config(config).title
             raise ModelError(
                 f"{name}: its head tells other classes than the {len(label_names)} of the data "
@@ -126,10 +130,6 @@ def load_prepared_base(
         label_names=prepare.summary.get("label_names"),
         seed=config.seed,
     )
-
-
-def _has_other_classes(error: RuntimeError) -> bool:
-    return "classifier" in str(error)
 
 
 def _keep_weights_differentiable(base: PreTrainedModel) -> None:
@@ -177,6 +177,19 @@ def _check_folder(folder: Path) -> PreTrainedConfig:
         raise ModelError(f"{file}: not a valid {family.title} configuration ({_one_line(error)})") from error
     check_weights(folder, shape_from_fields(config.to_dict()))
     return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of tensors that are missing, of another shape, or not wanted: ours says what it
+    means for a run."""
+    logging = transformers.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _cannot_fetch(name: str, error: BaseException) -> ModelError:

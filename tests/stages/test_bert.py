@@ -55,7 +55,7 @@ def test_maps_adapters_and_head_learn(finished: Run, new_run: Callable[..., Run]
     assert finished.stage("finetune").summary["trained_weights"] == of_layers + 32 * 33 + 2 * 33
     moved = [name for name, w in finished.tensors(ADAPTER).items() if "lora_B" in name and w.abs().sum() > 0]
     assert len(moved) == 12
-    base = load_file(Path(finished.base) / "model.safetensors")
+    base = load_file(finished.root / "prepare/base_model/model.safetensors")
     head = finished.tensors(HEAD)
     assert head.keys() == {f"{m}.{k}" for m in ("bert.pooler.dense", "classifier") for k in ("weight", "bias")}
     assert all(not torch.equal(tensor, base[name]) for name, tensor in head.items())
@@ -85,10 +85,13 @@ def test_layers_trained_apart_are_the_same_to_the_bit(finished: Run, new_run: Ca
 
 
 def test_a_subset_on_kept_hidden_states_learns_the_same(new_run: Callable[..., Run]) -> None:
+    """But for the last bits of products, which depend on the shape of the batch that they were computed in."""
     runs = [new_run("bert", distill__layers="2", distill__cache_hidden_states=cached) for cached in (False, True)]
     for run in runs:
         run.stage("distill")
-    assert_equal(runs[0], runs[1], "distill/layers-2/feature_maps.safetensors")
+    plain, kept = (run.tensors("distill/layers-2/feature_maps.safetensors") for run in runs)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_two_processes_under_zero_3_learn_the_same(new_run: Callable[..., Run], launch: Callable[..., Any]) -> None:
@@ -152,7 +155,7 @@ def test_a_head_that_begins_at_random_is_that_of_its_seed(new_run: Callable[...,
     save_file(tensors, tmp_path / "model.safetensors")
     without_pooler = load_base(tmp_path, dtype="float32", label_names=("no", "yes"), seed=1)
     assert torch.equal(without_pooler.classifier.weight, first)
-    assert without_pooler.bert.pooler.dense.weight.std() == pytest.approx(0.3, rel=0.1)
+    assert without_pooler.bert.pooler.dense.weight.detach().std() == pytest.approx(0.3, rel=0.1)
 
 
 def test_a_head_for_other_classes_is_refused(new_run: Callable[..., Run]) -> None:
@@ -164,7 +167,7 @@ def test_a_head_for_other_classes_is_refused(new_run: Callable[..., Run]) -> Non
 
 TINY = {
     "architecture": "bert",
-    "num_train_dialogues": 60,
+    "num_train_dialogues": 300,
     "num_validation_dialogues": 20,
     "num_test_dialogues": 20,
     "vocab_size": 500,
