@@ -257,11 +257,11 @@ class LoraConfig(Section):
     """Dropout before A."""
     target_modules: tuple[str, ...] | None = None
     """Linear modules that get an adapter. Null: the attention's projections (a Llama's q_proj, k_proj, v_proj
-    and o_proj, a GPT-2's c_attn and attn.c_proj)."""
+    and o_proj, a GPT-2's c_attn and attn.c_proj, a BERT's query, key, value and attention.output.dense)."""
 
 
 class FinetuneConfig(ScheduleConfig):
-    """Stage two: LoRA on the summaries; loss on the summary's tokens only."""
+    """Stage two: LoRA on the summaries, loss on their tokens only; on text or labels, as `data.kind` says."""
 
     enabled: bool = True
     """False: evaluate and export the model without an adapter (zero-shot)."""
@@ -278,10 +278,10 @@ class FinetuneConfig(ScheduleConfig):
 
 
 class EvaluateConfig(Section):
-    """Stage three: generate on the test rows, ROUGE, perplexity of the references."""
+    """Stage three: generate on the test rows, ROUGE, perplexity of the references; or what `data.kind` asks for."""
 
     batch_size: int = Field(default=16, ge=1)
-    """Dialogues generated together (left-padded)."""
+    """Dialogues generated together (left-padded), or rows classified together."""
     max_new_tokens: int = Field(default=96, ge=1)
     """Longest generated summary."""
     num_beams: int = Field(default=1, ge=1)

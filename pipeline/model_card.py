@@ -60,7 +60,9 @@ def write_model_card(folder: Path, config: RunConfig, facts: CardFacts) -> None:
 def base_name(config: RunConfig) -> str:
     """What the run starts from: a hub id, a folder's name, or what `prepare` makes."""
     if config.tiny is not None:
-        return f"a small {FAMILIES[config.tiny.architecture].title} pretrained on generated dialogues"
+        family = FAMILIES[config.tiny.architecture]
+        learned = "trained on generated questions" if family.is_encoder else "pretrained on generated dialogues"
+        return f"a small {family.title} {learned}"
     return short_name(config.model.base or "a base model")
 
 

@@ -85,3 +85,12 @@ def test_readme_names_commands_and_files_that_exist() -> None:
         for argument in arguments:
             if argument.startswith(("configs/", "benchmarks/")):
                 assert (ROOT / argument).exists(), argument
+
+
+def test_an_installation_has_every_package():
+    """pyproject.toml names them one by one: a package that it lacks works from a checkout only."""
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    named = re.findall(r'"([\w.]+)"', listed[1])
+    found = {".".join(("hedgehog", *file.parent.relative_to(ROOT).parts)) for file in SOURCES}
+    assert found | {"hedgehog.slurm"} == set(named), "slurm holds templates"
