@@ -366,9 +366,13 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
         terms.append(Term("one layer's activations", layer, f"B T ({formula})"))
     else:
         terms.append(Term("activations", shape.num_layers * layer, f"L B T ({formula})"))
-    attention, formula = sizes.features_per_token * (4 + p), "2HF (4 + p)"
-    if sizes.has_no_features:
-        attention, formula = 4 * shape.num_heads * shape.head_dim * p, "4HDp"
+    attention, formula = sizes.features_per_token * (4.0 + p), "2HF (4 + p)"
+    if sizes.attention == "PyTorch, both ways":  # computed again: what it keeps of φ, and gradients of that
+        results = FEATURE_RESULTS.get(config.model.feature_map, 1.0)
+        attention = 4 * (results + 2) * sizes.features_per_token + 20 * shape.num_heads * shape.head_dim
+        formula = f"{8 * (results + 2):g}HF + 20HD"
+    elif sizes.has_no_features:
+        attention, formula = 4.0 * shape.num_heads * shape.head_dim * p, "4HDp"
     span, span_formula = sizes.span_scratch("backward", finetune.micro_batch_size, config.data.max_length_tokens)
     inside, of_mlp = shape.mlp_at_once(p)
     mlp = tokens * of_mlp
@@ -417,11 +421,7 @@ def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[t
     if sizes.attention == "CUDA kernel, φ inside":
         parts.append(("q, k, v, d", float(p * (queries + 2 * keys) + 4 * shape.num_heads)))
     elif sizes.attention == "PyTorch, both ways":
-        if config.finetune.train_feature_maps and sizes.num_map_weights:
-            parts.append(("map inputs 8HD", 8.0 * queries))
-        results = FEATURE_RESULTS.get(config.model.feature_map, 1.0)
-        parts.append((f"maps and φ {8 * (results + 1):g}HF", 4.0 * (results + 1) * sizes.features_per_token))
-        parts.append(("v, numerator, o 12HD", 12.0 * queries))
+        parts.append(("q, k, v", 3.0 * queries * p))
     elif sizes.attention == "PyTorch":
         parts.append(("q, k, v, o, d", float(p * (2 * queries + 2 * keys) + 4 * shape.num_heads)))
     elif sizes.linear:

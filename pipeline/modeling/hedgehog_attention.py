@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ...kernels.backends import Backend
 from ...kernels.feature_maps import FeatureMap, make_feature_map
@@ -117,13 +118,22 @@ class HedgehogAttention(nn.Module):
         mask_BL: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """An encoder's linear attention, every token seeing all real ones → (B, H, L, V). φ and sums as in `attend`."""
-        with torch.autocast(v_BHLV.device.type, enabled=False):
-            dtype = torch.float32 if v_BHLV.dtype == torch.float16 else v_BHLV.dtype
-            phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
-            phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)
-            eps = self.config.attention_eps
-            return noncausal_linear_attention(phi_q_BHLF, phi_k_BHLF, v_BHLV, mask_BL=mask_BL, eps=eps)
+        """An encoder's linear attention, every token seeing all real ones → (B, H, L, V). φ and sums as in `attend`.
+
+        q, k and v are all that is kept for the backward pass, where the rest is computed again.
+        """
+
+        def of_values(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLV: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(v_BHLV.device.type, enabled=False):
+                dtype = torch.float32 if v_BHLV.dtype == torch.float16 else v_BHLV.dtype
+                phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
+                phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)
+                eps = self.config.attention_eps
+                return noncausal_linear_attention(phi_q_BHLF, phi_k_BHLF, v_BHLV, mask_BL=mask_BL, eps=eps)
+
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides itself what it keeps
+            return of_values(q_BHLD, k_BHLD, v_BHLV)
+        return checkpoint(of_values, q_BHLD, k_BHLD, v_BHLV, use_reentrant=False, preserve_rng_state=False)
 
     def _attend(
         self,

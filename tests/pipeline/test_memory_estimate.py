@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,7 +218,7 @@ def test_the_pass_of_a_gpt2_teacher_takes_what_the_estimate_says(mlp: int):
     assert sum(t.num_bytes for t in terms if t.kind == "activations") == pytest.approx(peak.num_bytes, rel=0.1)
 
 
-BERT = BertShape(64, 2, 4, 4, 16, 160, 128, 512)
+BERT, WIDE_BERT = BertShape(64, 2, 4, 4, 16, 160, 128, 512), BertShape(128, 2, 4, 4, 32, 512, 128, 512)
 CLASSES = {"kind": "classification", "dataset": "a/b", "max_length_tokens": 256}
 
 
@@ -253,31 +254,30 @@ def test_the_pass_of_a_bert_teacher_takes_what_the_estimate_says():
 def test_activations_of_an_encoders_layer_are_what_autograd_keeps(precision, feature_map):
     model = {"attention": "softmax"} if feature_map is None else {"feature_map": feature_map}
     config = make_config(model=model, data=CLASSES, engine={"precision": precision})
-    dtype, tokens = getattr(torch, precision), 512
-    measured = measured_bytes_of_a_bert(3, config, dtype) - measured_bytes_of_a_bert(2, config, dtype)
-    estimated = tokens * sum(per_token for _, per_token in saved_per_token(config, BERT, "cpu"))
+    measured = measured_bytes_of_a_bert(3, config) - measured_bytes_of_a_bert(2, config)
+    estimated = 512 * sum(per_token for _, per_token in saved_per_token(config, BERT, "cpu"))
     assert estimated == pytest.approx(measured, rel=0.1)
 
 
-def measured_bytes_of_a_bert(num_layers: int, config: RunConfig, dtype: torch.dtype) -> int:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("feature_map", ["hedgehog_softmax", "hedgehog_exp", None])
+def test_a_step_of_an_encoder_takes_what_the_estimate_says(precision, feature_map):
+    model = {"attention": "softmax"} if feature_map is None else {"feature_map": feature_map}
+    batches = {"micro_batch_size": 8, "global_batch_size": 8}
+    config = make_config(model=model, data=CLASSES, engine={"precision": precision, "zero_stage": 0}, finetune=batches)
+    loss, batch = a_bert_in_training(WIDE_BERT, config, rows=8)
+    loss(batch).backward()  # gradients are there then
+    with allocation_peak("cpu") as peak:
+        loss(batch).backward()
+    estimates = {e.title: e for e in estimate_memory(config, WIDE_BERT, world_size=1, device="cpu")}
+    estimated = sum(term.num_bytes for term in estimates["finetune"].terms if term.kind == "activations")
+    assert estimated == pytest.approx(peak.num_bytes, rel=0.1)
+
+
+def measured_bytes_of_a_bert(num_layers: int, config: RunConfig) -> int:
     """As measured_bytes, for two rows of 256 tokens, one of them padded."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from hedgehog.pipeline.classification_head import release_head
-    from hedgehog.pipeline.label_loss import LabelLoss
-    from hedgehog.pipeline.lora import attach_lora
-    from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules
-
-    sizes = {"hidden_size": 64, "num_hidden_layers": num_layers, "num_attention_heads": 4, "intermediate_size": 160}
-    base = BertForSequenceClassification(BertConfig(**sizes, vocab_size=128)).to(dtype)
-    maps = {"feature_map": config.model.feature_map} if config.model.attention == "linear" else {}
-    model: Any = convert_base(base, attention=config.model.attention, **maps)
-    adapted = attach_lora(model, config.finetune.lora, seed=0)
-    release_head(model)
-    for module in feature_map_modules(model).values():
-        module.requires_grad_(True)
-    model.train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+    loss, batch = a_bert_in_training(replace(BERT, num_layers=num_layers), config, rows=2)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in loss.parameters()}
     kept: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -286,23 +286,47 @@ def measured_bytes_of_a_bert(num_layers: int, config: RunConfig, dtype: torch.dt
             kept[storage.data_ptr()] = storage
         return tensor
 
-    ids = torch.randint(5, 128, (2, 256), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(2, 256, dtype=torch.bool)
-    mask[1, 200:] = False
-    batch = {
-        "input_ids": ids,
-        "mask": mask,
-        "token_type_ids": torch.zeros_like(ids),
-        "row_labels": torch.zeros(2, dtype=torch.long),
-    }
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        LabelLoss(adapted)(batch)
+        loss(batch)
         return sum(storage.nbytes() for storage in kept.values())
 
 
-def test_an_encoder_has_neither_logits_nor_a_cache_and_trains_its_head():
-    from dataclasses import replace
+def a_bert_in_training(shape: BertShape, config: RunConfig, *, rows: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Its loss in stage two, and a batch of rows of 256 tokens, one of them padded."""
+    from transformers import BertConfig, BertForSequenceClassification
 
+    from hedgehog.pipeline.classification_head import release_head
+    from hedgehog.pipeline.label_loss import LabelLoss
+    from hedgehog.pipeline.lora import attach_lora
+    from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules
+
+    sizes = BertConfig(
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
+    )
+    base = BertForSequenceClassification(sizes).to(getattr(torch, config.engine.precision))
+    maps = {"feature_map": config.model.feature_map} if config.model.attention == "linear" else {}
+    model: Any = convert_base(base, attention=config.model.attention, **maps)
+    loss = LabelLoss(attach_lora(model, config.finetune.lora, seed=0))
+    release_head(model)
+    for module in feature_map_modules(model).values():
+        module.requires_grad_(True)
+    model.train()
+    ids = torch.randint(5, 128, (rows, 256), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(rows, 256, dtype=torch.bool)
+    mask[1, 200:] = False
+    return loss, {
+        "input_ids": ids,
+        "mask": mask,
+        "token_type_ids": torch.zeros_like(ids),
+        "row_labels": torch.zeros(rows, dtype=torch.long),
+    }
+
+
+def test_an_encoder_has_neither_logits_nor_a_cache_and_trains_its_head():
     estimates = stages(make_config(data=CLASSES), shape=BERT)
     assert {"logits", "decoding state", "key/value cache"}.isdisjoint(estimates["finetune"] | estimates["evaluate"])
     maps, lora = 2 * 2 * 4 * 16 * 16, 2 * 8 * 4 * (64 + 64)
