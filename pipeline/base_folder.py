@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,28 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ModelError(f"{folder}: the weights lack {_some(missing, ', ')}; the folder is incomplete: fetch it again")
+
+
+def check_head(base: str, family: type[ModelShape], label_names: Sequence[str]) -> None:
+    """Hold a folder's head, where it is a folder and has one, to the data's classes.
+
+    Raises:
+        ModelError: it tells another number of them.
+    """
+    if not Path(base).is_dir():
+        return
+    classifier = read_shapes(Path(base)).get("classifier.weight")
+    if classifier is not None and classifier[0] != len(label_names):
+        raise ModelError(other_classes(base, family, label_names))
+
+
+def other_classes(base: str, family: type[ModelShape], label_names: Sequence[str]) -> str:
+    """What is said of a base whose head is for another task."""
+    shown = ", ".join(label_names[:_SHOWN]) + (" …" if len(label_names) > _SHOWN else "")
+    return (
+        f"{base}: its head tells other classes than the {len(label_names)} of the data ({shown}): give it rows of its "
+        f"own task, or take the {family.title} that it was finetuned from"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

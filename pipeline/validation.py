@@ -191,10 +191,9 @@ def describe_model(report: ValidationReport) -> str:
     if config.model.attention == "linear":
         size = feature_map_size(config.model, shape.head_dim)
         learned = 2 * shape.num_layers * shape.num_heads * size.num_weights
-        line += (
-            f"; {config.model.feature_map}: {size.num_features} features a head, {_millions(learned)} weights, "
-            f"state {format_bytes(state_bytes(config, shape))} a row"
-        )
+        line += f"; {config.model.feature_map}: {size.num_features} features a head, {_millions(learned)} weights"
+        if not shape.is_encoder:
+            line += f", state {format_bytes(state_bytes(config, shape))} a row"
     return line
 
 

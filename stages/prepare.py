@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.base_folder import check_convertible, kind_fault
+from ..pipeline.base_folder import check_convertible, check_head, kind_fault
 from ..pipeline.config import DataConfig, RunConfig
 from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
 from ..pipeline.data.examples import LabelledExample, Split
@@ -84,6 +84,8 @@ def _prepare(ctx: StageContext) -> StageResult:
     splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     check_convertible(base, base_config.to_dict(), ctx.config)
     label_names = _number_labels(ctx, splits, base_config) if data.kind == "classification" else None
+    if label_names is not None:
+        check_head(base, family_of_config(base_config), label_names)
     num_positions = table_length(base_config)
     if num_positions is not None and data.max_length_tokens > num_positions:
         raise ConfigError(

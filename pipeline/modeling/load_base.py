@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..base_folder import check_not_quantized, check_weights, read_base_config
+from ..base_folder import check_not_quantized, check_weights, other_classes, read_base_config
 from ..classification_head import draw_head
 from ..data.base_fingerprint import check_base_unchanged
 from ..errors import ModelError
@@ -91,12 +91,7 @@ def load_base(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         if label_names is not None and num_own_labels != len(label_names):
-            title = family_of_config(config).title
-            raise ModelError(
-                f"{name}: its head tells other classes than the {len(label_names)} of the data "
-                f"({', '.join(label_names)}): give it rows of its own task, or take the {title} that "
-                "it was finetuned from"
-            ) from error
+            raise ModelError(other_classes(name, family_of_config(config), label_names)) from error
         raise ModelError(f"{name}: config.json and the weights are of different models; fetch it again") from error
     base, info = loaded
     new = {key for key in info["missing_keys"] if key.startswith(tuple(f"{m}." for m in architecture.head_modules))}

@@ -270,3 +270,18 @@ def test_a_base_without_a_head_is_not_scored_untrained(
     ).model_copy(update={"tiny": None})
     with pytest.raises(ModelError, match="has no head for these classes"):
         run_pipeline(config)
+
+
+def test_a_head_for_another_task_is_refused_before_anything_is_trained(
+    tiny_run: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    rows = "".join(json.dumps({"text": f"it is {word}", "label": word}) + "\n" for word in ("good", "bad"))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    file = str(tmp_path / "rows.jsonl")
+    data = {"kind": "classification", "train_file": file, "validation_file": file, "test_file": file}
+    base = str(tiny_run / "prepare/base_model")
+    config = a_tiny_bert(tiny_config, tmp_path / "runs", model={"base": base}, data=data).model_copy(
+        update={"tiny": None}
+    )
+    with pytest.raises(ModelError, match=r"its head tells other classes than the 2 of the data \(bad, good\)"):
+        run_stage(config, "prepare")

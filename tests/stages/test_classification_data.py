@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from hedgehog.pipeline.config import RunConfig
@@ -58,8 +59,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_run: tuple[Path, Manifest]) -> Path:
-    return tiny_run[0] / "base_model"
+def base(tiny_run: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run's, without the head for its own task."""
+    folder = tmp_path_factory.mktemp("base") / "base_model"
+    shutil.copytree(tiny_run[0] / "base_model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    save_file(encoder, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def rows_of(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -127,10 +134,10 @@ def test_interrupted_pretraining_ends_with_the_same_bits(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_padding_changes_nothing_of_what_is_learned(base: Path) -> None:
+def test_padding_changes_nothing_of_what_is_learned(tiny_run: tuple[Path, Manifest]) -> None:
     """Pretraining's loss looks at the mask: a row's is the same beside a longer one."""
-    model = AutoModelForSequenceClassification.from_pretrained(base)
-    split = TokenizedSplit.open(base.parent / "tokens_train.safetensors")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_run[0] / "base_model")
+    split = TokenizedSplit.open(tiny_run[0] / "tokens_train.safetensors")
     order = split.lengths.argsort().tolist()
     short, long = order[0], order[-1]
     alone = [tiny_pretrain._loss(model, collate(split, [[row]], 0, "row")).item() for row in (short, long)]
