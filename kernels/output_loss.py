@@ -65,8 +65,12 @@ def output_mse_loss(
         q, k, v = (work.take(x, spans, heads) for x in (q_BHLD, k_BKLD, v_BKLV))
         real_NT = None if causal else work.take_real(spans, heads)
         if teacher_output_BHLV is None:
-            mask = None if real_NT is None else real_NT[:, None]
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=work.scale)
+            # with four dimensions: torch's fused kernel takes no fewer
+            mask = None if real_NT is None else real_NT[:, None, None]
+            attended = F.scaled_dot_product_attention(
+                q[:, None], k[:, None], v[:, None], mask, is_causal=causal, scale=work.scale
+            )
+            y = attended[:, 0]
         else:
             y = work.take(teacher_output_BHLV, spans, heads)
         phi_q, phi_k, leaves = work.features(q, k, spans, heads)

@@ -15,7 +15,9 @@ CHILD = """
 import sys, torch
 from hedgehog.kernels.distill_loss import attention_distillation_loss, output_mse_loss
 from hedgehog.kernels.feature_maps import make_feature_map
-from hedgehog.kernels.linear_attention import chunked_linear_attention, quadratic_linear_attention
+from hedgehog.kernels.linear_attention import (
+    chunked_linear_attention, noncausal_linear_attention, quadratic_linear_attention
+)
 from hedgehog.kernels.mapped_attention import mapped_linear_attention
 
 torch.set_num_threads(1)
@@ -46,6 +48,11 @@ work = {
     "quadratic": attention(quadratic_linear_attention),
     "distillation": loss(lambda q, k, v, *maps: attention_distillation_loss(q, k, *maps, block_size=16)),
     "output": loss(output_mse_loss),
+    "both ways": attention(noncausal_linear_attention),
+    "distillation both ways": loss(
+        lambda q, k, v, *maps: attention_distillation_loss(q, k, *maps, block_size=16, causal=False)
+    ),
+    "output both ways": loss(lambda *x: output_mse_loss(*x, causal=False)),
 }[sys.argv[1]]
 
 def status(key):
@@ -68,7 +75,16 @@ def peaks_kb(workload: str, *lengths: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("workload", "length"), [("chunked", 16384), ("mapped", 16384), ("distillation", 2048), ("output", 2048)]
+    ("workload", "length"),
+    [
+        ("chunked", 16384),
+        ("mapped", 16384),
+        ("distillation", 2048),
+        ("output", 2048),
+        ("both ways", 16384),
+        ("distillation both ways", 2048),
+        ("output both ways", 2048),
+    ],
 )
 def test_peak_memory_is_linear_in_length(workload, length):
     """What earlier work left to the process in freed pages, some hundred KiB, is not in its peak: hence the slack."""
