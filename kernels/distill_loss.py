@@ -108,7 +108,7 @@ def attention_distillation_loss(
         q, k = work.take(q_BHLD, spans, heads), work.take(k_BKLD, spans, heads)
         phi_q, phi_k, leaves = work.features(q, k, spans, heads)
         weights = work.take_weights(spans, heads)
-        visible = _CausalTiles(q) if causal else _WholeRows(work.take_real(spans, heads), work.dtype)
+        visible = _CausalTiles(q) if causal else _WholeRows(q, work.take_real(spans, heads))
         grad_phi_q, grad_phi_k, loss_N, entropy_N = _pass_over_tiles(
             q * work.scale, k, phi_q.detach(), phi_k.detach(), weights, eps, block_size, work.needs_grad, visible
         )
@@ -147,9 +147,9 @@ class _CausalTiles:
 class _WholeRows:
     """Every query sees every key of its span; what is hidden is what fills shorter spans up."""
 
-    def __init__(self, real_NT: Tensor, dtype: torch.dtype) -> None:
-        self._length = real_NT.shape[1]
-        self._real_N1T = None if real_NT.all() else real_NT[:, None].to(dtype)
+    def __init__(self, q_NTD: Tensor, real_NT: Tensor | None) -> None:
+        self._length = q_NTD.shape[1]
+        self._real_N1T = None if real_NT is None else real_NT[:, None].to(q_NTD.dtype)
 
     def begin(self, block_size: int) -> None:
         pass

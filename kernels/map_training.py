@@ -83,10 +83,13 @@ class MapTraining:
         weights = gather_spans(self.weights_BL[:, None, :, None], spans, slice(0, 1), 1, self.dtype)
         return weights[0, :, :, 0].repeat(heads.stop - heads.start, 1)
 
-    def take_real(self, spans: list[Span], heads: slice) -> Tensor:
-        """(N, T) bool: False after each span's end."""
-        ends = torch.tensor([span.length for span in spans], device=self.device)
-        real = torch.arange(max(span.length for span in spans), device=self.device) < ends[:, None]
+    def take_real(self, spans: list[Span], heads: slice) -> Tensor | None:
+        """(N, T) bool: False after each span's end. None where all end together: told without asking the device."""
+        lengths = [span.length for span in spans]
+        if min(lengths) == max(lengths):
+            return None
+        ends = torch.tensor(lengths, device=self.device)
+        real = torch.arange(max(lengths), device=self.device) < ends[:, None]
         return real.repeat(heads.stop - heads.start, 1)
 
     def per_head(self, x_N: Tensor, heads: slice) -> Tensor:

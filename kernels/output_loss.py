@@ -66,7 +66,7 @@ def output_mse_loss(
         real_NT = None if causal else work.take_real(spans, heads)
         if teacher_output_BHLV is None:
             # with four dimensions: torch's fused kernel takes no fewer
-            mask = None if real_NT is None else real_NT[:, None, None]
+            mask = None if real_NT is None else real_NT[:, None, None]  # of keys
             attended = F.scaled_dot_product_attention(
                 q[:, None], k[:, None], v[:, None], mask, is_causal=causal, scale=work.scale
             )
@@ -75,12 +75,11 @@ def output_mse_loss(
             y = work.take(teacher_output_BHLV, spans, heads)
         phi_q, phi_k, leaves = work.features(q, k, spans, heads)
         with torch.set_grad_enabled(work.needs_grad):
-            if real_NT is None:
+            if causal:
                 o = chunked_linear_attention(phi_q[None], phi_k[None], v[None], eps=eps)[0][0]
             else:
-                o = noncausal_linear_attention(phi_q[:, None], phi_k[:, None], v[:, None], mask_BL=real_NT, eps=eps)[
-                    :, 0
-                ]
+                of_spans = [x[:, None] for x in (phi_q, phi_k, v)]
+                o = noncausal_linear_attention(*of_spans, mask_BL=real_NT, eps=eps)[:, 0]
             error_N = ((o - y).square().mean(dim=-1) * work.take_weights(spans, heads)).sum(dim=1)
         loss_H[heads] += work.per_head(error_N.detach(), heads)
         work.add_gradient([error_N], [torch.ones_like(error_N)], leaves, heads)

@@ -10,7 +10,9 @@ from typing import Literal
 from .config import RunConfig
 from .feature_map_checks import feature_map_size
 
-AttentionKernel = Literal["softmax", "PyTorch", "PyTorch, both ways", "CUDA kernel, φ outside", "CUDA kernel, φ inside"]
+AttentionKernel = Literal[
+    "softmax", "PyTorch", "PyTorch, bidirectional", "CUDA kernel, φ outside", "CUDA kernel, φ inside"
+]
 
 
 def assumed_attention(config: RunConfig, head_dim: int, device: str) -> AttentionKernel:
@@ -21,7 +23,7 @@ def assumed_attention(config: RunConfig, head_dim: int, device: str) -> Attentio
     if model.attention == "softmax":
         return "softmax"
     if config.data.kind == "classification":  # an encoder's: two matrix products
-        return "PyTorch, both ways"
+        return "PyTorch, bidirectional"
     num_features = feature_map_size(model, head_dim).num_features
     if (
         config.engine.precision != "bfloat16"

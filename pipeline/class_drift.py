@@ -22,49 +22,35 @@ PROBE_ROWS = 32
 
 @dataclass(frozen=True)
 class ClassProbe:
-    """A few test rows, padded on the right: int64 (B, L), and their texts."""
+    """A few test rows, padded on the right, and their texts."""
 
-    input_ids_BL: Tensor
-    mask_BL: Tensor
-    token_type_ids_BL: Tensor
+    batch: dict[str, Tensor]
+    """As `collate` gives it."""
     texts: list[list[str]]
     """One text a row, or two."""
     rows: list[list[int]]
     """Their tokens."""
+    max_length: int
+    """More tokens than this were cut from a row's end."""
 
 
-def make_class_probe(split: TokenizedSplit, examples_file: Path, pad_id: int) -> ClassProbe:
+def make_class_probe(split: TokenizedSplit, examples_file: Path, pad_id: int, max_length: int) -> ClassProbe:
     """The first rows of a split whose texts stand in `examples_file`, one JSON object a line, in the same order."""
     with open(examples_file, encoding="utf-8") as file:
         examples = [json.loads(line) for line, _ in zip(file, range(PROBE_ROWS), strict=False)]
-    numbers = range(min(len(examples), len(split)))
-    batch = collate(split, [[number] for number in numbers], pad_id, "all")
-    texts = [[example["text"], *([example["second_text"]] if "second_text" in example else [])] for example in examples]
+    numbers = range(len(examples))
     return ClassProbe(
-        input_ids_BL=batch["input_ids"],
-        mask_BL=batch["mask"].long(),
-        token_type_ids_BL=batch["token_type_ids"],
-        texts=texts,
+        batch=collate(split, [[number] for number in numbers], pad_id, "row"),
+        texts=[[row[name] for name in ("text", "second_text") if name in row] for row in examples],
         rows=[split[number][0].tolist() for number in numbers],
+        max_length=max_length,
     )
-
-
-@torch.inference_mode()
-def class_logits(model: Any, probe: ClassProbe) -> Tensor:
-    """(B, C), float32, of a model in this process."""
-    device = next(model.parameters()).device
-    logits_BC = model(
-        input_ids=probe.input_ids_BL.to(device),
-        attention_mask=probe.mask_BL.to(device),
-        token_type_ids=probe.token_type_ids_BL.to(device),
-    ).logits
-    return logits_BC.float().cpu()
 
 
 def class_logits_in_clean_process(
     model_folder: Path, probe: ClassProbe, *, device: torch.device, trust_remote_code: bool
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The exported folder's logits, and facts about the load.
+    """The exported folder's logits, float32 (B, C), and facts about the load.
 
     Raises:
         ModelError: the folder does not load there, lacks weights, or its tokenizer gives other tokens.
@@ -73,15 +59,20 @@ def class_logits_in_clean_process(
     tensors, facts = ask_clean_process(
         model_folder,
         {
-            "input_ids": probe.input_ids_BL,
-            "attention_mask": probe.mask_BL,
-            "token_type_ids": probe.token_type_ids_BL,
+            "input_ids": probe.batch["input_ids"],
+            "attention_mask": probe.batch["mask"].long(),
+            "token_type_ids": probe.batch["token_type_ids"],
         },
-        {"task": "classify", "trust_remote_code": trust_remote_code, "texts": probe.texts},
+        {
+            "task": "classify",
+            "trust_remote_code": trust_remote_code,
+            "texts": probe.texts,
+            "max_length": probe.max_length,
+        },
         device,
     )
-    # what prepare cut from the end of a long row, the tokenizer by itself does not
-    whole = [tokens for tokens, row in zip(facts["encoded_rows"], probe.rows, strict=True) if len(tokens) <= len(row)]
-    rows = [row for tokens, row in zip(facts["encoded_rows"], probe.rows, strict=True) if len(tokens) <= len(row)]
-    check_tokens(model_folder, (tokens == row for tokens, row in zip(whole, rows, strict=True)))
+    check_tokens(model_folder, (row == own for row, own in zip(facts["encoded_rows"], probe.rows, strict=True)))
     return tensors["logits"], facts
+
+
+__all__ = ["PROBE_ROWS", "ClassProbe", "class_logits_in_clean_process", "make_class_probe"]

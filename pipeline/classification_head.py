@@ -30,6 +30,22 @@ def head_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return found
 
 
+def class_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, C), float32, where the model lies.
+
+    Args:
+        model: a base or converted encoder with a head, float32 or below.
+        batch: `input_ids` (B, L), `mask` (B, L; True or 1 at real tokens) and `token_type_ids` (B, L), on any device.
+    """
+    device = next(model.parameters()).device
+    logits_BC = model(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["mask"].to(device),
+        token_type_ids=batch["token_type_ids"].to(device),
+    ).logits
+    return logits_BC.float()
+
+
 def draw_head(base: PreTrainedModel, missing: Iterable[str], seed: int) -> None:
     """Put new modules where tensors called `missing` are: normal weights of the config's width, zero biases."""
     config: Any = base.config

@@ -70,7 +70,9 @@ def main(folder: Path) -> None:
 def classify(model: Any, tokenizer: Any, tensors: dict[str, Any], request: dict[str, Any]) -> tuple[dict, dict]:
     """Logits of the classes; the tokens that the tokenizer gives of each row's texts."""
     logits = model(**tensors).logits.float()
-    return {"logits": logits}, {"encoded_rows": [tokenizer(*texts).input_ids for texts in request["texts"]]}
+    # as prepare does it: long rows are cut, and "[SEP]" inside a text is plain characters
+    cut = {"truncation": "longest_first", "max_length": request["max_length"], "split_special_tokens": True}
+    return {"logits": logits}, {"encoded_rows": [tokenizer(*texts, **cut).input_ids for texts in request["texts"]]}
 
 
 def generate(model: Any, tokenizer: Any, tensors: dict[str, Any], request: dict[str, Any]) -> tuple[dict, dict]:

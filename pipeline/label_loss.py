@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .classification_head import class_logits
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -21,9 +23,10 @@ class LabelLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Σ −log p(label) over the rows, in float32, a scalar."""
-        encoder: Any = self.model.get_base_model()
-        logits_BC = encoder(
-            input_ids=batch["input_ids"], attention_mask=batch["mask"], token_type_ids=batch["token_type_ids"]
-        ).logits
-        return F.cross_entropy(logits_BC.float(), batch["row_labels"], reduction="sum")
+        """Σ −log p(label) over the rows, in float32, a scalar.
+
+        Args:
+            batch: as `collate` gives it of rows to classify: what `class_logits` reads, and `row_labels` int64 (B,).
+        """
+        logits_BC = class_logits(self.model.get_base_model(), batch)
+        return F.cross_entropy(logits_BC, batch["row_labels"], reduction="sum")

@@ -164,7 +164,7 @@ class _Sizes:
     @property
     def has_no_features(self) -> bool:
         """Whether no tensor of φ's size is formed: φ is computed along the way, or inside a kernel."""
-        return self.attention not in ("CUDA kernel, φ outside", "PyTorch, both ways")
+        return self.attention not in ("CUDA kernel, φ outside", "PyTorch, bidirectional")
 
     def span_scratch(self, direction: Literal["forward", "backward"], rows: int, length: int) -> tuple[float, str]:
         """Bytes of φ of a span of tokens, where PyTorch computes it along the way, and their formula; or 0 and ""."""
@@ -367,7 +367,7 @@ def _finetune_terms(sizes: _Sizes) -> list[Term]:
     else:
         terms.append(Term("activations", shape.num_layers * layer, f"L B T ({formula})"))
     attention, formula = sizes.features_per_token * (4.0 + p), "2HF (4 + p)"
-    if sizes.attention == "PyTorch, both ways":  # computed again: what it keeps of φ, and gradients of that
+    if sizes.attention == "PyTorch, bidirectional":  # computed again: what it keeps of φ, and gradients of that
         results = FEATURE_RESULTS.get(config.model.feature_map, 1.0)
         attention = 4 * (results + 2) * sizes.features_per_token + 20 * shape.num_heads * shape.head_dim
         formula = f"{8 * (results + 2):g}HF + 20HD"
@@ -420,7 +420,7 @@ def saved_per_token(config: RunConfig, shape: ModelShape, device: str) -> list[t
     parts = [shape.saved_by_norms(p), ("adapter inputs", float(adapters)), shape.saved_by_mlp(p)]
     if sizes.attention == "CUDA kernel, φ inside":
         parts.append(("q, k, v, d", float(p * (queries + 2 * keys) + 4 * shape.num_heads)))
-    elif sizes.attention == "PyTorch, both ways":
+    elif sizes.attention == "PyTorch, bidirectional":
         parts.append(("q, k, v", 3.0 * queries * p))
     elif sizes.attention == "PyTorch":
         parts.append(("q, k, v, o, d", float(p * (2 * queries + 2 * keys) + 4 * shape.num_heads)))

@@ -49,6 +49,8 @@ class ModelShape(ABC):
     """Linear modules that read one and the same tensor."""
     positions_are_a_table: ClassVar[bool] = False
     """Whether a position beyond `max_length_tokens` does not exist."""
+    tiny_positions: ClassVar[int | None] = None
+    """Positions of the model that the `tiny` section makes, where they are a table."""
     layer_prefix: ClassVar[str]
     """Tensors of decoder layer i are called this, i and a dot."""
     decoder_prefix: ClassVar[str]
@@ -64,9 +66,19 @@ class ModelShape(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def of_tiny(cls, tiny: TinyConfig) -> ModelShape:
-        """The shape of the model that the `tiny` section makes."""
+        """The shape of the model that the `tiny` section makes: with as many heads for keys and values as for queries,
+        where a family has no say in it."""
+        return cls(
+            hidden_size=tiny.hidden_size,
+            num_layers=tiny.num_layers,
+            num_heads=tiny.num_heads,
+            num_key_value_heads=tiny.num_heads,
+            head_dim=tiny.hidden_size // tiny.num_heads,
+            intermediate_size=tiny.intermediate_size,
+            vocab_size=tiny.vocab_size,
+            max_length_tokens=cls.tiny_positions,
+        )
 
     @classmethod
     @abstractmethod

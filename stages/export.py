@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ..pipeline.class_drift import class_logits, class_logits_in_clean_process, make_class_probe
+from ..pipeline.class_drift import class_logits_in_clean_process, make_class_probe
+from ..pipeline.classification_head import class_logits
 from ..pipeline.config import RunConfig
 from ..pipeline.data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
@@ -210,11 +211,15 @@ class _Classification:
     def __init__(self, ctx: StageContext, pad_id: int) -> None:
         prepare = ctx.inputs["prepare"]
         split = TokenizedSplit.open(prepare.artifact("tokens_test"))
-        self._ctx, self._probe = ctx, make_class_probe(split, prepare.artifact("examples_test"), pad_id)
+        self._ctx, self._probe = (
+            ctx,
+            make_class_probe(split, prepare.artifact("examples_test"), pad_id, ctx.config.data.max_length_tokens),
+        )
 
     def ask(self, model: Any) -> None:
         self._ctx.reporter.info(f"the unmerged model classifies {len(self._probe.rows)} test rows")
-        self._reference = class_logits(model, self._probe)
+        with torch.inference_mode():
+            self._reference = class_logits(model, self._probe.batch).cpu()
 
     def compare(self, folder: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
         exported, facts = class_logits_in_clean_process(folder, self._probe, **options)

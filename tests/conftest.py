@@ -141,6 +141,16 @@ class TrainingRun:
 
         return load_file(self.root / path)
 
+    def assert_same_tensors(self, other: TrainingRun, *paths: str) -> None:
+        """To the bit, in files of both folders."""
+        import torch
+
+        for path in paths:
+            tensors, expected = self.tensors(path), other.tensors(path)
+            assert tensors.keys() == expected.keys()
+            for name in expected:
+                assert torch.equal(tensors[name], expected[name]), name
+
 
 def override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     values = json.loads(json.dumps(values))

@@ -94,3 +94,25 @@ def test_an_installation_has_every_package():
     named = re.findall(r'"([\w.]+)"', listed[1])
     found = {".".join(("hedgehog", *file.parent.relative_to(ROOT).parts)) for file in SOURCES}
     assert found | {"hedgehog.slurm"} == set(named), "slurm holds templates"
+
+
+@pytest.mark.parametrize("num_workers", range(1, 7))
+def test_each_test_is_dealt_to_one_worker(num_workers: int, request: pytest.FixtureRequest) -> None:
+    """An item that the order lost would not run, and nobody would miss it."""
+    (conftest,) = [one for one in request.config.pluginmanager.get_plugins() if hasattr(one, "dealt")]
+
+    class Item:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def get_closest_marker(self, name: str) -> bool:
+            return self.number % {"slurm": 7, "slow": 5}[name] == 0
+
+    for count in (0, 1, 5, 100):
+        items = [Item(number) for number in range(count)]
+        order = conftest.dealt(items, num_workers)
+        assert sorted(item.number for item in order) == list(range(count))
+    share = len(items) // num_workers
+    shares = [order[worker * share : (worker + 1) * share] for worker in range(num_workers)]
+    on_slurm = [sum(item.get_closest_marker("slurm") for item in items) for items in shares]
+    assert sum(count > 0 for count in on_slurm) == min(2, num_workers), on_slurm

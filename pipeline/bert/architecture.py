@@ -12,7 +12,7 @@ from ..modeling.architecture import SMALL_MODELS_INITIAL, Architecture
 from . import configuration_hedgehog_bert, modeling_hedgehog_bert
 from .configuration_hedgehog_bert import HedgehogBertConfig
 from .modeling_hedgehog_bert import HedgehogBertForSequenceClassification
-from .shape import TINY_POSITIONS
+from .shape import BertShape
 
 if TYPE_CHECKING:
     from ..config import TinyConfig
@@ -29,7 +29,6 @@ class BertArchitecture(Architecture):
         "AutoModelForSequenceClassification": "modeling_hedgehog_bert.HedgehogBertForSequenceClassification",
     }
     modeling_files = (configuration_hedgehog_bert, modeling_hedgehog_bert)
-    is_causal = False
     of_model = ("classifier",)
     of_decoder = ("embeddings", "pooler")
     of_layer = ("attention.output", "intermediate", "output")
@@ -50,7 +49,7 @@ class BertArchitecture(Architecture):
             num_hidden_layers=tiny.num_layers,
             num_attention_heads=tiny.num_heads,
             intermediate_size=tiny.intermediate_size,
-            max_position_embeddings=TINY_POSITIONS,
+            max_position_embeddings=BertShape.tiny_positions,
             initializer_range=SMALL_MODELS_INITIAL * tiny.hidden_size**-0.5,
             hidden_dropout_prob=0.0,  # the corpus never repeats: there is nothing to regularize
             attention_probs_dropout_prob=0.0,

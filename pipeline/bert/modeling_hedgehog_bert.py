@@ -60,7 +60,7 @@ class HedgehogBertSelfAttention(HedgehogAttention, BertSelfAttention):
             project(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
-        o_BHLV = self.attend_both_ways(q_BHLD, k_BHLD, v_BHLV, mask_BL=attention_mask, position_ids=position_ids)
+        o_BHLV = self.attend_bidirectional(q_BHLD, k_BHLD, v_BHLV, mask_BL=attention_mask, position_ids=position_ids)
         return o_BHLV.transpose(1, 2).reshape(B, L, -1), None
 
 

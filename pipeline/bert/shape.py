@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from ..errors import ModelError
 from ..model_shape import ModelShape, whole_sizes
 
-if TYPE_CHECKING:
-    from ..config import TinyConfig
-
-TINY_POSITIONS = 512
 _NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """What the oldest checkpoints call a norm's weights; transformers renames them as it loads."""
 
@@ -31,6 +27,7 @@ class BertShape(ModelShape):
     lora_modules = (*attention_modules, "intermediate.dense")
     same_input = (("query", "key", "value"),)
     positions_are_a_table = True
+    tiny_positions: ClassVar[int] = 512
     layer_prefix = "bert.encoder.layer."
     decoder_prefix = "bert"
 
@@ -54,19 +51,6 @@ class BertShape(ModelShape):
             vocab_size=fields["vocab_size"],
             max_length_tokens=fields["max_position_embeddings"],
             type_vocab_size=fields.get("type_vocab_size", 2),
-        )
-
-    @classmethod
-    def of_tiny(cls, tiny: TinyConfig) -> BertShape:
-        return cls(
-            hidden_size=tiny.hidden_size,
-            num_layers=tiny.num_layers,
-            num_heads=tiny.num_heads,
-            num_key_value_heads=tiny.num_heads,
-            head_dim=tiny.hidden_size // tiny.num_heads,
-            intermediate_size=tiny.intermediate_size,
-            vocab_size=tiny.vocab_size,
-            max_length_tokens=TINY_POSITIONS,
         )
 
     @classmethod
@@ -145,4 +129,4 @@ class BertShape(ModelShape):
         return "4Ep", 4.0 * self.hidden_size * p
 
 
-__all__ = ["TINY_POSITIONS", "BertShape"]
+__all__ = ["BertShape"]

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..classification_head import class_logits
 from ..config import ScheduleConfig, TinyConfig
 from ..interrupts import asked_to_stop, stop_if_asked
 from ..run_folder import atomic_write
@@ -112,9 +113,7 @@ def pretrain(
 
 def _loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     if "row_labels" in batch:
-        read = {"attention_mask": batch["mask"], "token_type_ids": batch["token_type_ids"]}
-        logits = model(input_ids=batch["input_ids"], **read).logits
-        return torch.nn.functional.cross_entropy(logits, batch["row_labels"])
+        return torch.nn.functional.cross_entropy(class_logits(model, batch), batch["row_labels"])
     # The padding is on the right, where causal attention does not look: no mask, and so the fast kernel.
     return model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..bootstrap import INTERVAL_LEVEL
+from ..classification_head import class_logits
 from ..classification_scores import ClassificationScores
 from ..data.batches import collate
 from ..data.tokens import TokenizedSplit
@@ -21,18 +22,6 @@ from ..generation import length_sorted_batches
 from ..stage_context import StageContext, VariantInputs
 from .losses import finite_losses
 from .task import Made, Pass, Row, Task, read_examples, variant_facts
-
-
-@torch.inference_mode()
-def class_log_probabilities(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """log p of every class, float32 (B, C), from what `collate` gave of rows to classify."""
-    device = next(model.parameters()).device
-    logits_BC = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["mask"].long().to(device),
-        token_type_ids=batch["token_type_ids"].to(device),
-    ).logits
-    return F.log_softmax(logits_BC.float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -62,20 +51,21 @@ class ClassificationPass(Pass):
 
         return classify
 
+    @torch.inference_mode()
     def _rows(self, model: torch.nn.Module, pad_id: int, batch: list[int]) -> list[Row]:
         """
         Raises:
             ModelError: the model's head is made for other classes.
         """
         collated = collate(self.tokens, [[index] for index in batch], pad_id, loss_on="row")
-        log_p_BC = class_log_probabilities(model, collated)
+        log_p_BC = F.log_softmax(class_logits(model, collated), dim=-1).cpu()
         if log_p_BC.shape[1] != len(self.label_names):
             raise ModelError(
                 f"the model tells {log_p_BC.shape[1]} classes apart, but the data have {len(self.label_names)}: its "
                 "head was trained on other labels; run finetune again with --force"
             )
         labels_B = collated["row_labels"]
-        loss_B = -log_p_BC.cpu().gather(1, labels_B.unsqueeze(1)).squeeze(1)
+        loss_B = -log_p_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)
         rows = []
         for index, label, prediction, loss in zip(
             batch, labels_B.tolist(), log_p_BC.argmax(1).tolist(), loss_B.tolist(), strict=True

@@ -13,7 +13,7 @@ from ..modeling.architecture import SMALL_MODELS_INITIAL, Architecture
 from . import configuration_hedgehog_gpt2, modeling_hedgehog_gpt2
 from .configuration_hedgehog_gpt2 import HedgehogGPT2Config
 from .modeling_hedgehog_gpt2 import HedgehogGPT2LMHeadModel
-from .shape import TINY_POSITIONS
+from .shape import GPT2Shape
 
 if TYPE_CHECKING:
     from ..config import TinyConfig
@@ -56,7 +56,7 @@ class GPT2Architecture(Architecture):
             n_inner=tiny.intermediate_size,
             n_layer=tiny.num_layers,
             n_head=tiny.num_heads,
-            n_positions=TINY_POSITIONS,
+            n_positions=GPT2Shape.tiny_positions,
             bos_token_id=0,
             eos_token_id=0,
             initializer_range=SMALL_MODELS_INITIAL * tiny.hidden_size**-0.5,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from ..errors import ModelError
 from ..model_shape import ModelShape, whole_sizes
-
-if TYPE_CHECKING:
-    from ..config import TinyConfig
 
 _NAMES = {
     "hidden_size": "n_embd",
@@ -19,7 +16,6 @@ _NAMES = {
     "max_position_embeddings": "n_positions",
 }
 """What the rest of transformers calls GPT-2's fields; its config.json may have either."""
-TINY_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class GPT2Shape(ModelShape):
     lora_modules = (*attention_modules, "c_fc", "mlp.c_proj")
     linears_are_transposed = True
     positions_are_a_table = True
+    tiny_positions: ClassVar[int] = 1024
     layer_prefix = "transformer.h."
     decoder_prefix = "transformer"
 
@@ -58,19 +55,6 @@ class GPT2Shape(ModelShape):
             vocab_size=fields["vocab_size"],
             max_length_tokens=sizes["max_position_embeddings"],
             tied_embeddings=bool(fields.get("tie_word_embeddings", True)),
-        )
-
-    @classmethod
-    def of_tiny(cls, tiny: TinyConfig) -> GPT2Shape:
-        return cls(
-            hidden_size=tiny.hidden_size,
-            num_layers=tiny.num_layers,
-            num_heads=tiny.num_heads,
-            num_key_value_heads=tiny.num_heads,
-            head_dim=tiny.hidden_size // tiny.num_heads,
-            intermediate_size=tiny.intermediate_size,
-            vocab_size=tiny.vocab_size,
-            max_length_tokens=TINY_POSITIONS,
         )
 
     @classmethod
@@ -146,4 +130,4 @@ class GPT2Shape(ModelShape):
         return "4Ep", 4.0 * self.hidden_size * p
 
 
-__all__ = ["TINY_POSITIONS", "GPT2Shape"]
+__all__ = ["GPT2Shape"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
@@ -58,17 +58,8 @@ class LlamaShape(ModelShape):
         )
 
     @classmethod
-    def of_tiny(cls, tiny: TinyConfig) -> LlamaShape:
-        return cls(
-            hidden_size=tiny.hidden_size,
-            num_layers=tiny.num_layers,
-            num_heads=tiny.num_heads,
-            num_key_value_heads=tiny.num_key_value_heads,
-            head_dim=tiny.hidden_size // tiny.num_heads,
-            intermediate_size=tiny.intermediate_size,
-            vocab_size=tiny.vocab_size,
-            max_length_tokens=None,
-        )
+    def of_tiny(cls, tiny: TinyConfig) -> ModelShape:
+        return replace(super().of_tiny(tiny), num_key_value_heads=tiny.num_key_value_heads)
 
     @classmethod
     def hub_shapes(cls) -> dict[str, ModelShape]:

@@ -38,9 +38,6 @@ class Architecture(ABC):
     modeling_files: ClassVar[tuple[ModuleType, ...]]
     """Modules that travel with an export, with all that they import from this project."""
 
-    is_causal: ClassVar[bool] = True
-    """Whether tokens see those before them only."""
-
     of_model: ClassVar[tuple[str, ...]] = ("lm_head",)
     """Modules that a converted model shares with its base, above the decoder."""
     of_decoder: ClassVar[tuple[str, ...]]
@@ -53,6 +50,11 @@ class Architecture(ABC):
     attention_name: ClassVar[str]
     head_modules: ClassVar[tuple[str, ...]] = ()
     """Modules of an encoder's head: they learn whole in stage two; a base that was only pretrained may lack them."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether tokens see those before them only."""
+        return not family_of_config(self.base_config_class).is_encoder
 
     def decoder(self, model: PreTrainedModel) -> Any:
         """The stack below the head of a base model or a converted one; an encoder's too."""

@@ -71,7 +71,7 @@ def convert_base(base: PreTrainedModel, **hedgehog_fields: Any) -> HedgehogPreTr
                 feature_map.reset_parameters()
     architecture.complete(model)
 
-    if not architecture.head_modules:  # an encoder generates nothing
+    if architecture.is_causal:  # an encoder generates nothing
         model.generation_config = base.generation_config
     # a quantized base stays recognisable as such, to peft and to transformers
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -109,7 +109,7 @@ class HedgehogAttention(nn.Module):
             layer.store(state, num_new_tokens=q_BHLD.shape[2])
         return o_BHLV
 
-    def attend_both_ways(
+    def attend_bidirectional(
         self,
         q_BHLD: torch.Tensor,
         k_BHLD: torch.Tensor,

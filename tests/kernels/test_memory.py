@@ -48,11 +48,11 @@ work = {
     "quadratic": attention(quadratic_linear_attention),
     "distillation": loss(lambda q, k, v, *maps: attention_distillation_loss(q, k, *maps, block_size=16)),
     "output": loss(output_mse_loss),
-    "both ways": attention(noncausal_linear_attention),
-    "distillation both ways": loss(
+    "bidirectional": attention(noncausal_linear_attention),
+    "bidirectional distillation": loss(
         lambda q, k, v, *maps: attention_distillation_loss(q, k, *maps, block_size=16, causal=False)
     ),
-    "output both ways": loss(lambda *x: output_mse_loss(*x, causal=False)),
+    "bidirectional output": loss(lambda *x: output_mse_loss(*x, causal=False)),
 }[sys.argv[1]]
 
 def status(key):
@@ -81,9 +81,9 @@ def peaks_kb(workload: str, *lengths: int) -> list[int]:
         ("mapped", 16384),
         ("distillation", 2048),
         ("output", 2048),
-        ("both ways", 16384),
-        ("distillation both ways", 2048),
-        ("output both ways", 2048),
+        ("bidirectional", 16384),
+        ("bidirectional distillation", 2048),
+        ("bidirectional output", 2048),
     ],
 )
 def test_peak_memory_is_linear_in_length(workload, length):

@@ -274,6 +274,14 @@ def test_a_step_of_an_encoder_takes_what_the_estimate_says(precision, feature_ma
     assert estimated == pytest.approx(peak.num_bytes, rel=0.1)
 
 
+def test_an_encoders_linear_attention_keeps_less_of_padded_rows_than_softmax():
+    kept = {}
+    for attention in ("linear", "softmax"):
+        config = make_config(model={"attention": attention}, data=CLASSES, engine={"precision": "float32"})
+        kept[attention] = measured_bytes_of_a_bert(3, config) - measured_bytes_of_a_bert(2, config)
+    assert kept["linear"] < 0.8 * kept["softmax"]
+
+
 def measured_bytes_of_a_bert(num_layers: int, config: RunConfig) -> int:
     """As measured_bytes, for two rows of 256 tokens, one of them padded."""
     loss, batch = a_bert_in_training(replace(BERT, num_layers=num_layers), config, rows=2)

@@ -17,10 +17,12 @@ from hedgehog.pipeline.answers import open_variants
 from hedgehog.pipeline.classification_head import has_new_head
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tiny import CORPUS_FIELDS
+from hedgehog.pipeline.data.tokenize import load_prepared_tokenizer
 from hedgehog.pipeline.errors import CheckpointError, ConfigError, ModelError
 from hedgehog.pipeline.modeling.load_base import load_base
 from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.runner import merge_layers, run_pipeline, run_stage
+from hedgehog.stages import export
 
 MAPS, ADAPTER, HEAD = (
     "distill/feature_maps.safetensors",
@@ -37,14 +39,6 @@ def finished(new_run: Callable[..., Run]) -> Run:
     run.stage("distill")
     run.stage("finetune")
     return run
-
-
-def assert_equal(run: Run, other: Run, *paths: str) -> None:
-    for path in paths:
-        tensors, expected = run.tensors(path), other.tensors(path)
-        assert tensors.keys() == expected.keys()
-        for name in expected:
-            assert torch.equal(tensors[name], expected[name]), name
 
 
 def test_maps_adapters_and_head_learn(finished: Run, new_run: Callable[..., Run]) -> None:
@@ -72,7 +66,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         interrupt(run, stage)
         torch.rand(7)  # whatever else drew random numbers in between
         assert run.stage(stage).num_resumes == 1
-        assert_equal(run, whole, *files)
+        run.assert_same_tensors(whole, *files)
         assert run.metrics(stage) == whole.metrics(stage)
 
 
@@ -81,7 +75,7 @@ def test_layers_trained_apart_are_the_same_to_the_bit(finished: Run, new_run: Ca
     for layers in ("0,2", "1"):
         run.changed(distill__layers=layers).stage("distill")
     merge_layers(run.config)
-    assert_equal(run, finished, MAPS)
+    run.assert_same_tensors(finished, MAPS)
 
 
 def test_a_subset_on_kept_hidden_states_learns_the_same(new_run: Callable[..., Run]) -> None:
@@ -238,6 +232,45 @@ def test_a_softmax_variant_is_exported_as_a_plain_bert(tiny_run: Path, tiny_conf
 def test_the_report_says_what_was_made(tiny_run: Path) -> None:
     page = write_report(tiny_run).read_text(encoding="utf-8")
     assert "Hedgehog-BERT conversion" in page and "Llama" not in page and "ROUGE" not in page
+
+
+def test_the_exported_tokenizer_is_held_to_prepares_tokens(
+    tiny_run: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of texts as users have them: one is cut, others speak of [SEP] and [CLS]."""
+    texts = ("a [SEP] b", "see you at 5 " * 40, "[CLS]", "no")
+    rows = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in zip(texts, "0101", strict=True))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    files = {f"{split}_file": str(tmp_path / "rows.jsonl") for split in ("train", "validation", "test")}
+    shutil.copytree(tiny_run / "prepare/base_model", tmp_path / "base")
+    fields = json.loads((tmp_path / "base/config.json").read_text())
+    fields |= {"id2label": {"0": "0", "1": "1"}, "label2id": {"0": 0, "1": 1}}
+    (tmp_path / "base/config.json").write_text(json.dumps(fields))
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors |= {f"classifier.{name}": tensors[f"classifier.{name}"][:2].clone() for name in ("weight", "bias")}
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    config = a_tiny_bert(
+        tiny_config,
+        tmp_path,
+        model={"base": str(tmp_path / "base"), "attention": "softmax"},
+        data={"kind": "classification", "max_length_tokens": 64, "overlong": "truncate", **files},
+        finetune={"enabled": False},
+        variants={},
+    ).model_copy(update={"tiny": None})
+    for stage in ("prepare", "distill", "finetune"):
+        run_stage(config, stage)
+    assert json.loads((tmp_path / "g/prepare/manifest.json").read_text())["summary"]["splits"]["test"]["truncated"] == 1
+
+    def with_a_word_more(*arguments: Any) -> Any:
+        tokenizer = load_prepared_tokenizer(*arguments)
+        tokenizer.add_tokens(["you at"])  # of the row that is cut
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "load_prepared_tokenizer", with_a_word_more)
+        with pytest.raises(ModelError, match="does not give the tokens that prepare gave"):
+            run_stage(config, "export")
+    assert run_stage(config, "export").summary["drift"]["num_positions"] == 4
 
 
 def test_a_run_that_classifies_generates_nothing(tiny_run: Path) -> None:

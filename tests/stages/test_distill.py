@@ -27,13 +27,6 @@ def finished(new_run: Callable[..., Run]) -> Run:
     return run
 
 
-def assert_equal(run: Run, other: Run, path: str = MAPS) -> None:
-    tensors, expected = run.tensors(path), other.tensors(path)
-    assert tensors.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(tensors[name], expected[name]), name
-
-
 def test_maps_learn(finished: Run, new_run: Callable[..., Run]) -> None:
     untrained = new_run(distill__enabled=False)
     start = untrained.stage("distill").summary
@@ -56,7 +49,7 @@ def test_resumed_equals_uninterrupted(
     assert not (run.root / MAPS).exists()
     run = run.changed(engine__zero_stage=after)
     assert run.stage("distill").num_resumes == 1
-    assert_equal(run, finished)
+    run.assert_same_tensors(finished, MAPS)
     assert read_feature_maps(run.root / MAPS)[1] == read_feature_maps(finished.root / MAPS)[1]
     for record, expected in zip(run.metrics("distill"), finished.metrics("distill"), strict=True):
         # every stage adds up the squares of the gradient in its own order
@@ -71,7 +64,7 @@ def test_a_subset_of_layers_learns_the_same_alone(finished: Run, new_run: Callab
         merge_layers(run.config)
     run.changed(distill__layers="1").stage("distill")
     merged = merge_layers(run.config)
-    assert_equal(run, finished)
+    run.assert_same_tensors(finished, MAPS)
     expected = finished.stage("distill").summary
     assert merged.summary["kl_per_head"] == expected["kl_per_head"]
     parts = [read_manifest(folder) for folder in RunFolder(run.root).subsets()]
@@ -307,9 +300,9 @@ def test_a_part_of_the_query_rows(finished: Run, new_run: Callable[..., Run], in
     resumed = new_run(**sampling)
     interrupt(resumed, "distill")
     resumed.stage("distill")
-    assert_equal(resumed, run)
+    resumed.assert_same_tensors(run, MAPS)
     subset = new_run(**sampling)
     for layers in ("0,2", "1"):
         subset.changed(distill__layers=layers).stage("distill")
     merge_layers(subset.config)
-    assert_equal(subset, run)
+    subset.assert_same_tensors(run, MAPS)

@@ -58,14 +58,6 @@ def finished_in_8bit(distilled: Callable[..., Run]) -> Run:
     return run
 
 
-def assert_equal(run: Run, other: Run, *paths: str) -> None:
-    for path in paths:
-        tensors, expected = run.tensors(path), other.tensors(path)
-        assert tensors.keys() == expected.keys()
-        for name in expected:
-            assert torch.equal(tensors[name], expected[name]), name
-
-
 def assert_same_last_steps(run: Run, other: Run) -> None:
     """The steps after the interruption move the weights alike. Without its moments Adam would go elsewhere."""
 
@@ -139,7 +131,7 @@ def test_resumed_equals_uninterrupted(
         expected = distilled(engine__zero_stage=3, finetune__gradient_clip=None)
         expected.stage("finetune")
     if before == after or 3 not in (before, after):
-        assert_equal(run, expected, ADAPTER, MAPS)
+        run.assert_same_tensors(expected, ADAPTER, MAPS)
         assert_same_records(run, expected)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             written = [(r.root / "finetune/adapter" / name).read_bytes() for r in (run, expected)]
@@ -205,7 +197,7 @@ def test_the_8bit_optimizer_resumes_to_the_bit_in_its_own_layout(
     run.stage("finetune")
     saved = run.tensors("finetune/checkpoints/step-000004/optimizer-00000.safetensors")
     assert saved["0/state1"].dtype == torch.uint8
-    assert_equal(run, finished_in_8bit, ADAPTER, MAPS)
+    run.assert_same_tensors(finished_in_8bit, ADAPTER, MAPS)
     assert_same_records(run, finished_in_8bit)
 
 
@@ -325,7 +317,7 @@ def test_dropout_repeats_itself_after_a_resume(distilled: Callable[..., Run], in
     interrupt(run, "finetune")
     torch.rand(7)  # whatever else drew random numbers in between
     run.stage("finetune")
-    assert_equal(run, whole, ADAPTER, MAPS)
+    run.assert_same_tensors(whole, ADAPTER, MAPS)
 
 
 def test_a_diverging_run_stops_and_keeps_what_was_good(

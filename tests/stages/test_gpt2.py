@@ -30,14 +30,6 @@ def finished(new_run: Callable[..., Run]) -> Run:
     return run
 
 
-def assert_equal(run: Run, other: Run, *paths: str) -> None:
-    for path in paths:
-        tensors, expected = run.tensors(path), other.tensors(path)
-        assert tensors.keys() == expected.keys()
-        for name in expected:
-            assert torch.equal(tensors[name], expected[name]), name
-
-
 def test_maps_and_adapters_learn(finished: Run, new_run: Callable[..., Run]) -> None:
     untrained = new_run("gpt2", distill__enabled=False).stage("distill").summary
     assert finished.stage("distill").summary["kl_mean"] < untrained["kl_mean"]
@@ -60,7 +52,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         interrupt(run, stage)
         torch.rand(7)  # whatever else drew random numbers in between
         assert run.stage(stage).num_resumes == 1
-        assert_equal(run, whole, *files)
+        run.assert_same_tensors(whole, *files)
         assert run.metrics(stage) == whole.metrics(stage)
 
 
@@ -69,7 +61,7 @@ def test_layers_trained_apart_are_the_same_to_the_bit(finished: Run, new_run: Ca
     for layers in ("0,2", "1"):
         run.changed(distill__layers=layers).stage("distill")
     merge_layers(run.config)
-    assert_equal(run, finished, MAPS)
+    run.assert_same_tensors(finished, MAPS)
 
 
 def test_two_processes_under_zero_3_learn_the_same(new_run: Callable[..., Run], launch: Callable[..., Any]) -> None:
