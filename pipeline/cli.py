@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `hedgehog --help` answers at once: no to
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from .config import RunConfig
 
 INTERRUPTED_EXIT_CODE = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="hedgehog",
-    help="Convert a pretrained Llama or GPT-2 to linear attention (Hedgehog): distill, finetune, evaluate, export.",
+    help="Convert a pretrained Llama, GPT-2 or BERT to linear attention (Hedgehog): distill, finetune, evaluate, export.",
     epilog="Exit codes: 0 done, 2 a mistake or a refusal with its cure, 75 stopped by a signal with all saved (the "
     "same command goes on), 130 likewise by Ctrl-C.",
     no_args_is_help=True,
@@ -390,7 +392,15 @@ def env(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main() -> None:
     """Entry point of the `hedgehog` command."""
     quiet_libraries()
-    app(prog_name="hedgehog")  # also under `python -m` and torchrun
+    try:
+        app(prog_name="hedgehog")  # also under `python -m` and torchrun
+    except OSError as error:  # stages tell of their own files
+        if error.errno not in _FULL:
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is left in the old one's buffer would fail at exit)
+        where = error.filename or "what this command writes"
+        _tell(f"error: no room for {where}: the disk or quota is full. Free some space, then run the same command again.")
+        sys.exit(2)
 
 
 def _run_stage(

@@ -81,6 +81,15 @@ def test_the_module_runs_as_a_program():
     assert result.stderr == "error: /nowhere/x.yaml: no such config file.\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, which is always full")
+def test_output_to_a_full_disk_is_one_message():
+    command = [sys.executable, "-m", "hedgehog.pipeline.cli", "--help"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no room for what this command writes") and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", ["run", *STAGES, "merge", "validate", "status", "report", "env"])
 def test_every_commands_help_has_an_example(command):
     result = invoke(command, "--help")
