@@ -30,7 +30,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="hedgehog",
-    help="Convert a pretrained Llama, GPT-2 or BERT to linear attention (Hedgehog): distill, finetune, evaluate, export.",
+    help="Convert a pretrained Llama, GPT-2 or BERT to linear attention (Hedgehog): distill, finetune, evaluate, "
+    "export.",
     epilog="Exit codes: 0 done, 2 a mistake or a refusal with its cure, 75 stopped by a signal with all saved (the "
     "same command goes on), 130 likewise by Ctrl-C.",
     no_args_is_help=True,
@@ -399,7 +400,7 @@ def main() -> None:
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is left in the old one's buffer would fail at exit)
         where = error.filename or "what this command writes"
-        _tell(f"error: no room for {where}: the disk or quota is full. Free some space, then run the same command again.")
+        _tell(f"error: no room for {where}: disk or quota is full. Free some space, then run the same command again.")
         sys.exit(2)
 
 
