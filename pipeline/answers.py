@@ -121,6 +121,8 @@ def open_variants(run: str, names: Sequence[str] = (), overrides: Sequence[str] 
     if not folder.config_file.is_file():
         raise ConfigError(f"{folder.root}: has no {folder.config_file.name}; run `hedgehog prepare CONFIG` first")
     config = load_config(folder.config_file, overrides)
+    if _TEMPLATE in given and config.data.kind != "dialogues":
+        raise ConfigError(f"{_TEMPLATE}: this run goes on with the text it is given; there is no template around it")
     return [_open(folder, name, _conversion(config, name), given) for name in dict.fromkeys(names or [MAIN])]
 
 

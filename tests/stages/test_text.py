@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from hedgehog.pipeline.answers import open_variants
 from hedgehog.pipeline.cli import app
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.batches import BatchPlan
@@ -144,6 +145,14 @@ def test_the_export_loads_and_goes_on_with_text(finished) -> None:
     assert said.exit_code == 0, said.output
     expected = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert expected in said.stdout
+
+
+def test_a_template_is_refused_where_text_is_gone_on_with(finished) -> None:
+    run, _ = finished
+    folder = str(Path(run.output_dir) / run.name)
+    with pytest.raises(ConfigError, match=r"data\.prompt_template: this run goes on with the text"):
+        open_variants(folder, overrides=["data.prompt_template={dialogue} =>"])
+    assert open_variants(folder)
 
 
 def test_shards_joined_are_the_whole(finished, tmp_path: Path) -> None:
