@@ -17,7 +17,7 @@ from .errors import ModelError
 from .families import FAMILIES, HUB_SHAPES, family_of
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from .config import DataConfig, RunConfig
     from .model_shape import ModelShape
 
 _SHOWN = 3
@@ -79,6 +79,16 @@ def kind_fault(family: type[ModelShape], kind: str) -> str | None:
     if kind == "classification" and not family.is_encoder:
         return f"classification needs {encoders}, and the base model is a {family.title}: take another one of the two."
     return None
+
+
+def pair_fault(shape: ModelShape, data: DataConfig) -> str | None:
+    """Why a model cannot read pairs, with the cure; None where it can, or the rows are single texts."""
+    if data.kind != "classification" or data.second_text_field is None or shape.num_token_types > 1:
+        return None
+    return (
+        f"{data.second_text_field}, but the base model tells no two texts apart (type_vocab_size is "
+        f"{shape.num_token_types}): take another one, or single texts."
+    )
 
 
 def check_not_quantized(name: str, fields: Mapping[str, Any]) -> None:

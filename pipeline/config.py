@@ -57,17 +57,18 @@ class DataConfig(Section):
     class, which `evaluate` counts right or wrong; for a BERT, and a BERT needs it."""
     dataset: str | None = None
     """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl; of text also .txt; of
-    classification also .tsv, and dev for validation). Instead of the files below."""
+    classification also .tsv and .csv, and dev for validation). Instead of the files below."""
     dataset_config: str | None = None
     """Which of its configurations, where a dataset on the hub has several."""
     validation_split: str | None = None
-    """Which split of a dataset on the hub is for validation. Null: `validation`, unless it is the `test_split`."""
+    """Which split of `dataset` is for validation, by its file's name in a folder. Null: `validation`, unless it is the
+    `test_split`: then some of train."""
     test_split: str | None = None
-    """Which split of a dataset on the hub `evaluate` scores. Null: `test`. Take `validation` where the labels of test
+    """Which split of `dataset` `evaluate` scores, likewise. Null: `test`. Take `validation` where the labels of test
     are kept secret, as in GLUE."""
     train_file: str | None = None
     """JSON (a list of objects) or JSONL file of training rows; of text also a file of plain text, of classification a
-    .tsv whose first line names its columns."""
+    .tsv or .csv whose first line names its columns."""
     validation_file: str | None = None
     """Rows for KL and loss while training. Null: `num_validation_examples` are held out of train."""
     test_file: str | None = None

@@ -92,6 +92,7 @@ _READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "prompt_template"): ("dialogues",),
     ("data", "overlong"): ("dialogues", "classification"),
     ("data", "drop_train_duplicates"): ("dialogues", "classification"),
+    ("evaluate", "max_new_tokens"): ("dialogues", "text"),
     ("evaluate", "num_beams"): ("dialogues",),
     ("evaluate", "min_new_tokens"): ("dialogues",),
     ("evaluate", "no_repeat_ngram_size"): ("dialogues",),
@@ -100,8 +101,14 @@ _READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "second_text_field"): ("classification",),
     ("data", "label_field"): ("classification",),
     ("evaluate", "perplexity"): ("dialogues", "text"),
+    ("model", "chunk_size"): ("dialogues", "text"),
 }
 """Keys, with their section, that not every run looks at, and the kinds of data whose runs do."""
+
+
+_OF_GIVEN_DATA = ("dataset_config", "validation_split", "test_split")
+_OF_GIVEN_CLASSES = ("text_field", "second_text_field", "label_field")
+"""Keys of `data` that say nothing of what a tiny run makes."""
 
 
 def notes(config: RunConfig) -> list[Problem]:
@@ -156,7 +163,7 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
     if data.dataset is None:
         for split in ("train", "test"):
             if getattr(data, f"{split}_file") is None:
-                more = {"text": ".txt, ", "classification": ".tsv, "}.get(data.kind, "")
+                more = {"text": ".txt, ", "classification": ".tsv, .csv, "}.get(data.kind, "")
                 files = f"{more}.json or .jsonl"
                 yield Problem(
                     (f"data.{split}_file", "data.dataset", "tiny"),
@@ -219,7 +226,7 @@ def _engine_errors(config: RunConfig) -> Iterator[Problem]:
 
 def _evaluate_errors(config: RunConfig) -> Iterator[Problem]:
     evaluate = config.evaluate
-    if evaluate.min_new_tokens > evaluate.max_new_tokens:
+    if config.data.kind != "classification" and evaluate.min_new_tokens > evaluate.max_new_tokens:
         yield Problem(
             ("evaluate.min_new_tokens", "evaluate.max_new_tokens"),
             f"{evaluate.min_new_tokens} is more than max_new_tokens {evaluate.max_new_tokens}.",
@@ -241,6 +248,10 @@ def _notes(config: RunConfig) -> Iterator[Problem]:
         part = getattr(config, section)
         if kind not in kinds and getattr(part, name) != type(part).model_fields[name].default:
             yield Problem((f"{section}.{name}",), f"has no effect while data.kind is {kind}.")
+    if config.tiny is not None:
+        for name in _OF_GIVEN_DATA + (_OF_GIVEN_CLASSES if kind == "classification" else ()):
+            if getattr(config.data, name) != type(config.data).model_fields[name].default:
+                yield Problem((f"data.{name}",), "has no effect while the section `tiny` makes the data.")
     for name, schedule in (("distill", config.distill), ("finetune", finetune)):
         if (
             schedule.max_steps is not None

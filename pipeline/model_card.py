@@ -223,7 +223,7 @@ def _training(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         kl = (
             ""
             if facts.kl_mean_nats is None
-            else f" Mean KL from softmax attention: {facts.kl_mean_nats:.4f} nats a row."
+            else f" Mean KL from softmax attention: {facts.kl_mean_nats:.4f} nats (mean over tokens, heads and layers)."
         )
         how = "trained to reproduce the attention weights" if config.distill.enabled else "left at their start"
         lines.append(f"- Stage one: the maps were {how}.{kl}")

@@ -110,6 +110,11 @@ class ModelShape(ABC):
         """Name to shape of every tensor that a saved model of these sizes has."""
 
     @property
+    def num_token_types(self) -> int:
+        """How many texts of a row the model tells apart."""
+        return 1
+
+    @property
     def num_layer_weights(self) -> int:
         """Weights in the linear modules of one decoder layer: what quantization makes smaller."""
         return sum(inputs * outputs for inputs, outputs in self.linears.values())

@@ -20,6 +20,7 @@ from .base_folder import (
     check_weights,
     kind_fault,
     known_shape,
+    pair_fault,
     read_base_config,
     read_shapes,
 )
@@ -255,10 +256,14 @@ def _base_errors(reading: Reading) -> Iterator[Problem]:
 
 
 def _kind_errors(config: RunConfig) -> list[Problem]:
-    """An encoder for data that is generated, or a decoder for rows to classify; of a tiny run the config tells it."""
+    """An encoder for data that is generated, a decoder for rows to classify (of a tiny run the config tells it), or
+    pairs for a model that reads single texts."""
     shape = _shape(config)
     fault = None if shape is None or config.tiny is not None else kind_fault(type(shape), config.data.kind)
-    return [] if fault is None else [Problem(("data.kind", "model.base", "tiny"), fault)]
+    if fault is not None:
+        return [Problem(("data.kind", "model.base", "tiny"), fault)]
+    fault = None if shape is None else pair_fault(shape, config.data)
+    return [] if fault is None else [Problem(("data.second_text_field", "model.base", "tiny"), fault)]
 
 
 def _length_errors(config: RunConfig) -> list[Problem]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.base_folder import check_convertible, check_head, kind_fault
+from ..pipeline.base_folder import check_convertible, check_head, kind_fault, pair_fault
 from ..pipeline.config import DataConfig, RunConfig
 from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
 from ..pipeline.data.examples import LabelledExample, Split
@@ -24,7 +24,7 @@ from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_toke
 from ..pipeline.data.tokenize_labelled import TokenizedRows, tokenize_rows
 from ..pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
 from ..pipeline.errors import ConfigError, DataError
-from ..pipeline.families import family_of_config, table_length
+from ..pipeline.families import family_of_config, shape_from_fields, table_length
 from ..pipeline.generation import check_room
 from ..pipeline.interrupts import stop_if_asked
 from ..pipeline.rouge import UNSCORABLE, num_unscorable
@@ -81,6 +81,9 @@ def _prepare(ctx: StageContext) -> StageResult:
     fault = kind_fault(family_of_config(base_config), data.kind)
     if fault is not None:
         raise ConfigError(f"data.kind: {fault}")
+    fault = pair_fault(shape_from_fields(base_config.to_dict()), data)
+    if fault is not None:
+        raise ConfigError(f"data.second_text_field: {fault}")
     splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     check_convertible(base, base_config.to_dict(), ctx.config)
     label_names = _number_labels(ctx, splits, base_config) if data.kind == "classification" else None

@@ -38,6 +38,12 @@ class BertShape(ModelShape):
         hidden, num_heads = fields["hidden_size"], fields["num_attention_heads"]
         if hidden % num_heads:
             raise ModelError(f"config.json has hidden_size {hidden}, no multiple of num_attention_heads {num_heads}")
+        positions = fields.get("position_embedding_type", "absolute")
+        if positions != "absolute":
+            raise ModelError(
+                f"config.json has position_embedding_type {positions!r}: transformers no longer reads such a BERT; "
+                "only one with absolute positions can be converted"
+            )
         for name in ("is_decoder", "add_cross_attention"):
             if fields.get(name):
                 raise ModelError(f"config.json has {name}: only a BERT that reads whole texts can be converted")
@@ -78,6 +84,10 @@ class BertShape(ModelShape):
         for old, new in _NORMS.items():
             name = name.replace(old, new)
         return name
+
+    @property
+    def num_token_types(self) -> int:
+        return self.type_vocab_size
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ hub's names of its classes │ whole numbers │ text ──▶ one order of the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from .json_rows import Row
 Label = int | str
 _MANY_CLASSES = 50
 """More of them than this, on fewer than two rows each, are no classes."""
+_WHOLE_NUMBER = re.compile(r"0|[1-9]\d*")
 _SHOWN = 5
 """Labels that a message names."""
 
@@ -42,12 +44,11 @@ def labelled_examples(source: Source, data: DataConfig, name: str) -> Split[Labe
             if texts[-1]:
                 check_encodable(row, field)
         label = _label_of(row, data.label_field, source.label_names)
-        if label not in split.labels:
-            _check_alike(label, row.place, split)
-            split.labels[label] = row.place
+        _check_alike(label, row.place, split)
         if not all(texts):
             split.counts.dropped_empty += 1
             continue
+        split.labels.setdefault(label, row.place)
         text, second_text = (*texts, None)[:2]
         identifier = row.fields.get(data.id_field)
         example_id = f"{name}-{number}" if identifier is None else str(identifier)
@@ -77,7 +78,8 @@ def _label_of(row: Row, name: str, label_names: Sequence[str] | None) -> Label:
     if label == -1:
         raise DataError(
             f"{row.place}: its label is -1, which stands for one that is kept secret; take rows with labels, as "
-            "data.test_file or, of a dataset on the hub, with data.test_split=validation"
+            "data.test_file, or of a dataset with data.test_split=validation. (A class of its own is written as text, "
+            "or with numbers from 0 on.)"
         )
     if isinstance(label, int) and label_names is not None:
         if not 0 <= label < len(label_names):
@@ -165,6 +167,10 @@ def number_labels(
     doubt = None
     if named_by_base is not None and names != list(named_by_base):
         doubt = f"the base model's classes are {_some(named_by_base)}, those of the rows {_some(names)}"
+    elif named_by_base is not None:
+        not_by_name = {label: n for label, n in numbers.items() if str(label).casefold() != names[n].casefold()}
+        if any(int(label) != number for label, number in not_by_name.items()):
+            doubt = f"the labels {_some(numbers)} are taken for the base model's classes {_some(names)}, in this order"
     return names, doubt
 
 
@@ -172,17 +178,18 @@ def _numbered(
     labels: Collection[Label], hub_names: Sequence[str] | None, named_by_base: Sequence[str] | None
 ) -> tuple[list[str], dict[Label, int]]:
     of_base = list(named_by_base or ())
-    if all(isinstance(label, int) for label in labels):
-        ordered = sorted(labels)
-        names = of_base if len(of_base) == len(ordered) else [str(label) for label in ordered]
-        return names, {label: number for number, label in enumerate(ordered)}
     texts = sorted(str(label) for label in labels)
-    known = {name.casefold(): number for number, name in enumerate(of_base)}
-    alike = len(known) == len(of_base) and len({text.casefold() for text in texts}) == len(texts)
-    if alike and all(text.casefold() in known for text in hub_names or texts):
-        return of_base, {text: known[text.casefold()] for text in texts}
-    names = list(hub_names or texts)
-    return names, {name: number for number, name in enumerate(names)}
+    if not all(isinstance(label, int) for label in labels):
+        known = {name.casefold(): number for number, name in enumerate(of_base)}
+        alike = len(known) == len(of_base) and len({text.casefold() for text in texts}) == len(texts)
+        if alike and all(text.casefold() in known for text in hub_names or texts):
+            return of_base, {text: known[text.casefold()] for text in texts}
+        if hub_names or not all(map(_WHOLE_NUMBER.fullmatch, texts)):
+            names = list(hub_names or texts)
+            return names, {name: number for number, name in enumerate(names)}
+    ordered = sorted(labels, key=int)  # numbers that stand there as text too
+    names = of_base if len(of_base) == len(ordered) else [str(label) for label in ordered]
+    return names, {label: number for number, label in enumerate(ordered)}
 
 
 def _some(labels: Collection[Label]) -> str:

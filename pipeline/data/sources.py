@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from ..config import DataConfig
 from ..config_checks import Problem
 from ..errors import DataError
+from . import table_rows
 from .examples import Example, Source, Split, SplitCounts, check_encodable, missing_field, text_field
 from .json_rows import Row, read_rows, read_text
 from .labelled_rows import check_labels, check_some_classes, labelled_examples
-from .table_rows import read_table
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +65,18 @@ def read_splits(data: DataConfig) -> tuple[dict[str, Split[Any]], list[Problem]]
     sources, problems = find_sources(data)
     if on_hub(data):
         try:
-            sources = _hub_sources(data) | sources
+            sources = _named_as_in_train(_hub_sources(data) | sources)
         except DataError as error:
             problems.append(Problem(("data.dataset",), str(error)))
     problems += missing_splits(data, sources, problems)
     splits, unreadable = read_sources(sources, data)
     return splits, problems + unreadable
+
+
+def _named_as_in_train(sources: dict[str, Source]) -> dict[str, Source]:
+    """A file beside the hub's train may give its classes by the hub's numbers."""
+    names = sources["train"].label_names if "train" in sources else None
+    return {split: replace(source, label_names=source.label_names or names) for split, source in sources.items()}
 
 
 def read_sources(sources: Mapping[str, Source], data: DataConfig) -> tuple[dict[str, Split[Any]], list[Problem]]:
@@ -165,7 +171,10 @@ def on_hub(data: DataConfig) -> bool:
 
 
 def find_sources(data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
-    """The local source of every split that has one, and what cannot be one. A `*_file` replaces that of `dataset`."""
+    """The local source of every split that has one, and what cannot be one. A `*_file` replaces that of `dataset`.
+
+    A folder's file that is scored is not taken for validation too: what chooses the weights is not what scores them.
+    """
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     if data.dataset is not None and not on_hub(data):
@@ -186,11 +195,16 @@ def find_sources(data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
             else:
                 sources.pop(split, None)
                 problems.append(Problem((key,), f"{file} is a folder" if path.is_dir() else f"there is no file {file}"))
+    is_asked_for = data.validation_file is not None or data.validation_split is not None
+    if not is_asked_for and {"validation", "test"} <= sources.keys():
+        validation, test = (Path(sources[split].name) for split in ("validation", "test"))
+        if validation.resolve() == test.resolve():
+            del sources["validation"]
     return sources, problems
 
 
 def _suffixes(data: DataConfig) -> tuple[str, ...]:
-    more = {"text": (".txt",), "classification": (".tsv",)}.get(data.kind, ())
+    more = {"text": (".txt",), "classification": table_rows.SUFFIXES}.get(data.kind, ())
     return (*more, *_FILE_SUFFIXES)
 
 
@@ -198,8 +212,9 @@ def _file_source(path: Path, data: DataConfig, key: str = "data.dataset") -> Sou
     """JSON rows, or by what it is called a file of running text, or a table of rows to classify."""
     if data.kind == "text" and path.suffix.lower() not in _JSON_SUFFIXES:
         return Source(str(path), partial(read_text, path, data.text_field), key, is_one_text=True)
-    if data.kind == "classification" and path.suffix.lower() == ".tsv":
-        return Source(str(path), partial(read_table, path, data.label_field), key)
+    if data.kind == "classification" and path.suffix.lower() in table_rows.SUFFIXES:
+        names = [name for name in (data.text_field, data.second_text_field, data.label_field) if name is not None]
+        return Source(str(path), partial(table_rows.read_table, path, names), key)
     return Source(str(path), partial(read_rows, path), key)
 
 
@@ -207,10 +222,12 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
     sources: dict[str, Source] = {}
     problems = []
     all_stems = _GLUE_STEMS if data.kind == "classification" else _FILE_STEMS
-    for split, stems in all_stems.items():
+    for split in SPLITS:
         if getattr(data, f"{split}_file") is not None:
             continue
-        names = [stem + suffix for stem in stems for suffix in _suffixes(data)]
+        own = getattr(data, f"{split}_split", None)
+        stems = all_stems.get(own or split, (own,))
+        names = [f"{stem}{suffix}" for stem in stems for suffix in _suffixes(data)]
         found = [folder / name for name in names if (folder / name).is_file()]
         if len(found) > 1:
             message = (
@@ -220,6 +237,9 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
             problems.append(Problem((f"data.{split}_file", "data.dataset"), message))
         elif found:
             sources[split] = _file_source(found[0], data)
+        elif own is not None:
+            key = f"data.{split}_split"
+            problems.append(Problem((key, "data.dataset"), f"{folder}: holds no {' or '.join(names)}"))
     if not sources and not problems and any(getattr(data, f"{split}_file") is None for split in ("train", "test")):
         also = " or ".join(all_stems["validation"][1:])
         message = f"{folder}: holds no train, validation ({also}) or test file ending in {' or '.join(_suffixes(data))}"

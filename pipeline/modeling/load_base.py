@@ -68,11 +68,15 @@ def load_base(
     }
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype, architecture.head_modules)
+    # a base may say that it gives tuples, more than logits, or scores of several labels a row: no run asks for that
+    config.return_dict = True
+    config.output_hidden_states = config.output_attentions = False
+    options["config"] = config
     num_own_labels = getattr(config, "num_labels", None)
     if label_names is not None:
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: index for index, label in enumerate(label_names)}
-        options["config"] = config
+        config.problem_type = "single_label_classification"
     if device is not None and (quantization is not None or torch.device(device).type != "cpu"):
         # file by file to where it belongs: eight ranks of a node would else hold eight copies in its memory
         options["device_map"] = {"": str(device)}

@@ -185,7 +185,7 @@ def test_a_variant_packs_no_rows_to_classify_either(tmp_path):
 
 def test_what_a_classifying_run_needs_is_named(tmp_path):
     shown = message(tmp_path, "name: trial\ndata: {kind: classification}\n")
-    assert "hub id of a BERT, here" in shown and "give a .tsv, .json or .jsonl file" in shown
+    assert "hub id of a BERT, here" in shown and "give a .tsv, .csv, .json or .jsonl file" in shown
 
 
 @pytest.mark.parametrize("overrides", [["engine.zero_stage=3"], ["engine.zero_stage=3", "model.quantization=int8"]])

@@ -300,6 +300,22 @@ def test_rows_that_are_no_json(folder):
 
 
 @pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("data.label_field=x", "the section `tiny` makes the data"),
+        ("data.test_split=validation", "the section `tiny` makes the data"),
+        ("evaluate.max_new_tokens=3", "data.kind is classification"),
+        ("model.chunk_size=32", "data.kind is classification"),
+    ],
+)
+def test_what_a_tiny_encoder_does_not_look_at_is_noted(override, why):
+    file = Path(__file__).parents[2] / "configs/tiny-bert.yaml"
+    key = override.partition("=")[0]
+    assert f"{key}: has no effect while {why}." in validate_config(file, [override]).notes
+    assert not any("has no effect" in note for note in validate_config(file).notes)
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["data.max_length_tokens=300"], "300 is more than the 256 tokens"),

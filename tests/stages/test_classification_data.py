@@ -280,6 +280,18 @@ def test_base_and_kind_must_fit(base: Path, tmp_path: Path, tmp_path_factory: py
         assert error.startswith(message)
 
 
+def test_pairs_take_two_token_types(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    fields = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(fields | {"type_vocab_size": 1}))
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    name = "bert.embeddings.token_type_embeddings.weight"
+    save_file({**tensors, name: tensors[name][:1].clone()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    prepare(real_config(tmp_path, tmp_path / "base"))
+    with pytest.raises(ConfigError, match=r"data\.second_text_field: other, but the base model tells no"):
+        prepare(real_config(tmp_path, tmp_path / "base", second_text_field="other"), force=True)
+
+
 def test_a_tokenizer_of_another_family_is_refused(base: Path, tmp_path: Path) -> None:
     other = tmp_path / "gpt2"
     other.mkdir()

@@ -20,6 +20,7 @@ from hedgehog.pipeline.bert.shape import BertShape
 from hedgehog.pipeline.errors import ModelError
 from hedgehog.pipeline.families import HUB_SHAPES, family_of_config, shape_from_fields
 from hedgehog.pipeline.modeling.convert import convert_base, feature_map_modules, load_feature_maps, save_feature_maps
+from hedgehog.pipeline.modeling.load_base import load_base
 from hedgehog.pipeline.modeling.shipping import ship_modeling_files
 from hedgehog.pipeline.modeling.teacher import TeacherForward
 
@@ -226,6 +227,28 @@ def test_a_bert_that_decodes_is_refused(base):
         shape_from_fields({**BertConfig(**SIZES, is_decoder=True).to_dict()})
     with pytest.raises(ValueError, match="attention_probs_dropout_prob"):
         HedgehogBertConfig(attention_probs_dropout_prob=0.1)
+
+
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+def test_relative_positions_are_refused(kind):
+    """transformers would read such a checkpoint as one with absolute positions."""
+    with pytest.raises(ModelError, match=f"position_embedding_type '{kind}'"):
+        shape_from_fields({**BertConfig(**SIZES).to_dict(), "position_embedding_type": kind})
+
+
+def test_what_a_bases_config_says_of_outputs_is_not_carried_on(base, tmp_path):
+    base.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields |= {"return_dict": False, "output_hidden_states": True, "problem_type": "multi_label_classification"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    names = [f"class {number}" for number in range(base.config.num_labels)]
+    loaded = load_base(tmp_path, dtype="float32", label_names=names)
+    assert type(loaded.config.return_dict) is bool and loaded.config.return_dict
+    assert loaded.config.problem_type == "single_label_classification"
+    outputs = convert_base(loaded)(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([1]))
+    assert outputs.hidden_states is None
+    expected = torch.nn.functional.cross_entropy(outputs.logits, torch.tensor([1]))
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_shape_is_that_of_the_model(base):

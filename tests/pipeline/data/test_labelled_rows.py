@@ -96,7 +96,7 @@ def test_a_table_as_glue_has_it(tmp_path: Path) -> None:
         (b"text\tlabel\na\t1\nb\n", r"bad\.tsv:3: 1 fields, but the first line names 2 columns"),
         (b"text\tlabel\na\t1\tmore\n", r"bad\.tsv:2: 3 fields, but the first line names 2 columns"),
         (b"text\tlabel\ttext\na\t1\tb\n", r"bad\.tsv:1: two columns are called 'text'"),
-        (b"a line of CoLA\t1\n*\t0\n", r"bad\.tsv:2: no field 'text' \(fields found: 1, a line of CoLA\)"),
+        (b"a line of CoLA\t1\n*\t0\n", r"bad\.tsv:1: names none of the columns text, label, but"),
         (b"text\tlabel\na\t\n", r"bad\.tsv:2: field 'label' has no label; label the row, or remove it"),
         (b"text\tlabel\na\t3.8\n", r"bad\.tsv:2: field 'label' is 3\.8, but a class is text or a whole number"),
         (b"text\tlabel\na\t1\n\xe4\t0\n", r"bad\.tsv:3: not UTF-8 text"),
@@ -121,7 +121,7 @@ def test_bad_tables_are_named_with_line_and_cure(folder: Path, content: bytes, m
         (row(1, True), "3: its label is 'true', that of .* 0: take numbers or text"),
         (
             row(1, -1),
-            "3: its label is -1, .*as data.test_file or, of a dataset on the hub, with data.test_split=validation",
+            "3: its label is -1, .*as data.test_file, or of a dataset with data.test_split=validation",
         ),
         (row(1, 1, text=5), "3: field 'text' must be text, not int"),
         (row(1, 1, text="half \ud800"), r"3: field 'text' is no text at character 6 \(half of a surrogate pair\)"),
@@ -135,6 +135,54 @@ def test_bad_rows_are_named_with_line_and_cure(folder: Path, split: str, bad: An
     file = write(folder / "rows.jsonl", [row(0, 0), row(7, 1), bad, row(2, 1.5)])
     with pytest.raises(DataError, match=rf"rows\.jsonl:{message}"):
         resolve(dataset=str(folder), **{f"{split}_file": file})
+
+
+def test_a_row_without_text_makes_no_class(folder: Path) -> None:
+    file = write(folder / "rows.jsonl", [row(0, 0), row(1, 1), row(2, 7, text=" "), row(3, 0)])
+    splits = resolve(train_file=file, test_file=file, validation_file=file)
+    assert number_labels(splits, None)[0] == ["0", "1"] and splits["train"].counts.dropped_empty == 1
+
+
+def test_what_is_scored_does_not_choose_the_weights(folder: Path) -> None:
+    """A folder's validation rows scored, for want of labelled test rows: validation is held out of train then."""
+    folder.joinpath("test.jsonl").unlink()
+    validation = str(folder / "val.jsonl")
+    for asked in ({"test_split": "validation"}, {"test_file": validation}):
+        splits = resolve(dataset=str(folder), num_validation_examples=3, **asked)
+        assert splits["test"].source == validation
+        assert splits["validation"].source.endswith("train.jsonl (held out)")
+    splits = resolve(dataset=str(folder), test_file=validation, validation_file=validation)
+    assert splits["validation"].source == validation, "asked for by name"
+    folder.joinpath("val.jsonl").rename(folder / "extra.jsonl")
+    splits = resolve(dataset=str(folder), num_validation_examples=3, test_split="extra")
+    assert splits["test"].source.endswith("extra.jsonl")
+    with pytest.raises(DataError, match=r"data\.test_split: .* holds no dev\.tsv or dev\.csv or dev\.json or dev\."):
+        resolve(dataset=str(folder), num_validation_examples=3, test_split="dev")
+
+
+def test_a_csv_is_read_as_spreadsheets_write_it(folder: Path) -> None:
+    lines = ["text,label,note", '"Yes, ""we"" are\nthere",1,', "no,0,x", "", "é,1,y"]
+    for end in ("\n", "\r\n"):
+        (folder / "rows.csv").write_bytes(b"\xef\xbb\xbf" + end.join(lines).encode())
+        file = str(folder / "rows.csv")
+        train = resolve(train_file=file, test_file=file, validation_file=file)["train"]
+        assert [(one.text, one.label) for one in train.examples] == [('Yes, "we" are\nthere', 1), ("no", 0), ("é", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.csv", 'text,label\na,1\n"b,0\n', r"bad\.csv:3: a row that begins here is no CSV"),
+        ("bad.csv", "text,label\na,1\nb\n", r"bad\.csv:3: 1 fields, but the first line names 2 columns; commas"),
+        ("bad.csv", "", r"bad\.csv:1: is empty; the first line of a \.csv"),
+        ("bad.csv", "text;label\na;1\n", r"bad\.csv:1: names none of the columns text, label, but 'text;label'\."),
+        ("bad.tsv", "gj04\t1\t\tOur friends\n", r"bad\.tsv:1: names none .* but 'gj04', '1', '', 'Our friends'\. If"),
+    ],
+)
+def test_a_table_that_is_none(folder: Path, name: str, content: str, message: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        resolve(dataset=str(folder), test_file=str(folder / name))
 
 
 def test_a_pair_without_its_second_text(folder: Path) -> None:
@@ -203,6 +251,10 @@ def test_the_hub_names_its_classes(monkeypatch: pytest.MonkeyPatch, folder: Path
     assert number_labels(splits, None) == (["negative", "positive", "neutral"], None)
     assert [example.label for example in splits["train"].examples] == [1, 0, 1, 0, 1]
     assert [example.label for example in splits["test"].examples] == [1]
+    numbered = write(folder / "numbered.jsonl", [row(1, 0)])
+    splits = resolve(dataset="someone/feelings", test_file=numbered)
+    number_labels(splits, None)
+    assert [example.label for example in splits["test"].examples] == [0], "the hub's numbers"
     loaded["train"] = loaded["train"].cast_column("label", datasets.Value("int64"))
     loaded["train"] = loaded["train"].map(lambda one: {"label": one["label"] + 2})
     del loaded["test"]
@@ -235,6 +287,10 @@ def labelled(*labels: int | str) -> dict[str, Any]:
         (("good", "bad"), ("BAD", "SO", "GOOD"), ["BAD", "SO", "GOOD"], [2, 0]),
         (("good", "worse"), ("bad", "good"), ["good", "worse"], [0, 1]),
         (("A", "a"), ("a", "b"), ["A", "a"], [0, 1]),
+        (("10", "9", "2"), None, ["2", "9", "10"], [2, 1, 0]),
+        (("1", "0"), ("bad", "good"), ["bad", "good"], [1, 0]),
+        (("1", "0"), ("1", "0"), ["1", "0"], [0, 1]),
+        (("10", "a", "2"), None, ["10", "2", "a"], [0, 2, 1]),
     ],
 )
 def test_classes_are_in_the_base_models_order_where_it_names_them(labels, base, names, numbers) -> None:
@@ -242,7 +298,8 @@ def test_classes_are_in_the_base_models_order_where_it_names_them(labels, base, 
     found, doubt = number_labels(splits, base)
     assert found == names
     assert [example.label for example in splits["train"].examples] == numbers
-    assert (doubt is not None) == (base is not None and list(base) != names)
+    taken_by_rank = base is not None and set(labels) == {1, 2}
+    assert (doubt is not None) == ((base is not None and list(base) != names) or taken_by_rank)
 
 
 def test_the_hubs_names_in_the_base_models_order() -> None:
