@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention_state import LinearAttentionState
-from .conventions import DENOMINATOR_EPS, check_shapes, run_index_BL
+from .conventions import DENOMINATOR_EPS, check_shapes, run_index_BL, without_autocast
 
 # Work per token grows with C, calls fall with 1/C. Measured on a CPU, F = 128 and 256: 64 is the fastest or next to it.
 DEFAULT_CHUNK_SIZE = 64
@@ -366,7 +366,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         phi_q, phi_k, v, out, denominator, *initial = ctx.saved_tensors
         features = _GivenFeatures(phi_q, phi_k)
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v.device):
             grad_v, *grad_state = differentiate(ctx.problem, features, v, out, denominator, initial, grads)
         initial_grads = initial_state_gradients(initial[0], *grad_state)
         return features.grad_phi_q, features.grad_phi_k, grad_v, *initial_grads, None

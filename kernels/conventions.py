@@ -16,6 +16,9 @@ h // (H//K)), F features, V value dim. φ(q) and φ(k) both have H heads; v is n
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,11 @@ def run_index_BL(segment_ids_BL: Tensor, mask_BL: Tensor | None = None) -> Tenso
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """float32, or the tensor's own dtype if that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """In it autocast, which would take φ and the sums to bfloat16, is off. The meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_shapes(phi_q: Tensor, phi_k: Tensor, v: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention_state import LinearAttentionState
 from .chunked_attention import DEFAULT_CHUNK_SIZE, Problem, attend, differentiate, initial_state_gradients
-from .conventions import DENOMINATOR_EPS, accumulation_dtype, check_shapes
+from .conventions import DENOMINATOR_EPS, accumulation_dtype, check_shapes, without_autocast
 from .feature_maps import FeatureMap
 from .mapped_limits import span_length
 
@@ -215,7 +215,7 @@ class _MappedLinearAttention(torch.autograd.Function):
         sides = features.query_side, features.key_side
         for side, x, weight in zip(sides, (0, 1), (3, 4), strict=True):
             side.want(ctx.needs_input_grad[x], ctx.needs_input_grad[weight])
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v.device):
             grad_v, *grad_state = differentiate(ctx.problem, features, v, out, denominator, initial, grads)
         grad_weights = [
             None if side.grad_weight is None else side.grad_weight.to(weight.dtype)

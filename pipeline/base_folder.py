@@ -173,6 +173,18 @@ def check_head(base: str, family: type[ModelShape], label_names: Sequence[str]) 
         raise ModelError(other_classes(base, family, label_names))
 
 
+def lacks_head(folder: Path, family: type[ModelShape]) -> bool:
+    """Whether a folder's weights lack the head of an encoder, or half of it.
+
+    Raises:
+        ModelError: no safetensors, or a missing or truncated file.
+    """
+    found = {family.tensor_name(name) for name in read_shapes(folder)}
+    prefix = f"{family.decoder_prefix}."
+    names = [f"{module}.weight" for module in family.head_modules]
+    return not all(name in found or name.removeprefix(prefix) in found for name in names)
+
+
 def other_classes(base: str, family: type[ModelShape], label_names: Sequence[str]) -> str:
     """What is said of a base whose head is for another task."""
     shown = ", ".join(label_names[:_SHOWN]) + (" …" if len(label_names) > _SHOWN else "")

@@ -5,7 +5,7 @@ A base that was only pretrained has none, or only half of it; then it begins at 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError
+from .families import family_of_config
 from .run_folder import atomic_file
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ NEW_HEAD = "hedgehog_new_head"
 
 def head_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Name to module of the head of a base or converted model; empty for a decoder."""
-    from .modeling.architecture import architecture_of
-
-    found: dict[str, Any] = {name: model.get_submodule(name) for name in architecture_of(model).head_modules}
+    found: dict[str, Any] = {name: model.get_submodule(name) for name in family_of_config(model.config).head_modules}
     return found
 
 
@@ -46,16 +45,15 @@ def class_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return logits_BC.float()
 
 
-def draw_head(base: PreTrainedModel, missing: Iterable[str], seed: int) -> None:
-    """Put new modules where tensors called `missing` are: normal weights of the config's width, zero biases."""
+def draw_head(base: PreTrainedModel, missing: Sequence[str], seed: int) -> None:
+    """Put new modules in place of those called so: normal weights of the config's width, zero biases."""
     config: Any = base.config
     random = torch.Generator().manual_seed(seed)
-    new = []
     for name, module in head_modules(base).items():
         # drawn for each: what is new does not depend on what else is
         size = (module.out_features, module.in_features)
         weight = torch.randn(size, generator=random) * config.initializer_range
-        if any(tensor.startswith(f"{name}.") for tensor in missing):
+        if name in missing:
             # no draw of torch's own comes before
             linear: Any = nn.utils.skip_init(nn.Linear, *size[::-1], device=module.weight.device)
             with torch.no_grad():
@@ -63,13 +61,12 @@ def draw_head(base: PreTrainedModel, missing: Iterable[str], seed: int) -> None:
                 linear.bias.zero_()
             parent, _, own = name.rpartition(".")
             setattr(base.get_submodule(parent), own, linear.to(base.dtype))
-            new.append(name)
-    setattr(base, NEW_HEAD, tuple(new))
+    setattr(base, NEW_HEAD, tuple(missing))
 
 
-def has_new_head(model: PreTrainedModel) -> bool:
-    """Whether a base model's head began at random."""
-    return bool(getattr(model, NEW_HEAD, ()))
+def new_head(base: PreTrainedModel) -> tuple[str, ...]:
+    """Modules of a base model's head that began at random."""
+    return getattr(base, NEW_HEAD, ())
 
 
 def release_head(model: PreTrainedModel) -> list[nn.Parameter]:

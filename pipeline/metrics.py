@@ -143,17 +143,18 @@ class Reporter:
             return
         from rich import box
         from rich.table import Table
+        from rich.text import Text  # as it stands: a class may be called [/b]
 
         gap = 0 if self.console.width < _WIDE else 1  # beside the blank that the box puts between two columns
         if narrow is not None and self.console.width < _WIDE:
             columns = narrow
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+        table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
         table.padding = (0, gap, 0, 0)
         for index, column in enumerate(columns):
             whole = not any(" " in str(cell) for cell in (column, *(row[index] for row in rows)))
-            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=whole)
+            table.add_column(Text(str(column)), justify="left" if index == 0 else "right", no_wrap=whole)
         for row in rows:
-            table.add_row(*[str(cell) for cell in row])
+            table.add_row(*[Text(str(cell)) for cell in row])
         self.console.print(table)
 
     def rewind(self, step: int) -> None:

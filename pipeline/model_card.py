@@ -96,9 +96,10 @@ def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     }[config.data.kind]
     state = "" if config.data.kind == "classification" else ", and the decoding state has a constant size"
     if not linear:
+        how, which = ("finetuned with LoRA", "the") if config.finetune.enabled else ("as it was", "a")
         return (
-            f"# {config.name}\n\n{base} with its softmax attention, finetuned with LoRA to {purpose}: the "
-            f"baseline of a {facts.family.hedgehog_title} conversion. A plain {facts.family.title}."
+            f"# {config.name}\n\n{base} with its softmax attention, {how}, to {purpose}: {which} baseline of a "
+            f"{facts.family.hedgehog_title} conversion. A plain {facts.family.title}."
         )
     return (
         f"# {config.name}\n\nA {facts.family.hedgehog_title}: {base} with every softmax attention replaced by learned "

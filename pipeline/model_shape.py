@@ -43,6 +43,8 @@ class ModelShape(ABC):
     """Those of the attention's projections: what learns unless the config says otherwise."""
     is_encoder: ClassVar[bool] = False
     """Whether every token sees all others: such a model tells classes, and generates nothing."""
+    head_modules: ClassVar[tuple[str, ...]] = ()
+    """Modules of an encoder's head: they learn whole in stage two; a base that was only pretrained may lack them."""
     linears_are_transposed: ClassVar[bool] = False
     """Whether weights of the layers' linear modules are stored as (in, out)."""
     same_input: ClassVar[tuple[tuple[str, ...], ...]] = ()

@@ -20,6 +20,7 @@ from .base_folder import (
     check_weights,
     kind_fault,
     known_shape,
+    lacks_head,
     pair_fault,
     read_base_config,
     read_shapes,
@@ -86,6 +87,7 @@ def look_at_conversions(reading: Reading, *, world_size: int = 1, imports_torch:
             *_module_errors(config, shape),
             *_deepspeed_errors(config),
             *_layer_errors(config, shape),
+            *_head_errors(config, shape),
         ]
 
     return Findings(of_all_conversions(reading, errors_of), shape)
@@ -189,6 +191,18 @@ def _module_errors(config: RunConfig, shape: ModelShape | None) -> Iterator[Prob
             near = difflib.get_close_matches(module, known, n=1, cutoff=0.75)
             meant = f"did you mean {near[0]}?" if near else f"{theirs}."
             yield Problem(key, f"unknown module {module}; {meant}")
+
+
+def _head_errors(config: RunConfig, shape: ModelShape | None) -> list[Problem]:
+    """An encoder that nothing ever taught the classes; of a hub id evaluate tells it."""
+    base = config.model.base
+    if config.tiny is not None or base is None or shape is None or not shape.is_encoder or config.finetune.enabled:
+        return []
+    with suppress(ModelError):  # told elsewhere
+        if Path(base).is_dir() and lacks_head(Path(base), type(shape)):
+            message = f"false, but {base} has no head for classes: finetune it, or take one that was finetuned already."
+            return [Problem(("finetune.enabled", "model.base"), message)]
+    return []
 
 
 def _deepspeed_errors(config: RunConfig) -> list[Problem]:

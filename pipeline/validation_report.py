@@ -45,8 +45,10 @@ def _print_errors(report: ValidationReport) -> None:
 
 
 def _print_valid(report: ValidationReport, console: Console) -> None:
+    from rich.text import Text
+
     processes = f"{report.world_size} {'process' if report.world_size == 1 else 'processes'}"
-    console.print(f"[bold]{report.file}[/bold]: valid ({processes} on {report.device})")
+    console.print(Text(report.file, style="bold") + Text(f": valid ({processes} on {report.device})"))
     for note in report.notes:
         _print_long(f"  note: {note}", console)
     if report.shape is not None:

@@ -37,12 +37,12 @@ def load_variant_model(
     Raises:
         ModelError, CheckpointError: an artifact is missing, torn, or does not fit the model.
     """
-    from .classification_head import has_new_head, load_head
+    from .classification_head import load_head, new_head
     from .modeling.convert import load_hedgehog
     from .modeling.load_base import load_prepared_base
 
     base = load_prepared_base(inputs["prepare"], config, dtype=dtype, device=device)
-    if inputs["finetune"].skipped and has_new_head(base):
+    if inputs["finetune"].skipped and new_head(base):
         raise ModelError(
             f"{config.model.base}: has no head for these classes, and nothing was finetuned: set finetune.enabled to "
             "true, or take a base that was finetuned on this task"

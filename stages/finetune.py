@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..pipeline.checkpoints import Checkpoints
-from ..pipeline.classification_head import head_modules, release_head, save_head
+from ..pipeline.classification_head import head_modules, new_head, release_head, save_head
 from ..pipeline.data.batches import NO_LOSS, BatchPlan, LossOn, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.engine import TrainingEngine, build_engine, sharded_loading
@@ -190,6 +190,8 @@ def _load(ctx: StageContext) -> HedgehogPreTrainedModel:
     with sharded_loading(config.engine, ctx.world):
         device = None if sharded else ctx.world.device
         base = load_prepared_base(ctx.inputs["prepare"], config, dtype=config.engine.precision, device=device)
+    if new := new_head(base):
+        ctx.reporter.info(f"{' and '.join(new)}: not among the base's weights, begin at random")
     if config.model.attention == "softmax":
         return convert_base(base, attention="softmax")
     return load_hedgehog(

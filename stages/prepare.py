@@ -17,7 +17,7 @@ from ..pipeline.base_folder import check_convertible, check_head, kind_fault, pa
 from ..pipeline.config import DataConfig, RunConfig
 from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
 from ..pipeline.data.examples import LabelledExample, Split
-from ..pipeline.data.labelled_rows import base_names, check_some_classes, number_labels
+from ..pipeline.data.labelled_rows import base_names, check_some_classes, number_labels, unnamed_doubt
 from ..pipeline.data.sources import SPLITS, resolve_splits
 from ..pipeline.data.text_rows import describe_counts, read_text_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
@@ -189,8 +189,9 @@ def _write_dialogues(
 def _number_labels(ctx: StageContext, splits: dict[str, Split[Any]], base_config: Any) -> list[str]:
     """Give every class its number, in the examples too; returns the classes' names."""
     label_names, doubt = number_labels(splits, base_names(base_config))
-    if doubt is not None:
-        ctx.reporter.warning(doubt)
+    for one in (doubt, unnamed_doubt(base_config, splits["train"], label_names)):
+        if one is not None:
+            ctx.reporter.warning(one)
     return label_names
 
 

@@ -35,7 +35,6 @@ class BertArchitecture(Architecture):
     of_attention = ("query", "key", "value")
     layers_name = "encoder.layer"
     attention_name = "attention.self"
-    head_modules = ("bert.pooler.dense", "classifier")
 
     def config_fields(self) -> dict[str, Any]:
         # Google's checkpoints have 0.1. Linear attention forms no weights that could be dropped, and softmax attention

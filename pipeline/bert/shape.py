@@ -23,6 +23,7 @@ class BertShape(ModelShape):
     title = "BERT"
     hedgehog_title = "Hedgehog-BERT"
     is_encoder = True
+    head_modules = ("bert.pooler.dense", "classifier")
     attention_modules = ("query", "key", "value", "attention.output.dense")
     lora_modules = (*attention_modules, "intermediate.dense")
     same_input = (("query", "key", "value"),)

@@ -192,9 +192,30 @@ def _numbered(
     return names, {label: number for number, label in enumerate(ordered)}
 
 
+def unnamed_doubt(base_config: Any, train: Split[LabelledExample], label_names: Sequence[str]) -> str | None:
+    """Why the head of a base that does not name its classes may mean others by their numbers; None where it cannot."""
+    has_head = any("ForSequenceClassification" in name for name in getattr(base_config, "architectures", None) or ())
+    if not has_head or base_names(base_config) is not None or train.label_names is not None:
+        return None
+    if len(label_names) != base_config.num_labels or all(map(_WHOLE_NUMBER.fullmatch, label_names)):
+        return None
+    return (
+        f"the base model calls its classes LABEL_0, LABEL_1, …; the rows' are numbered by the alphabet: "
+        f"{_some(label_names)}. If its head learned another order, name them in id2label of its config.json"
+    )
+
+
 def _some(labels: Collection[Label]) -> str:
     shown = ", ".join(show_label(label) for label in list(labels)[:_SHOWN])
     return shown + (f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else "")
 
 
-__all__ = ["base_names", "check_labels", "check_some_classes", "labelled_examples", "number_labels", "show_label"]
+__all__ = [
+    "base_names",
+    "check_labels",
+    "check_some_classes",
+    "labelled_examples",
+    "number_labels",
+    "show_label",
+    "unnamed_doubt",
+]

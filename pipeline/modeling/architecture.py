@@ -20,6 +20,7 @@ from .hedgehog_model import HedgehogPreTrainedModel
 
 if TYPE_CHECKING:
     from ..config import TinyConfig
+    from ..model_shape import ModelShape
 
 SMALL_MODELS_INITIAL = 0.9
 """Standard deviation of a tiny model's weights, over hidden size ** -0.5: it learns sooner from larger ones than the
@@ -48,13 +49,16 @@ class Architecture(ABC):
     """The attention's projections."""
     layers_name: ClassVar[str]
     attention_name: ClassVar[str]
-    head_modules: ClassVar[tuple[str, ...]] = ()
-    """Modules of an encoder's head: they learn whole in stage two; a base that was only pretrained may lack them."""
+
+    @property
+    def family(self) -> type[ModelShape]:
+        """What is known of the family without torch."""
+        return family_of_config(self.base_config_class)
 
     @property
     def is_causal(self) -> bool:
         """Whether tokens see those before them only."""
-        return not family_of_config(self.base_config_class).is_encoder
+        return not self.family.is_encoder
 
     def decoder(self, model: PreTrainedModel) -> Any:
         """The stack below the head of a base model or a converted one; an encoder's too."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.backends import Backend
+from ...kernels.conventions import without_autocast
 from ...kernels.feature_maps import FeatureMap, make_feature_map
 from ...kernels.linear_attention import (
     LinearAttentionState,
@@ -93,7 +94,7 @@ class HedgehogAttention(nn.Module):
             state = state.usable_here()
         assert backend is not None, "the model chooses the backend"
         attend = self._attend_fused if self._is_fused(backend, q_BHLD, k_BKLD, v_BKLV) else self._attend
-        with torch.autocast(v_BKLV.device.type, enabled=False):  # it would take φ and the sums to bf16
+        with without_autocast(v_BKLV.device):
             o_BHLV, state = attend(
                 q_BHLD,
                 k_BKLD,
@@ -124,7 +125,7 @@ class HedgehogAttention(nn.Module):
         """
 
         def of_values(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLV: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(v_BHLV.device.type, enabled=False):
+            with without_autocast(v_BHLV.device):
                 dtype = torch.float32 if v_BHLV.dtype == torch.float16 else v_BHLV.dtype
                 phi_q_BHLF = self.feature_map_q(q_BHLD, position_ids).to(dtype)
                 phi_k_BHLF = self.feature_map_k(k_BHLD, position_ids).to(dtype)

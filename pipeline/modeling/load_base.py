@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ def load_base(
         "output_loading_info": True,
     }
     if quantization is not None:
-        options["quantization_config"] = _quantization_config(quantization, dtype, architecture.head_modules)
+        options["quantization_config"] = _quantization_config(quantization, dtype, architecture.family.head_modules)
     # a base may say that it gives tuples, more than logits, or scores of several labels a row: no run asks for that
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
@@ -97,9 +97,13 @@ def load_base(
         if label_names is not None and num_own_labels != len(label_names):
             raise ModelError(other_classes(name, family_of_config(config), label_names)) from error
         raise ModelError(f"{name}: config.json and the weights are of different models; fetch it again") from error
+    except (KeyError, ValueError) as error:  # an activation that transformers lacks, a dropout above 1, …
+        said = f"{type(error).__name__}: {_one_line(error)}"
+        title = architecture.family.title
+        raise ModelError(f"{name}: transformers makes no {title} of its config.json ({said}); mend it there") from error
     base, info = loaded
-    new = {key for key in info["missing_keys"] if key.startswith(tuple(f"{m}." for m in architecture.head_modules))}
-    missing = sorted(set(info["missing_keys"]) - new)
+    new = _new_modules(base, info["missing_keys"], architecture.family.head_modules)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(f"{name}." for name in new)))
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
@@ -109,6 +113,16 @@ def load_base(
         draw_head(base, new, seed)
     architecture.loaded(base)
     return base.eval()
+
+
+def _new_modules(base: PreTrainedModel, missing: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Those of the modules that the weights lack altogether: one that is there in part is a damaged file."""
+    lacking = set(missing)
+    return [
+        name
+        for name in modules
+        if lacking >= {f"{name}.{key}" for key, _ in base.get_submodule(name).named_parameters()}
+    ]
 
 
 def load_prepared_base(

@@ -66,6 +66,13 @@ def test_square_brackets_in_messages_are_not_markup(tmp_path: Path, capsys: pyte
     assert "[gpu]" in capsys.readouterr().out
 
 
+def test_cells_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class, or a variant, may be called anything."""
+    Reporter("prepare", None).table("[b]t", ["", "a [i]"], [["[/b]", "[red]r[/red]"], [":smile:", 1]])
+    shown = capsys.readouterr().out
+    assert all(cell in shown for cell in ("[b]t", "a [i]", "[/b]", "[red]r[/red]", ":smile:"))
+
+
 def test_tensorboard_writes_the_same_scalars(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the [eval] extra is not installed")
     reporter = Reporter("distill", tmp_path, tensorboard=True)

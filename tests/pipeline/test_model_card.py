@@ -47,6 +47,7 @@ def card(tmp_path: Path, *, names: tuple[str, ...] = ("no", "yes"), data: Any = 
         {
             "name": "r",
             "model": {"base": "google/some-bert", **({"attention": "softmax"} if facts.pop("softmax", False) else {})},
+            "finetune": {"enabled": facts.pop("finetuned", True)},
             "data": {"kind": "classification", "dataset": "some/rows", "max_length_tokens": 128, **(data or {})},
         }
     )
@@ -66,6 +67,12 @@ def card(tmp_path: Path, *, names: tuple[str, ...] = ("no", "yes"), data: Any = 
         ),
     )
     return (tmp_path / "README.md").read_text()
+
+
+def test_a_base_as_it_was_is_not_called_finetuned(tmp_path: Path) -> None:
+    assert "softmax attention, finetuned with LoRA, to classify texts: the baseline of" in card(tmp_path, softmax=True)
+    text = card(tmp_path, softmax=True, finetuned=False)
+    assert "softmax attention, as it was, to classify texts: a baseline of" in text and "LoRA" not in text
 
 
 def code_of(text: str) -> str:

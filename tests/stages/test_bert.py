@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hedgehog.pipeline.answers import open_variants
-from hedgehog.pipeline.classification_head import has_new_head
+from hedgehog.pipeline.classification_head import new_head
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tiny import CORPUS_FIELDS
 from hedgehog.pipeline.data.tokenize import load_prepared_tokenizer
@@ -141,7 +141,7 @@ def test_a_head_that_begins_at_random_is_that_of_its_seed(new_run: Callable[...,
     assert torch.equal(torch.random.get_rng_state(), state)
     first, again, other = (base.classifier.weight for base in loads)
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert all(has_new_head(base) for base in loads)
+    assert all(new_head(base) for base in loads)
     pooler = load_file(folder / "model.safetensors")["bert.pooler.dense.weight"]
     assert torch.equal(loads[0].bert.pooler.dense.weight, pooler), "what the base has stays"
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".pooler." not in n}
@@ -154,7 +154,7 @@ def test_a_head_that_begins_at_random_is_that_of_its_seed(new_run: Callable[...,
 
 def test_a_head_for_other_classes_is_refused(new_run: Callable[..., Run]) -> None:
     folder = new_run("bert").root / "prepare/base_model"
-    assert not has_new_head(load_base(folder, dtype="float32", label_names=("a", "b")))
+    assert not new_head(load_base(folder, dtype="float32", label_names=("a", "b")))
     with pytest.raises(ModelError, match=r"its head tells other classes than the 3 of the data \(a, b, c\)"):
         load_base(folder, dtype="float32", label_names=("a", "b", "c"))
 

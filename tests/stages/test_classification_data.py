@@ -302,6 +302,36 @@ def test_a_tokenizer_of_another_family_is_refused(base: Path, tmp_path: Path) ->
         prepare(config)
 
 
+def test_a_base_without_a_head_must_be_finetuned(base: Path, tmp_path: Path, tiny_run: tuple[Path, Manifest]) -> None:
+    yaml = tmp_path / "config.yaml"
+    yaml.write_text(json.dumps(real_config(tmp_path, base).model_dump(mode="json")))
+    assert validate_config(yaml).errors == []
+    variant = 'variants={"plain": {"overrides": {"finetune.enabled": false}}}'
+    (error,) = validate_config(yaml, [variant]).errors
+    assert error.startswith("variants.plain.overrides.finetune.enabled") and "has no head for classes" in error
+    (error,) = validate_config(yaml, ["finetune.enabled=false"]).errors
+    assert error.startswith("finetune.enabled") and "false, but " in error
+    assert validate_config(yaml, [variant, f"model.base={tiny_run[0] / 'base_model'}"]).errors == []
+
+
+def test_a_head_that_names_no_classes_may_mean_others(
+    base: Path, tmp_path: Path, tiny_run: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_run[0] / "base_model", tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    fields = json.loads(file.read_text())
+    del fields["id2label"], fields["label2id"]
+    rows = [{"text": f"Is it {name}? {i}", "label": name} for i, name in enumerate(ANSWERS * 3)]
+    rows = write(tmp_path / "rows.jsonl", rows)
+    files = {"train_file": rows, "validation_file": rows, "test_file": rows}
+    for architectures, is_told in ((fields["architectures"], True), (["BertModel"], False)):
+        names = {str(i): f"LABEL_{i}" for i in range(len(ANSWERS))}
+        file.write_text(json.dumps(fields | {"architectures": architectures, "id2label": names}))
+        prepare(real_config(tmp_path, tmp_path / "base", **files), force=True)
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("the rows' are numbered by the alphabet: 'at eight'" in told) == is_told
+
+
 def test_validate_reads_the_rows(base: Path, tmp_path: Path) -> None:
     config = real_config(tmp_path, base)
     yaml = tmp_path / "config.yaml"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
 
 from hedgehog.kernels.feature_maps import FEATURE_MAPS
@@ -249,6 +249,34 @@ def test_what_a_bases_config_says_of_outputs_is_not_carried_on(base, tmp_path):
     assert outputs.hidden_states is None
     expected = torch.nn.functional.cross_entropy(outputs.logits, torch.tensor([1]))
     assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("field", [{"hidden_act": "nonsense"}, {"hidden_dropout_prob": 1.5}])
+def test_a_config_that_makes_no_model_is_one_message(base, tmp_path, field):
+    base.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | field))
+    with pytest.raises(ModelError, match=r"makes no BERT of its config|not a valid BERT configuration"):
+        load_base(tmp_path, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["bert.pooler.dense.bias", "classifier.weight"])
+def test_half_a_module_of_the_head_is_a_damaged_file(base, tmp_path, name):
+    base.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"the weights lack {name}"):
+        load_base(tmp_path, dtype="float32", label_names=("a", "b", "c"))
+
+
+def test_shapes_on_the_meta_device(base):
+    """As for counting a model's work without computing."""
+    model = convert_base(base).to("meta")
+    for train in (False, True):
+        model.train(train)
+        batch = {name: tensor.to("meta") for name, tensor in a_batch().items()}
+        assert model(**batch).logits.shape == (2, 3)
 
 
 def test_the_shape_is_that_of_the_model(base):
