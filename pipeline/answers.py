@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from .attempt import open_input
+from .attempt import check_still_fits, open_input
 from .config_loading import apply_variant, config_differences, flatten, load_config
 from .data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer, render_prompt
 from .distributed import discover_world
@@ -137,13 +137,11 @@ def _conversion(config: RunConfig, name: str) -> RunConfig:
 
 def _open(folder: RunFolder, name: str, config: RunConfig, given: Sequence[str]) -> Variant:
     inputs = {stage: open_input(folder, stage, None if name == MAIN else name) for stage in _CONSUMES}
+    check_still_fits(inputs, None if name == MAIN else name)
     now = flatten(config)
     for stage, entry in inputs.items():
         option = f" --variant {name}" if name != MAIN and stage != "prepare" else ""
         cure = f"`hedgehog {stage} CONFIG{option} --force` makes it anew"
-        for source, digest in entry.manifest.consumed.items():
-            if source in inputs and inputs[source].manifest.output_fingerprint != digest:
-                raise CheckpointError(f"{entry.folder}: was made from an earlier {source} than there is now; {cure}")
         then = {key: value for key, value in entry.manifest.config.items() if key.startswith("model.")}
         then = {key: value for key, value in then.items() if key not in _PLACES}
         changed = config_differences(then, {key: now.get(key) for key in then})

@@ -7,7 +7,7 @@ and over what it consumes: artifacts of earlier stages, and files from outside t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from .metrics import Reporter
 from .run_folder import (
     HIDDEN_STATES,
     LEASE,
+    MAIN,
     PREVIOUS_SUFFIX,
     STAGES,
     VARIANT_STAGES,
@@ -91,6 +92,9 @@ def describe(
     variants: dict[str, VariantInputs] = {}
     if stage == "evaluate":
         variants = _open_variants(config, run_folder, module.CONSUMES, inputs)
+    quiet = Reporter(title, None, is_main=world.is_main)
+    opened = {name: entry.inputs for name, entry in variants.items()} or {variant or MAIN: inputs}
+    _check_inputs(opened, stage, force=force, warn=quiet.warning)
     sections = stage_sections(effective, module)
     consumed = {name: entry.manifest.output_fingerprint for name, entry in inputs.items()}
     for name, entry in variants.items():
@@ -115,7 +119,7 @@ def describe(
         fingerprint=fingerprint({"stage": stage, "config": canonical(sections), "consumed": consumed}),
         force=force,
         unfinished=getattr(module, "still_to_do", None),
-        quiet=Reporter(title, None, is_main=world.is_main),
+        quiet=quiet,
     )
 
 
@@ -153,6 +157,36 @@ def open_input(run_folder: RunFolder, stage: str, variant: str | None) -> StageI
             f"stage {stage} {state} (no finished manifest in {folder}): run `hedgehog {stage} CONFIG{option}` first."
         )
     return StageInput(folder, manifest)
+
+
+def check_still_fits(inputs: Mapping[str, StageInput], variant: str | None) -> None:
+    """
+    Raises:
+        CheckpointError: one of the stages was made from another one than there is now: data prepared anew, and the
+            adapter of the old; distilled anew, and the maps finetuned before.
+    """
+    for stage, entry in inputs.items():
+        option = f" --variant {variant}" if variant and stage in VARIANT_STAGES else ""
+        for source, digest in entry.manifest.consumed.items():
+            if source in inputs and inputs[source].manifest.output_fingerprint != digest:
+                cure = f"`hedgehog {stage} CONFIG{option} --force` makes it anew"
+                raise CheckpointError(f"{entry.folder}: was made from an earlier {source} than there is now; {cure}")
+
+
+def _check_inputs(
+    opened: Mapping[str, Mapping[str, StageInput]], stage: str, *, force: bool, warn: Callable[[str], None]
+) -> None:
+    """
+    Raises:
+        CheckpointError: as `check_still_fits`, unless `force` says that they are to be taken as they are.
+    """
+    for name, inputs in opened.items():
+        try:
+            check_still_fits(inputs, None if name == MAIN else name)
+        except CheckpointError as error:
+            if not force:
+                raise CheckpointError(f"{error}; with --force, {stage} takes it as it is.") from None
+            warn(str(error))
 
 
 def _open_variants(
@@ -204,6 +238,7 @@ def begin_anew(folder: Path, reporter: Reporter) -> None:
 __all__ = [
     "Attempt",
     "begin_anew",
+    "check_still_fits",
     "describe",
     "holds_work",
     "layers_folder",

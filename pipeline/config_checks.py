@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .config import RunConfig, ScheduleConfig
 from .errors import ConfigError
@@ -252,6 +253,16 @@ def _notes(config: RunConfig) -> Iterator[Problem]:
         for name in _OF_GIVEN_DATA + (_OF_GIVEN_CLASSES if kind == "classification" else ()):
             if getattr(config.data, name) != type(config.data).model_fields[name].default:
                 yield Problem((f"data.{name}",), "has no effect while the section `tiny` makes the data.")
+    elif config.data.dataset is None:
+        for name in _OF_GIVEN_DATA:
+            if getattr(config.data, name) is not None:
+                yield Problem((f"data.{name}",), "has no effect without data.dataset.")
+    else:
+        if config.data.dataset_config is not None and Path(config.data.dataset).expanduser().is_dir():
+            yield Problem(("data.dataset_config",), "has no effect while data.dataset is a folder.")
+        for split in ("validation", "test"):
+            if getattr(config.data, f"{split}_split") and getattr(config.data, f"{split}_file"):
+                yield Problem((f"data.{split}_split",), f"has no effect while data.{split}_file is set.")
     for name, schedule in (("distill", config.distill), ("finetune", finetune)):
         if (
             schedule.max_steps is not None

@@ -81,7 +81,8 @@ def write_configs(
 
     A model with softmax attention is written as a plain one of its family. The tokenizer pads on the left with
     `pad_id` (or EOS, see below), ready for batched generation; generation is greedy unless the user asks otherwise.
-    An encoder's tokenizer pads on the right, as prepare did.
+    An encoder's tokenizer pads on the right, as prepare did. Where positions are a table, it cuts at its length if
+    asked to cut.
     """
     from transformers import GenerationConfig
 
@@ -119,6 +120,9 @@ def write_configs(
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id != pads:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pads)
+    if family_of_config(config).positions_are_a_table:  # else truncation=True would not cut what the model cannot read
+        longest = min(tokenizer.model_max_length, config.max_position_embeddings)
+        tokenizer.model_max_length = tokenizer.init_kwargs["model_max_length"] = longest
     tokenizer.save_pretrained(folder)
     if isinstance(config, HedgehogFields):
         ship_modeling_files(folder)

@@ -230,6 +230,10 @@ def _write_labelled(
         figures[name] = _figures(splits[name], tokenized) | {
             "label_counts": {label: counts[label] for label in label_names}
         }
+    lost = [label for label, count in figures["train"]["label_counts"].items() if not count]
+    if lost:
+        named = ", ".join(lost[:_MOST_LABELS_SHOWN])
+        ctx.reporter.warning(f"no training row is left of {named}: held out for validation, dropped or not drawn")
     check_some_classes(splits["train"].source, figures["train"]["label_counts"])
     _show(ctx, figures, {name: splits[name].source for name in SPLITS}, _LABELLED_TABLE_ROWS)
     shown = label_names if len(label_names) <= _MOST_LABELS_SHOWN else label_names[: _MOST_LABELS_SHOWN - 1]

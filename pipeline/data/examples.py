@@ -112,7 +112,8 @@ class Source:
 
 def missing_field(place: str, key: str, name: str, found: Iterable[str]) -> str:
     """The message about a field that is not there; `key` is the one of `data` that names it."""
-    fields = ", ".join(sorted(map(str, found))) or "none"
+    names = sorted(map(str, found))
+    fields = ", ".join(one if one and one == one.strip() else f"'{one}'" for one in names) or "none"
     return f"{place}: no field '{name}' (fields found: {fields}); set data.{key} to the right one"
 
 

@@ -99,10 +99,12 @@ def _check_alike(label: Label, place: str, split: Split[LabelledExample]) -> Non
 
 
 def check_labels(splits: Mapping[str, Split[LabelledExample]]) -> None:
-    """
+    """Numbers that stand as text in every split become numbers.
+
     Raises:
         DataError: train has labels of one class only, or another split has a label that train lacks.
     """
+    _read_numbers(splits)
     train = splits["train"]
     if train.examples and len(train.labels) < 2:
         only = next(iter(train.labels))
@@ -119,6 +121,17 @@ def check_labels(splits: Mapping[str, Split[LabelledExample]]) -> None:
                     f"{place}: the {name} label {show_label(label)} does not occur in train "
                     f"({_some(train.labels)}); mend it, or remove such rows"
                 )
+
+
+def _read_numbers(splits: Mapping[str, Split[LabelledExample]]) -> None:
+    """A table's labels, and a JSON file's "0" and "1", are the numbers 0 and 1, unless one label of the run is none."""
+    if any(split.label_names for split in splits.values()):
+        return
+    if not all(_WHOLE_NUMBER.fullmatch(str(label)) for split in splits.values() for label in split.labels):
+        return
+    for split in splits.values():
+        split.labels = {int(label): place for label, place in split.labels.items()}
+        split.examples = [replace(example, label=int(example.label)) for example in split.examples]
 
 
 def check_some_classes(source: str, label_counts: Mapping[str, int]) -> None:
@@ -178,18 +191,17 @@ def _numbered(
     labels: Collection[Label], hub_names: Sequence[str] | None, named_by_base: Sequence[str] | None
 ) -> tuple[list[str], dict[Label, int]]:
     of_base = list(named_by_base or ())
-    texts = sorted(str(label) for label in labels)
-    if not all(isinstance(label, int) for label in labels):
-        known = {name.casefold(): number for number, name in enumerate(of_base)}
-        alike = len(known) == len(of_base) and len({text.casefold() for text in texts}) == len(texts)
-        if alike and all(text.casefold() in known for text in hub_names or texts):
-            return of_base, {text: known[text.casefold()] for text in texts}
-        if hub_names or not all(map(_WHOLE_NUMBER.fullmatch, texts)):
-            names = list(hub_names or texts)
-            return names, {name: number for number, name in enumerate(names)}
-    ordered = sorted(labels, key=int)  # numbers that stand there as text too
-    names = of_base if len(of_base) == len(ordered) else [str(label) for label in ordered]
-    return names, {label: number for number, label in enumerate(ordered)}
+    texts = {label: str(label) for label in labels}
+    known = {name.casefold(): number for number, name in enumerate(of_base)}
+    alike = len(known) == len(of_base) and len({text.casefold() for text in texts.values()}) == len(texts)
+    if alike and all(text.casefold() in known for text in texts.values()):  # numbers that are names, too
+        return of_base, {label: known[text.casefold()] for label, text in texts.items()}
+    if all(isinstance(label, int) for label in labels):
+        ordered = sorted(labels)
+        names = of_base if len(of_base) == len(ordered) else [str(label) for label in ordered]
+        return names, {label: number for number, label in enumerate(ordered)}
+    names = list(hub_names) if hub_names and set(hub_names) >= set(texts.values()) else sorted(texts.values())
+    return names, {name: number for number, name in enumerate(names)}
 
 
 def unnamed_doubt(base_config: Any, train: Split[LabelledExample], label_names: Sequence[str]) -> str | None:

@@ -65,7 +65,7 @@ def read_splits(data: DataConfig) -> tuple[dict[str, Split[Any]], list[Problem]]
     sources, problems = find_sources(data)
     if on_hub(data):
         try:
-            sources = _named_as_in_train(_hub_sources(data) | sources)
+            sources = _named_alike(_hub_sources(data) | sources)
         except DataError as error:
             problems.append(Problem(("data.dataset",), str(error)))
     problems += missing_splits(data, sources, problems)
@@ -73,9 +73,9 @@ def read_splits(data: DataConfig) -> tuple[dict[str, Split[Any]], list[Problem]]
     return splits, problems + unreadable
 
 
-def _named_as_in_train(sources: dict[str, Source]) -> dict[str, Source]:
-    """A file beside the hub's train may give its classes by the hub's numbers."""
-    names = sources["train"].label_names if "train" in sources else None
+def _named_alike(sources: dict[str, Source]) -> dict[str, Source]:
+    """A file beside the hub's splits may give its classes by the hub's numbers."""
+    names = next((source.label_names for source in sources.values() if source.label_names), None)
     return {split: replace(source, label_names=source.label_names or names) for split, source in sources.items()}
 
 
@@ -277,7 +277,7 @@ def _hub_sources(data: DataConfig) -> dict[str, Source]:
         if own is not None and own not in loaded:
             raise DataError(f"data.{key}_split: {name} has no split {own}; it has {', '.join(map(str, loaded))}")
     splits = {split: named.get(split) or split for split in SPLITS}
-    if data.validation_split is None and splits["test"] == splits["validation"]:
+    if data.validation_split is None and data.test_file is None and splits["test"] == splits["validation"]:
         del splits["validation"]  # held out of train instead: what chooses the weights is not what scores them
     return {split: source(own) for split, own in splits.items() if own in loaded}
 
@@ -367,6 +367,8 @@ def _hold_out(train: Split[Any], data: DataConfig, generator: torch.Generator) -
     """Move dialogues (texts to classify) from train to validation, and drop from train every row that repeats one."""
     size = data.num_validation_examples
     different = list(dict.fromkeys(example.read for example in train.examples))
+    if not different:
+        raise DataError(f"{train.source}: no usable train rows: {train.counts.described()}")
     if size * 2 > len(different):
         raise DataError(
             f"{train.source}: {len(different)} different {'texts' if data.kind == 'classification' else 'dialogues'} "

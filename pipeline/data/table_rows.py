@@ -13,15 +13,14 @@ from ..errors import DataError
 from .json_rows import Row, read_utf8
 
 SUFFIXES = (".tsv", ".csv")
-_WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d*)")
-_NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
+_SCORE = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 _LONGEST_FIELD = 1 << 30
 _SHOWN = 40
 
 
 def read_table(path: Path, fields: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of a table; empty lines are skipped. Numbers in the last of `fields`, the label, are numbers, all
-    else is text.
+    """Yield the rows of a table; empty lines are skipped. All is text, but for scores and -1 in the last of `fields`,
+    the label: those are numbers.
 
     A .tsv has a tab between fields, quotation marks are characters, and only a line feed ends a row; a .csv is read as
     spreadsheets write it, with commas and quoting.
@@ -80,16 +79,16 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise DataError(f"{path}:{number}: a row that begins here is no CSV ({error})") from None
-        if found or number == 1:
+        if any(cell.strip() for cell in found) or number == 1:
             yield number, found
         number = reader.line_num + 1
 
 
 def _label(text: str) -> int | float | str:
     text = text.strip()
-    if _WHOLE_NUMBER.fullmatch(text):
-        return int(text)
-    return float(text) if _NUMBER.fullmatch(text) else text
+    if text == "-1":
+        return -1
+    return float(text) if _SCORE.fullmatch(text) else text
 
 
 __all__ = ["SUFFIXES", "read_table"]

@@ -327,6 +327,7 @@ def test_what_a_tiny_encoder_does_not_look_at_is_noted(override, why):
             ["data.kind=text", "data.text_field=dialogue", "data.overlong=truncate_dialogue"],
             "overlong: has no effect while data.kind is text",
         ),
+        (["data.test_split=validation"], "data.test_split: has no effect"),
         (["data.text_end=nothing"], "data.text_end: has no effect while data.kind is dialogues"),
         (["data.label_field=x"], "data.label_field: has no effect while data.kind is dialogues"),
         (["data.text_field=x"], "data.text_field: has no effect while data.kind is dialogues"),

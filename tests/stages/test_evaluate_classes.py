@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
-from hedgehog.pipeline.errors import DataError, Interrupted, ModelError
+from hedgehog.pipeline.errors import CheckpointError, DataError, Interrupted, ModelError
 from hedgehog.pipeline.evaluation import classification
 from hedgehog.pipeline.manifest import Manifest, StageInput, describe_artifact, read_manifest
 from hedgehog.pipeline.report.writing import write_report
@@ -324,6 +324,21 @@ def test_a_model_that_gives_nan_is_named(run, models, value):
     with pytest.raises(ModelError, match=r"softmax \| LoRA: the loss of 8 test rows is not finite \(first: row 0\)"):
         run_stage(run, "evaluate")
     assert not (folder(run) / "rouge.json").exists()
+
+
+def test_an_adapter_of_data_prepared_before_is_refused(converted: RunConfig, tmp_path: Path) -> None:
+    """Prepared anew with other classes of the same number, it would be scored by the wrong ones."""
+    shutil.copytree(Path(converted.output_dir) / converted.name, tmp_path / converted.name)
+    own = converted.model_copy(update={"output_dir": str(tmp_path)})
+    file = tmp_path / converted.name / "prepare" / "manifest.json"
+    manifest = Manifest.model_validate_json(file.read_text())
+    tokens = manifest.artifacts["tokens_train"]
+    changed = {"tokens_train": tokens.model_copy(update={"sha256": "0" * 64})}
+    manifest.model_copy(update={"artifacts": manifest.artifacts | changed}).write(file.parent)
+    for stage in ("evaluate", "export"):
+        shutil.rmtree(tmp_path / converted.name / stage, ignore_errors=True)
+        with pytest.raises(CheckpointError, match=r"was made from an earlier prepare than there is now; .*--force"):
+            run_stage(own, stage)
 
 
 def test_a_head_of_other_classes_is_refused(run, models):

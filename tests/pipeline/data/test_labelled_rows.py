@@ -137,6 +137,22 @@ def test_bad_rows_are_named_with_line_and_cure(folder: Path, split: str, bad: An
         resolve(dataset=str(folder), **{f"{split}_file": file})
 
 
+def test_numbers_that_stand_as_text_are_numbers(folder: Path) -> None:
+    """In a table, or in JSON; and labels of which only some are numbers are text."""
+    texts = [row(i, str(label)) for i, label in enumerate((10, 9, 2, 10, 9, 2))]
+    numbers = write(folder / "numbers.jsonl", [row(7, 9), row(8, 2)])
+    table = ["text,label", *(f"{one['text']},{one['label']}" for one in texts)]
+    (folder / "rows.csv").write_text("\n".join(table))
+    for train in (write(folder / "texts.jsonl", texts), str(folder / "rows.csv")):
+        splits = resolve(train_file=train, validation_file=train, test_file=numbers)
+        assert number_labels(splits, None)[0] == ["2", "9", "10"]
+        assert [example.label for example in splits["test"].examples] == [1, 0]
+    (folder / "rows.csv").write_text("text,label\na,1\nb,2\nc,3+\nd,1\n")
+    file = str(folder / "rows.csv")
+    splits = resolve(train_file=file, validation_file=file, test_file=file)
+    assert number_labels(splits, None)[0] == ["1", "2", "3+"]
+
+
 def test_a_row_without_text_makes_no_class(folder: Path) -> None:
     file = write(folder / "rows.jsonl", [row(0, 0), row(1, 1), row(2, 7, text=" "), row(3, 0)])
     splits = resolve(train_file=file, test_file=file, validation_file=file)
@@ -255,6 +271,10 @@ def test_the_hub_names_its_classes(monkeypatch: pytest.MonkeyPatch, folder: Path
     splits = resolve(dataset="someone/feelings", test_file=numbered)
     number_labels(splits, None)
     assert [example.label for example in splits["test"].examples] == [0], "the hub's numbers"
+    splits = resolve(dataset="someone/feelings", train_file=str(folder / "train.jsonl"), test_file=local)
+    assert number_labels(splits, None)[0] == ["negative", "positive", "neutral"], "the hub's, for validation's sake"
+    splits = resolve(dataset="someone/feelings", test_split="validation", test_file=local)
+    assert splits["validation"].source == "someone/feelings (validation)", "the file is scored, not the split"
     loaded["train"] = loaded["train"].cast_column("label", datasets.Value("int64"))
     loaded["train"] = loaded["train"].map(lambda one: {"label": one["label"] + 2})
     del loaded["test"]
@@ -287,9 +307,8 @@ def labelled(*labels: int | str) -> dict[str, Any]:
         (("good", "bad"), ("BAD", "SO", "GOOD"), ["BAD", "SO", "GOOD"], [2, 0]),
         (("good", "worse"), ("bad", "good"), ["good", "worse"], [0, 1]),
         (("A", "a"), ("a", "b"), ["A", "a"], [0, 1]),
-        (("10", "9", "2"), None, ["2", "9", "10"], [2, 1, 0]),
-        (("1", "0"), ("bad", "good"), ["bad", "good"], [1, 0]),
-        (("1", "0"), ("1", "0"), ["1", "0"], [0, 1]),
+        ((1, 0), ("1", "0"), ["1", "0"], [0, 1]),
+        ((10, 2), ("1", "10", "2"), ["1", "10", "2"], [1, 2]),  # some of those that it knows
         (("10", "a", "2"), None, ["10", "2", "a"], [0, 2, 1]),
     ],
 )
