@@ -333,8 +333,9 @@ _TABLE_ROWS = {
 
 
 _LABELLED_TABLE_ROWS = {
-    **{key: label for key, label in _TABLE_ROWS.items() if key != "dropped_no_summary"},
+    **{key.replace("no_summary", "no_label"): label for key, label in _TABLE_ROWS.items()},
     "dropped_empty": "dropped: empty text",
+    "dropped_no_label": "dropped: no label",
     "truncated": "  text cut",
     "seen_in_train": "  text also in train",
 }

@@ -66,6 +66,8 @@ class SplitCounts:
     """Rows without a dialogue, or without a text to classify."""
     dropped_no_summary: int = 0
     """Rows without a summary."""
+    dropped_no_label: int = 0
+    """Rows to classify, of the hub, whose label is -1: nobody agreed on one (SNLI), or it is kept secret."""
     dropped_duplicates: int = 0
     """Training rows that repeat an earlier one."""
     held_out: int = 0
@@ -79,8 +81,9 @@ class SplitCounts:
         return asdict(self)
 
     def described(self) -> str:
-        """All of them, for a message."""
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(self).items())
+        """For a message: how many rows were read, and what became of them."""
+        shown = {name: value for name, value in asdict(self).items() if value or name == "rows"}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
 @dataclass

@@ -16,6 +16,8 @@ from .examples import LabelledExample, Source, Split, check_encodable, missing_f
 from .json_rows import Row
 
 Label = int | str
+_SECRET = -1
+"""The hub's label of a row that has none."""
 _MANY_CLASSES = 50
 """More of them than this, on fewer than two rows each, are no classes."""
 _WHOLE_NUMBER = re.compile(r"0|[1-9]\d*")
@@ -28,14 +30,20 @@ def labelled_examples(source: Source, data: DataConfig, name: str) -> Split[Labe
 
     Raises:
         DataError: the first row that lacks a field, has something else than text where text belongs, or has no label
-            that could be a class; labels that are numbers in one row and text in another.
+            that could be a class; labels that are numbers in one row and text in another; the hub has no label of any
+            row. (Where it has none of some, those are counted.)
     """
     split: Split[LabelledExample] = Split([], source.name, label_names=source.label_names)
     names = [("text_field", data.text_field)]
     if data.second_text_field is not None:
         names.append(("second_text_field", data.second_text_field))
+    secret: Row | None = None
     for number, row in enumerate(source.read(), start=1):
         split.counts.rows += 1
+        if source.label_names is not None and row.fields.get(data.label_field) == _SECRET:
+            split.counts.dropped_no_label += 1
+            secret = secret or row
+            continue
         texts = []
         for key, field in names:
             if field not in row.fields:
@@ -53,6 +61,8 @@ def labelled_examples(source: Source, data: DataConfig, name: str) -> Split[Labe
         identifier = row.fields.get(data.id_field)
         example_id = f"{name}-{number}" if identifier is None else str(identifier)
         split.examples.append(LabelledExample(example_id, str(text), second_text, label))
+    if secret is not None and not split.examples:
+        raise _is_secret(secret)
     return split
 
 
@@ -75,17 +85,21 @@ def _label_of(row: Row, name: str, label_names: Sequence[str] | None) -> Label:
         )
     if not isinstance(label, (int, str)):
         raise DataError(f"{row.place}: field '{name}' must be text or a whole number, not {type(label).__name__}")
-    if label == -1:
-        raise DataError(
-            f"{row.place}: its label is -1, which stands for one that is kept secret; take rows with labels, as "
-            "data.test_file, or of a dataset with data.test_split=validation. (A class of its own is written as text, "
-            "or with numbers from 0 on.)"
-        )
+    if label == _SECRET:
+        raise _is_secret(row)
     if isinstance(label, int) and label_names is not None:
         if not 0 <= label < len(label_names):
             raise DataError(f"{row.place}: label {label}, but there are {len(label_names)} classes, from 0 on")
         return label_names[label]
     return label
+
+
+def _is_secret(row: Row) -> DataError:
+    return DataError(
+        f"{row.place}: its label is -1, which stands for one that is kept secret; take rows with labels, as "
+        "data.test_file, or of a dataset with data.test_split=validation. (A class of its own is written as text, or "
+        "with numbers from 0 on.)"
+    )
 
 
 def _check_alike(label: Label, place: str, split: Split[LabelledExample]) -> None:

@@ -267,6 +267,11 @@ def test_the_hub_names_its_classes(monkeypatch: pytest.MonkeyPatch, folder: Path
     assert number_labels(splits, None) == (["negative", "positive", "neutral"], None)
     assert [example.label for example in splits["train"].examples] == [1, 0, 1, 0, 1]
     assert [example.label for example in splits["test"].examples] == [1]
+    loaded["train"] = split([1, -1, 0, 1, -1, 0, 1])  # as SNLI has some
+    train = resolve(dataset="someone/feelings", test_file=local)["train"]
+    assert [example.label for example in train.examples] == ["positive", "negative", "positive", "negative", "positive"]
+    assert (train.counts.rows, train.counts.dropped_no_label) == (7, 2)
+    loaded["train"] = split([1, 0, 1, 0, 1])
     numbered = write(folder / "numbered.jsonl", [row(1, 0)])
     splits = resolve(dataset="someone/feelings", test_file=numbered)
     number_labels(splits, None)
