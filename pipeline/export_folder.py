@@ -81,8 +81,8 @@ def write_configs(
 
     A model with softmax attention is written as a plain one of its family. The tokenizer pads on the left with
     `pad_id` (or EOS, see below), ready for batched generation; generation is greedy unless the user asks otherwise.
-    An encoder's tokenizer pads on the right, as prepare did. Where positions are a table, it cuts at its length if
-    asked to cut.
+    An encoder's tokenizer pads on the right and reads names of special tokens as text, as prepare did. Where positions
+    are a table, it cuts at its length if asked to cut.
     """
     from transformers import GenerationConfig
 
@@ -116,6 +116,8 @@ def write_configs(
         ).save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if is_encoder else "left"
+    if is_encoder:  # "[SEP]" inside a text was plain characters in training
+        tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     for key in ("is_local", "local_files_only"):  # how it was loaded here, nothing about the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id != pads:

@@ -216,6 +216,7 @@ def test_the_export_tells_what_evaluate_recorded(tiny_run: Path) -> None:
     found = [model.config.id2label[index] for index in logits.argmax(1).tolist()]
     by_index = {row["index"]: row for row in recorded}
     assert found == [by_index[index]["prediction"] for index in range(20)]
+    assert tokenizer("a [SEP] b").input_ids.count(tokenizer.sep_token_id) == 1, "as prepare reads it"
     cut = tokenizer("see you " * 3000, truncation=True, return_tensors="pt")
     assert cut.input_ids.shape == (1, 512) and model(**cut).logits.isfinite().all()
     losses = torch.nn.functional.cross_entropy(
