@@ -152,6 +152,14 @@ def test_a_head_that_begins_at_random_is_that_of_its_seed(new_run: Callable[...,
     assert without_pooler.bert.pooler.dense.weight.detach().std() == pytest.approx(0.3, rel=0.1)
 
 
+def test_a_head_that_begins_at_random_is_told(new_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    for family, told in (("bert without head", True), ("bert", False)):
+        run = new_run(family, distill__max_steps=1, finetune__max_steps=1)
+        run.stage("distill")
+        run.stage("finetune")
+        assert ("classifier: not among the base's weights" in " ".join(capsys.readouterr().out.split())) == told
+
+
 def test_a_head_for_other_classes_is_refused(new_run: Callable[..., Run]) -> None:
     folder = new_run("bert").root / "prepare/base_model"
     assert not new_head(load_base(folder, dtype="float32", label_names=("a", "b")))

@@ -280,6 +280,14 @@ def test_base_and_kind_must_fit(base: Path, tmp_path: Path, tmp_path_factory: py
         assert error.startswith(message)
 
 
+def test_a_class_without_training_rows_is_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "rows.jsonl", [*some_rows(12), {"text": "Anna " * 90, "label": 2}])
+    short = write(tmp_path / "short.jsonl", [*some_rows(4), {"text": "Anna", "label": 2}])
+    prepare(real_config(tmp_path, base, train_file=file, validation_file=short, test_file=short))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "warning: no training row is left of 2: held out" in told
+
+
 def test_pairs_take_two_token_types(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     fields = json.loads((tmp_path / "base/config.json").read_text())
