@@ -69,8 +69,8 @@ class ModelShape(ABC):
 
     @classmethod
     def of_tiny(cls, tiny: TinyConfig) -> ModelShape:
-        """The shape of the model that the `tiny` section makes: with as many heads for keys and values as for queries,
-        where a family has no say in it."""
+        """The shape of the model that the `tiny` section makes. It has as many heads for keys and values as for
+        queries, unless a family says otherwise."""
         return cls(
             hidden_size=tiny.hidden_size,
             num_layers=tiny.num_layers,

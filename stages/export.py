@@ -211,10 +211,10 @@ class _Classification:
     def __init__(self, ctx: StageContext, pad_id: int) -> None:
         prepare = ctx.inputs["prepare"]
         split = TokenizedSplit.open(prepare.artifact("tokens_test"))
-        self._ctx, self._probe = (
-            ctx,
-            make_class_probe(split, prepare.artifact("examples_test"), pad_id, ctx.config.data.max_length_tokens),
-        )
+        # what prepare cut rows to, whatever the config says since
+        max_length = prepare.manifest.config["data.max_length_tokens"]
+        self._ctx = ctx
+        self._probe = make_class_probe(split, prepare.artifact("examples_test"), pad_id, max_length)
 
     def ask(self, model: Any) -> None:
         self._ctx.reporter.info(f"the unmerged model classifies {len(self._probe.rows)} test rows")

@@ -20,7 +20,7 @@ _SECRET = -1
 """The hub's label of a row that has none."""
 _MANY_CLASSES = 50
 """More of them than this, on fewer than two rows each, are no classes."""
-_WHOLE_NUMBER = re.compile(r"0|[1-9]\d*")
+_WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _SHOWN = 5
 """Labels that a message names."""
 
@@ -139,9 +139,10 @@ def check_labels(splits: Mapping[str, Split[LabelledExample]]) -> None:
 
 def _read_numbers(splits: Mapping[str, Split[LabelledExample]]) -> None:
     """A table's labels, and a JSON file's "0" and "1", are the numbers 0 and 1, unless one label of the run is none."""
-    if any(split.label_names for split in splits.values()):
+    labels = {label for split in splits.values() for label in split.labels}
+    if any(split.label_names for split in splits.values()) or all(isinstance(label, int) for label in labels):
         return
-    if not all(_WHOLE_NUMBER.fullmatch(str(label)) for split in splits.values() for label in split.labels):
+    if not all(_WHOLE_NUMBER.fullmatch(str(label)) for label in labels):
         return
     for split in splits.values():
         split.labels = {int(label): place for label, place in split.labels.items()}

@@ -100,7 +100,7 @@ def load_base(
     except (KeyError, ValueError) as error:  # an activation that transformers lacks, a dropout above 1, …
         said = f"{type(error).__name__}: {_one_line(error)}"
         title = architecture.family.title
-        raise ModelError(f"{name}: transformers makes no {title} of its config.json ({said}); mend it there") from error
+        raise ModelError(f"{name}: transformers cannot load it as a {title} ({said}); see its config.json") from error
     base, info = loaded
     new = _new_modules(base, info["missing_keys"], architecture.family.head_modules)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(f"{name}." for name in new)))

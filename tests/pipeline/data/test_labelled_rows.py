@@ -192,6 +192,7 @@ def test_a_csv_is_read_as_spreadsheets_write_it(folder: Path) -> None:
         ("bad.csv", "text,label\na,1\nb\n", r"bad\.csv:3: 1 fields, but the first line names 2 columns; commas"),
         ("bad.csv", "", r"bad\.csv:1: is empty; the first line of a \.csv"),
         ("bad.csv", "text;label\na;1\n", r"bad\.csv:1: names none of the columns text, label, but 'text;label'\."),
+        ("bad.tsv", "text\t label\na\t1\n", r"bad\.tsv:2: no field 'label' \(fields found: ' label', text\)"),
         ("bad.tsv", "gj04\t1\t\tOur friends\n", r"bad\.tsv:1: names none .* but 'gj04', '1', '', 'Our friends'\. If"),
     ],
 )
@@ -199,6 +200,12 @@ def test_a_table_that_is_none(folder: Path, name: str, content: str, message: st
     (folder / name).write_text(content)
     with pytest.raises(DataError, match=message):
         resolve(dataset=str(folder), test_file=str(folder / name))
+
+
+def test_a_table_without_rows_says_so(folder: Path) -> None:
+    (folder / "none.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match=r"none\.csv: no usable train rows: rows 0"):
+        resolve(train_file=str(folder / "none.csv"), test_file=str(folder / "train.jsonl"))
 
 
 def test_a_pair_without_its_second_text(folder: Path) -> None:
