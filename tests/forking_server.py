@@ -70,7 +70,8 @@ def run_forked(
 ) -> tuple[int, str]:
     """Run a Python script in a forked child of the server at `place`; its exit status (-9: killed) and output.
 
-    The child and all that it started are gone when this returns, however it returns.
+    The child and all that it started are gone when this returns, however it returns. Raises TimeoutError, with what
+    was printed until then.
     """
     with connect(place) as connection, tempfile.NamedTemporaryFile("r") as output:
         request = {"script": str(script), "arguments": list(arguments), "environment": dict(environment)}
@@ -81,7 +82,8 @@ def run_forked(
             connection.settimeout(timeout_s)
             status = answers.readline()
         except TimeoutError:
-            status = ""
+            said = output.read()
+            raise TimeoutError(f"{script.name} was not done after {timeout_s:.0f} s\n{said[-6000:]}") from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)

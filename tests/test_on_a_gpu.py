@@ -62,7 +62,7 @@ def on_gpu(everyones_folder: Path) -> OnGpu:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=900,
         )
         said = done.stdout + done.stderr
         assert (done.returncode != 0) == fails, said[-6000:]
@@ -79,7 +79,7 @@ def forked_on_gpu(everyones_folder: Path, forking_server: Any) -> Iterator[OnGpu
     place.mkdir(exist_ok=True)
 
     def run(script: str, *arguments: str) -> str:
-        status, said = forking_server.run_forked(place, HERE / script, arguments, environment, timeout_s=280)
+        status, said = forking_server.run_forked(place, HERE / script, arguments, environment)
         assert status == 0, said[-6000:]
         return said
 

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 SCRIPT = Path(__file__).with_name("local-slurm")
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 600
 """Installing the packages included."""
 UNAVAILABLE = 77
 """local-slurm's exit code where this machine cannot have Slurm."""
@@ -129,7 +129,7 @@ def local_slurm(slurm_conf: Path) -> Callable[..., None]:
     where = {"LOCAL_SLURM_ROOT": str(slurm_conf.parents[1]), "LOCAL_SLURM_PORT": port.partition("=")[2]}
 
     def call(*arguments: str) -> None:
-        subprocess.run([SCRIPT, *arguments], env=os.environ | where, check=True, timeout=60)
+        subprocess.run([SCRIPT, *arguments], env=os.environ | where, check=True, timeout=300)
 
     return call
 
@@ -149,7 +149,7 @@ class Cluster:
         (self.cwd / "micro.yaml").write_text(yaml.safe_dump(self.values))
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=600)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 

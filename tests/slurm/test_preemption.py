@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
 ]
 
 PROGRAM = Path(__file__).with_name("held_program.py")
@@ -80,7 +80,7 @@ class Disturbed:
             if record["restart"] == restart and record["part"] in (None, "0")
         ]
 
-    def wait(self, until: Callable[[], Any], timeout_s: float = 120) -> Any:
+    def wait(self, until: Callable[[], Any], timeout_s: float = 400) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (value := until()):
             assert time.monotonic() < deadline, f"{self.cluster.run('squeue').stdout}\n{self.cluster.logs()}"

@@ -45,7 +45,7 @@ COMPARED = ("evaluate/predictions/", "evaluate/rouge.json", "export/model/config
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.timeout(600 + 60 * NUM_KILLS),
+    pytest.mark.timeout(1800 + 180 * NUM_KILLS),
 ]
 
 

@@ -271,9 +271,18 @@ bool may_mix(const std::string& operator_name) {
          operator_name.rfind("aten::index", 0) == 0 || operator_name == "aten::_index_put_impl_";
 }
 
+// Products whose halves a CPU multiplies in float32, as a GPU adds them up: many CPUs' own products of bfloat16 take
+// four to forty times as long. torch hands them a place for the result.
+bool is_product(const c10::FunctionSchema& schema) {
+  static const std::set<std::string> names = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"};
+  return schema.overload_name() == "out" && names.count(schema.name()) > 0;
+}
+
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   Call call;
+  const bool is_of_floats = is_product(schema);
+  at::Tensor halves;  // where such a product goes
   auto see = [&](const at::Tensor& tensor) -> at::Tensor {
     if (!tensor.defined()) return tensor;
     TORCH_CHECK(tensor.is_cuda() || tensor.dim() == 0 || may_mix(schema.name()),
@@ -284,7 +293,12 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (auto i = stack->size() - schema.arguments().size(); i < stack->size(); i++) {
     IValue& value = (*stack)[i];
     if (value.isTensor()) {
-      value = see(value.toTensor());
+      at::Tensor seen = see(value.toTensor());
+      if (is_of_floats && (seen.scalar_type() == at::kBFloat16 || seen.scalar_type() == at::kHalf)) {
+        if (i + 1 == stack->size()) halves = seen;
+        seen = seen.to(at::kFloat);
+      }
+      value = seen;
     } else if (value.isTensorList()) {
       c10::List<at::Tensor> all;
       for (const at::Tensor& tensor : value.toTensorVector()) all.push_back(see(tensor));
@@ -305,7 +319,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (auto i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
     IValue& value = (*stack)[i];
     if (value.isTensor()) {
-      value = call.original(value.toTensor());
+      value = call.original(halves.defined() ? halves.copy_(value.toTensor()) : value.toTensor());
     } else if (value.isTensorList()) {
       c10::List<at::Tensor> all;
       for (const at::Tensor& tensor : value.toTensorVector()) all.push_back(call.original(tensor));

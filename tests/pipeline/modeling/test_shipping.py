@@ -79,7 +79,7 @@ def test_clean_process_gives_the_same_numbers(new_base, token_ids, left_padded, 
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-I", str(script)]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-3000:]
     for name, model in models.items():
         outputs = load_file(tmp_path / name / "outputs.safetensors")
@@ -160,5 +160,5 @@ def test_transformers_runs_beside_the_pypi_package_kernels(tmp_path):
         "Metadata-Version: 2.1\nName: kernels\nVersion: 0.99.0\n"
     )
     script = f"import sys; sys.path.insert(0, {str(site)!r})\n{BESIDE_PYPI_KERNELS}"
-    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0 and ran.stdout.strip().endswith("works"), ran.stderr[-3000:]
