@@ -18,6 +18,7 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from .attempt import check_still_fits, open_input
+from .config import LABELLED_KINDS
 from .config_loading import apply_variant, config_differences, flatten, load_config
 from .data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer, render_prompt
 from .distributed import discover_world
@@ -149,7 +150,7 @@ def _open(folder: RunFolder, name: str, config: RunConfig, given: Sequence[str])
             lines = "\n".join(f"  {line}" for line in changed)
             raise CheckpointError(f"{entry.folder}: was made with another model section; {cure}:\n{lines}")
     prepare = inputs["prepare"]
-    if prepare.summary.get("kind") == "classification":
+    if prepare.summary.get("kind") in LABELLED_KINDS:
         raise ConfigError(
             f"{folder.root}: its model tells classes and generates nothing; the README.md of its export says how to "
             "ask it"

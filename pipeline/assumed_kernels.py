@@ -22,7 +22,7 @@ def assumed_attention(config: RunConfig, head_dim: int, device: str) -> Attentio
     model = config.model
     if model.attention == "softmax":
         return "softmax"
-    if config.data.kind == "classification":  # an encoder's: two matrix products
+    if config.data.is_labelled:  # an encoder's: two matrix products
         return "PyTorch, bidirectional"
     num_features = feature_map_size(model, head_dim).num_features
     if (
@@ -43,7 +43,7 @@ def assumed_loss(config: RunConfig, head_dim: int, device: str) -> Literal["PyTo
     model = config.model
     serves = (
         device == "cuda"
-        and config.data.kind != "classification"
+        and not config.data.is_labelled
         and config.engine.precision == "bfloat16"
         and model.attention_backend == "auto"
         and model.feature_map in FEATURE_MAPS

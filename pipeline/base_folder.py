@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from .config import LABELLED_KINDS
 from .errors import ModelError
 from .families import FAMILIES, HUB_SHAPES, family_of
 
@@ -71,19 +72,19 @@ def kind_fault(family: type[ModelShape], kind: str) -> str | None:
     """Why models of a family cannot run on data of this kind (`data.kind`), with the cure; None where they can."""
     encoders = " or ".join(f"a {one.title}" for one in FAMILIES.values() if one.is_encoder)
     decoders = " or ".join(f"a {one.title}" for one in FAMILIES.values() if not one.is_encoder)
-    if family.is_encoder and kind != "classification":
+    if family.is_encoder and kind not in LABELLED_KINDS:
         return (
-            f"{kind}, but the base model is a {family.title}, an encoder: set data.kind to classification, or take "
-            f"{decoders}."
+            f"{kind}, but the base model is a {family.title}, an encoder: set data.kind to classification or "
+            f"regression, or take {decoders}."
         )
-    if kind == "classification" and not family.is_encoder:
-        return f"classification needs {encoders}, and the base model is a {family.title}: take another one of the two."
+    if kind in LABELLED_KINDS and not family.is_encoder:
+        return f"{kind} needs {encoders}, and the base model is a {family.title}: take another one of the two."
     return None
 
 
 def pair_fault(shape: ModelShape, data: DataConfig) -> str | None:
     """Why a model cannot read pairs, with the cure; None where it can, or the rows are single texts."""
-    if data.kind != "classification" or data.second_text_field is None or shape.num_token_types > 1:
+    if not data.is_labelled or data.second_text_field is None or shape.num_token_types > 1:
         return None
     return (
         f"{data.second_text_field}, but the base model tells no two texts apart (type_vocab_size is "
@@ -188,9 +189,11 @@ def lacks_head(folder: Path, family: type[ModelShape]) -> bool:
 def other_classes(base: str, family: type[ModelShape], label_names: Sequence[str]) -> str:
     """What is said of a base whose head is for another task."""
     shown = ", ".join(label_names[:_SHOWN]) + (" …" if len(label_names) > _SHOWN else "")
+    other = f"tells other classes than the {len(label_names)} of the data ({shown})"
+    if len(label_names) == 1:
+        other = "tells classes, and the rows have scores"
     return (
-        f"{base}: its head tells other classes than the {len(label_names)} of the data ({shown}): give it rows of its "
-        f"own task, or take the {family.title} that it was finetuned from"
+        f"{base}: its head {other}: give it rows of its own task, or take the {family.title} that it was finetuned from"
     )
 
 

@@ -1,4 +1,6 @@
-"""An encoder's head: what it takes to tell classes, pooler and classifier. It learns whole, in float32, in stage two.
+"""An encoder's head: what it takes to tell classes or a score, pooler and classifier.
+
+It learns whole, in float32, in stage two.
 
 A base that was only pretrained has none, or only half of it; then it begins at random, the same for a seed.
 """
@@ -30,7 +32,7 @@ def head_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def class_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (B, C), float32, where the model lies.
+    """Logits (B, C), float32, where the model lies; of a head that gives scores these, (B, 1).
 
     Args:
         model: a base or converted encoder with a head, float32 or below.

@@ -48,16 +48,21 @@ class ModelConfig(Section):
     """Quantize the frozen base weights (bitsandbytes). Null: keep them in `engine.precision`."""
 
 
+LABELLED_KINDS = ("classification", "regression")
+"""Values of `data.kind` for rows of a text, or of a pair, and its label."""
+
+
 class DataConfig(Section):
     """Rows of text, and how they become tokens."""
 
-    kind: Literal["dialogues", "text", "classification"] = "dialogues"
+    kind: Literal["dialogues", "text", "classification", "regression"] = "dialogues"
     """`dialogues`: rows of a dialogue and its summary. `text`: running text, cut into rows of `max_length_tokens`; both
-    stages learn on it, and `evaluate` measures its perplexity. `classification`: rows of a text, or of a pair, and its
-    class, which `evaluate` counts right or wrong; for a BERT, and a BERT needs it."""
+    stages learn on it, and `evaluate` measures its perplexity. A BERT needs, and only a BERT has: `classification`:
+    rows of a text, or of a pair, and its class, which `evaluate` counts right or wrong; or `regression`: and its score,
+    with which `evaluate` correlates those that the model gives."""
     dataset: str | None = None
     """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl; of text also .txt; of
-    classification also .tsv and .csv, and dev for validation). Instead of the files below."""
+    labelled rows also .tsv and .csv, and dev for validation). Instead of the files below."""
     dataset_config: str | None = None
     """Which of its configurations, where a dataset on the hub has several."""
     validation_split: str | None = None
@@ -67,8 +72,8 @@ class DataConfig(Section):
     """Which split of `dataset` `evaluate` scores, likewise. Null: `test`. Take `validation` where the labels of test
     are kept secret, as in GLUE."""
     train_file: str | None = None
-    """JSON (a list of objects) or JSONL file of training rows; of text also a file of plain text, of classification a
-    .tsv or .csv whose first line names its columns."""
+    """JSON (a list of objects) or JSONL file of training rows; of text also a file of plain text, of labelled rows
+    a .tsv or .csv whose first line names its columns."""
     validation_file: str | None = None
     """Rows for KL and loss while training. Null: `num_validation_examples` are held out of train."""
     test_file: str | None = None
@@ -80,21 +85,21 @@ class DataConfig(Section):
     summary_field: str = "summary"
     """Key of the reference summary."""
     text_field: str = "text"
-    """Key of the text, where `kind` is text or classification."""
+    """Key of the text, where `kind` is not dialogues."""
     second_text_field: str | None = None
-    """Key of a pair's second text, where `kind` is classification. Null: single texts."""
+    """Key of a pair's second text, where rows are labelled. Null: single texts."""
     label_field: str = "label"
-    """Key of the class (text, or a whole number), where `kind` is classification."""
+    """Key of the class (text, or a whole number), or of the score (a number)."""
     text_end: Literal["eos", "nothing"] = "eos"
     """What stands behind each text, of which a plain file is one; `nothing` where the rows of a JSON file or of the hub
     are lines of a single text."""
     prompt_template: str = "Summarize this dialogue.\n{dialogue}\n---\nSummary:\n"
     """Text before the summary; must contain {dialogue} exactly once."""
     max_length_tokens: int = Field(default=1024, ge=16)
-    """Longest prompt + summary, or text to classify. Longer rows follow `overlong`. Rows of text have this length."""
+    """Longest prompt + summary, or labelled text. Longer rows follow `overlong`. Rows of text have this length."""
     overlong: Literal["drop", "truncate_dialogue", "truncate"] = "drop"
     """A longer row is dropped, or cut at its end: its dialogue (`truncate_dialogue`; a summary is never cut), or the
-    text to classify (`truncate`; of a pair the longer one). Both are counted."""
+    labelled text (`truncate`; of a pair the longer one). Both are counted."""
     num_validation_examples: int = Field(default=200, ge=1)
     """Held out of train when there is no validation file; at most this many are used for validation otherwise."""
     max_train_examples: int | None = Field(default=None, ge=1)
@@ -103,6 +108,11 @@ class DataConfig(Section):
     """Use the first this many test rows. Null: all."""
     drop_train_duplicates: bool = True
     """Drop training rows whose dialogue and summary, or texts and label, repeat an earlier row word for word."""
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether rows are texts with a class or a score, which an encoder learns to tell."""
+        return self.kind in LABELLED_KINDS
 
     @field_validator("prompt_template")
     @classmethod

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import RunConfig, ScheduleConfig
+from .config import LABELLED_KINDS, RunConfig, ScheduleConfig
 from .errors import ConfigError
 from .run_folder import STAGES
 
@@ -89,18 +89,18 @@ def check_world(config: RunConfig, world_size: int, stage: str | None = None) ->
 _READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "dialogue_field"): ("dialogues",),
     ("data", "summary_field"): ("dialogues",),
-    ("data", "id_field"): ("dialogues", "classification"),
+    ("data", "id_field"): ("dialogues", *LABELLED_KINDS),
     ("data", "prompt_template"): ("dialogues",),
-    ("data", "overlong"): ("dialogues", "classification"),
-    ("data", "drop_train_duplicates"): ("dialogues", "classification"),
+    ("data", "overlong"): ("dialogues", *LABELLED_KINDS),
+    ("data", "drop_train_duplicates"): ("dialogues", *LABELLED_KINDS),
     ("evaluate", "max_new_tokens"): ("dialogues", "text"),
     ("evaluate", "num_beams"): ("dialogues",),
     ("evaluate", "min_new_tokens"): ("dialogues",),
     ("evaluate", "no_repeat_ngram_size"): ("dialogues",),
-    ("data", "text_field"): ("text", "classification"),
+    ("data", "text_field"): ("text", *LABELLED_KINDS),
     ("data", "text_end"): ("text",),
-    ("data", "second_text_field"): ("classification",),
-    ("data", "label_field"): ("classification",),
+    ("data", "second_text_field"): LABELLED_KINDS,
+    ("data", "label_field"): LABELLED_KINDS,
     ("evaluate", "perplexity"): ("dialogues", "text"),
     ("model", "chunk_size"): ("dialogues", "text"),
 }
@@ -108,7 +108,7 @@ _READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 _OF_GIVEN_DATA = ("dataset_config", "validation_split", "test_split")
-_OF_GIVEN_CLASSES = ("text_field", "second_text_field", "label_field")
+_OF_GIVEN_LABELS = ("text_field", "second_text_field", "label_field")
 """Keys of `data` that say nothing of what a tiny run makes."""
 
 
@@ -138,6 +138,11 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
             yield Problem(
                 ("data.kind", "tiny"), "the section `tiny` makes dialogues; leave this out, or set tiny: null."
             )
+        elif data.kind == "regression":
+            yield Problem(
+                ("data.kind", "tiny"),
+                "the section `tiny` makes no scores; set it to classification, or give files and tiny: null.",
+            )
         elif data.kind == "classification" and config.tiny.architecture != "bert":
             yield Problem(
                 ("data.kind", "tiny.architecture"),
@@ -158,13 +163,13 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("model.base", "tiny"),
             "left open; give the folder or hub id of a "
-            f"{'BERT' if data.kind == 'classification' else 'Llama or GPT-2'}, here or on the command line: "
+            f"{'BERT' if data.is_labelled else 'Llama or GPT-2'}, here or on the command line: "
             "model.base=…",
         )
     if data.dataset is None:
         for split in ("train", "test"):
             if getattr(data, f"{split}_file") is None:
-                more = {"text": ".txt, ", "classification": ".tsv, .csv, "}.get(data.kind, "")
+                more = ".txt, " if data.kind == "text" else ".tsv, .csv, " if data.is_labelled else ""
                 files = f"{more}.json or .jsonl"
                 yield Problem(
                     (f"data.{split}_file", "data.dataset", "tiny"),
@@ -175,16 +180,16 @@ def _input_errors(config: RunConfig) -> Iterator[Problem]:
 
 def _kind_errors(config: RunConfig) -> Iterator[Problem]:
     kind, overlong = config.data.kind, config.data.overlong
-    if kind == "classification":
+    if config.data.is_labelled:
         for name, schedule in (("distill", config.distill), ("finetune", config.finetune)):
             if schedule.packing:
                 yield Problem(
                     (f"{name}.packing", "data.kind"),
-                    "an encoder's rows are not joined; set it to false (data.kind is classification).",
+                    f"an encoder's rows are not joined; set it to false (data.kind is {kind}).",
                 )
         if overlong == "truncate_dialogue":
             yield Problem(
-                ("data.overlong", "data.kind"), "rows to classify have no dialogue to cut; take truncate, or drop."
+                ("data.overlong", "data.kind"), "labelled rows have no dialogue to cut; take truncate, or drop."
             )
         if config.data.second_text_field in (config.data.text_field, config.data.label_field):
             yield Problem(
@@ -199,7 +204,7 @@ def _kind_errors(config: RunConfig) -> Iterator[Problem]:
     elif kind == "dialogues" and overlong == "truncate":
         yield Problem(
             ("data.overlong", "data.kind"),
-            "is for rows to classify; of dialogues take truncate_dialogue, or drop.",
+            "is for labelled rows; of dialogues take truncate_dialogue, or drop.",
         )
 
 
@@ -227,7 +232,7 @@ def _engine_errors(config: RunConfig) -> Iterator[Problem]:
 
 def _evaluate_errors(config: RunConfig) -> Iterator[Problem]:
     evaluate = config.evaluate
-    if config.data.kind != "classification" and evaluate.min_new_tokens > evaluate.max_new_tokens:
+    if not config.data.is_labelled and evaluate.min_new_tokens > evaluate.max_new_tokens:
         yield Problem(
             ("evaluate.min_new_tokens", "evaluate.max_new_tokens"),
             f"{evaluate.min_new_tokens} is more than max_new_tokens {evaluate.max_new_tokens}.",
@@ -250,7 +255,7 @@ def _notes(config: RunConfig) -> Iterator[Problem]:
         if kind not in kinds and getattr(part, name) != type(part).model_fields[name].default:
             yield Problem((f"{section}.{name}",), f"has no effect while data.kind is {kind}.")
     if config.tiny is not None:
-        for name in _OF_GIVEN_DATA + (_OF_GIVEN_CLASSES if kind == "classification" else ()):
+        for name in _OF_GIVEN_DATA + (_OF_GIVEN_LABELS if config.data.is_labelled else ()):
             if getattr(config.data, name) != type(config.data).model_fields[name].default:
                 yield Problem((f"data.{name}",), "has no effect while the section `tiny` makes the data.")
     elif config.data.dataset is None:

@@ -210,7 +210,7 @@ class Reporter:
 
     def _show(self, step: int, total: int, metrics: Mapping[str, Any], now: float) -> None:
         numbers = {name: f"{value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))}
-        losses = [f"loss {numbers.pop(name)}" for name in list(numbers)[:1] if name.endswith("loss_nats")]
+        losses = [f"loss {numbers.pop(name)}" for name in list(numbers)[:1] if name.endswith(("loss_nats", "loss_mse"))]
         diagnostics = [f"{name} {number}" for name, number in numbers.items()]
         remaining_s = (total - step) / max(self._steps_per_s, 1e-9)
         figures = [

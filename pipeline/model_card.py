@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
+from .config import LABELLED_KINDS, RunConfig
 from .families import FAMILIES, lora_modules
 from .formatting import code_span
 from .model_shape import ModelShape
@@ -18,7 +18,7 @@ from .score_table import comparison_lines
 _HUB_ID_PARTS = 2
 _MOST_LABELS = 20
 """More classes are not listed: config.json has them."""
-_TAGS = {"dialogues": ["- summarization"], "text": [], "classification": ["- text-classification"]}
+_TAGS = {"dialogues": ["- summarization"], "text": [], **{kind: ["- text-classification"] for kind in LABELLED_KINDS}}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CardFacts:
     num_examples: int | None
     dtype: str
     label_names: Sequence[str] = ()
-    """Of rows to classify: the classes, by their number."""
+    """Of rows to classify: the classes, by their number; of rows to score one name."""
 
 
 def write_model_card(folder: Path, config: RunConfig, facts: CardFacts) -> None:
@@ -73,7 +73,7 @@ def short_name(folder_or_id: str) -> str:
 
 
 def _front_matter(config: RunConfig, linear: bool) -> str:
-    task = "text-classification" if config.data.kind == "classification" else "text-generation"
+    task = "text-classification" if config.data.is_labelled else "text-generation"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     name = base_name(config)
     if len(name.split("/")) == _HUB_ID_PARTS:
@@ -93,8 +93,9 @@ def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
         "dialogues": "summarize dialogues",
         "text": "go on with text",
         "classification": f"classify {classified}",
+        "regression": f"score {classified}",
     }[config.data.kind]
-    state = "" if config.data.kind == "classification" else ", and the decoding state has a constant size"
+    state = "" if config.data.is_labelled else ", and the decoding state has a constant size"
     if not linear:
         how, which = ("finetuned with LoRA", "the") if config.finetune.enabled else ("as it was", "a")
         return (
@@ -110,10 +111,9 @@ def _introduction(config: RunConfig, facts: CardFacts, linear: bool) -> str:
 
 
 def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
-    classifies = config.data.kind == "classification"
-    code = _code_that_classifies(config, linear) if classifies else _code_that_generates(config, facts, linear)
+    code = _code_that_tells(config, linear) if config.data.is_labelled else _code_that_generates(config, facts, linear)
     text = "## How to use it\n\n```python\n" + "\n".join(code) + "\n```"
-    if facts.label_names:
+    if facts.label_names and config.data.kind == "classification":
         shown = ", ".join(code_span(name) for name in facts.label_names[:_MOST_LABELS])
         more = len(facts.label_names) - _MOST_LABELS
         text += f"\n\nLabels: {shown}" + (f" and {more} more, which `config.json` lists." if more > 0 else ".")
@@ -122,8 +122,11 @@ def _usage(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     return text
 
 
-def _code_that_classifies(config: RunConfig, linear: bool) -> list[str]:
+def _code_that_tells(config: RunConfig, linear: bool) -> list[str]:
     trust = ", trust_remote_code=True" if linear else ""
+    asked, answer = "to classify", "model.config.id2label[logits.argmax().item()]"
+    if config.data.kind == "regression":
+        asked, answer = "to score", "logits.item()"
     pair = ', "the text beside it"' if config.data.second_text_field is not None or config.tiny is not None else ""
     return [
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
@@ -132,9 +135,9 @@ def _code_that_classifies(config: RunConfig, linear: bool) -> list[str]:
         f'model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto"{trust})',
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         f'longest = {{"truncation": True, "max_length": {config.data.max_length_tokens}}}',
-        f'inputs = tokenizer("the text to classify"{pair}, return_tensors="pt", **longest)',
+        f'inputs = tokenizer("the text {asked}"{pair}, return_tensors="pt", **longest)',
         "logits = model(**inputs).logits",
-        "print(model.config.id2label[logits.argmax().item()])",
+        f"print({answer})",
     ]
 
 
@@ -165,6 +168,8 @@ def _scores(facts: CardFacts) -> str:
         return title + "Not measured: these weights had not been scored by `hedgehog evaluate` when they were exported."
     if facts.scores["all"].get("accuracy") is not None:
         return title + _scores_of_classes(facts, facts.scores)
+    if facts.scores["all"].get("pearson") is not None:
+        return title + _correlations(facts, facts.scores)
     entries = [facts.scores] + ([facts.baseline] if facts.baseline is not None else [])
     has_rouge = facts.scores["all"].get("rouge1") is not None
     columns = ["ROUGE-1 (95 % interval)", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"] * has_rouge
@@ -199,10 +204,28 @@ def _scores_of_classes(facts: CardFacts, scores: Mapping[str, Any]) -> str:
     f1 = f"that of {code_span(facts.label_names[1])}" if len(facts.label_names) == 2 else "the mean over the classes"
     sentence = f"Unmerged weights, {facts.num_examples} test rows. All but the loss × 100; F1 is {f1}, MCC is Matthews "
     sentence += "correlation."
-    if facts.baseline is not None:
-        compared = comparison_lines({"this": scores, "baseline": facts.baseline}, "baseline")
-        sentence += "".join(f" {line}." for line in compared)
-    return "\n".join(lines) + "\n\n" + sentence
+    return "\n".join(lines) + "\n\n" + sentence + _compared(facts, scores)
+
+
+def _correlations(facts: CardFacts, scores: Mapping[str, Any]) -> str:
+    lines = ["| | Pearson (95 % interval) | Spearman | squared error |", "|:--|--:|--:|--:|"]
+    for entry in [scores] + ([facts.baseline] if facts.baseline is not None else []):
+        figures = entry["all"]
+        cells = [entry["label"].replace("|", "\\|"), _with_interval(figures["pearson"])]
+        cells += [f"{figures['spearman']['value']:.2f}", f"{figures['mean_squared_error']['value']:.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    sentence = (
+        f"Unmerged weights, {facts.num_examples} test rows. Correlations of the given with the rows' scores × 100."
+    )
+    return "\n".join(lines) + "\n\n" + sentence + _compared(facts, scores)
+
+
+def _compared(facts: CardFacts, scores: Mapping[str, Any]) -> str:
+    """One sentence for the softmax baseline, where there is one."""
+    if facts.baseline is None:
+        return ""
+    lines = comparison_lines({"this": scores, "baseline": facts.baseline}, "baseline")
+    return "".join(f" {line}." for line in lines)
 
 
 _CLASS_FIGURES = (("f1", ".2f"), ("mcc", ".2f"), ("loss_nats_per_row", ".4f"))
@@ -232,7 +255,7 @@ def _training(config: RunConfig, facts: CardFacts, linear: bool) -> str:
     modules = lora_modules(lora, facts.family)
     if config.finetune.enabled:
         along = ["maps"] * (linear and config.finetune.train_feature_maps)
-        along += ["head"] * (config.data.kind == "classification")
+        along += ["head"] * config.data.is_labelled
         maps = f" The {' and the '.join(along)} trained along." if along else ""
         lines.append(
             f"- Stage two: LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(modules)}; merged in "
@@ -252,11 +275,17 @@ def _training(config: RunConfig, facts: CardFacts, linear: bool) -> str:
 def _drift(facts: CardFacts) -> str:
     drift = facts.drift
     if facts.label_names:
-        return (
+        differ = "scores" if len(facts.label_names) == 1 else "logits"
+        compared = (
             "## Merged against unmerged\n\n"
             "Reloaded in a fresh process with plain transformers and compared with the unmerged model on test rows: "
-            f"logits differ by at most {drift['logits_max_abs']:.3g} (mean {drift['logits_mean_abs']:.3g}, relative "
-            f"{drift['logits_relative']:.3g}), KL of the classes {drift['kl_mean_nats']:.3g} nats, the same class for "
+            f"{differ} differ by at most {drift['logits_max_abs']:.3g} (mean {drift['logits_mean_abs']:.3g}, relative "
+            f"{drift['logits_relative']:.3g})"
+        )
+        if len(facts.label_names) == 1:
+            return f"{compared}, on {drift['num_positions']} rows."
+        return compared + (
+            f", KL of the classes {drift['kl_mean_nats']:.3g} nats, the same class for "
             f"{drift['equal_argmax_share']:.1%} of {drift['num_positions']} rows."
         )
     return (

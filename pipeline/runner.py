@@ -94,17 +94,17 @@ def _say_where_things_are(config: RunConfig) -> None:
     """The last lines of a whole run: what there is now, and what to do with it."""
     root = RunFolder.of(config)
     exported = (root.stage("export") / "model").resolve()
-    classifies = config.data.kind == "classification"
+    is_labelled = config.data.is_labelled
     text = "Ann: Lunch at one? Bob: Gladly." if config.data.kind == "dialogues" else "Once upon a time"
     generate = ("hedgehog", "generate", str(root.root), "--text", text)
-    auto_class = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    auto_class = "AutoModelForSequenceClassification" if is_labelled else "AutoModelForCausalLM"
     remote_code = "" if config.model.attention == "softmax" else ", trust_remote_code=True"
     reporter = Reporter("run", None, is_main=int(os.environ.get("RANK", 0)) == 0)
     reporter.info("finished.")
     reporter.info(f"scores   {root.stage('evaluate') / 'results.md'}")
     reporter.info(f"model    {exported}")
     reporter.info(f'load it  {auto_class}.from_pretrained("{exported}"{remote_code})')
-    if not classifies:
+    if not is_labelled:
         reporter.info(f"try it   {shown(generate)}")
     reporter.info(f"show it  {shown(('hedgehog', 'report', str(root.root)))}")
 

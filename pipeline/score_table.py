@@ -14,6 +14,7 @@ _Figures = Mapping[str, Any]
 
 _ROUGE = (("ROUGE-1", "ROUGE-1"), ("ROUGE-2", "R-2"), ("ROUGE-L", "R-L"))
 _CLASSES = (("accuracy", "accuracy"), ("F1", "F1"), ("MCC", "MCC"))
+_SCORES = (("Pearson", "Pearson"), ("Spearman", "Spearman"), ("sq. error", "sq. error"))
 _LOSS = ("loss", "loss")
 _PERPLEXITY = ("perplexity", "ppl")
 _TRAINING = (("mean KL", "KL"), ("train min", "min"), ("peak memory", "memory"))
@@ -28,6 +29,8 @@ def table_columns(figures: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[st
     """
     if has_classes(figures):
         titles = [("variant", "variant"), *_CLASSES, _LOSS, *_TRAINING]
+    elif has_correlations(figures):
+        titles = [("variant", "variant"), *_SCORES, *_TRAINING]
     else:
         titles = [("variant", "variant"), *(_ROUGE if has_rouge(figures) else ()), _LOSS, _PERPLEXITY, *_TRAINING]
     return tuple(wide for wide, _ in titles), tuple(narrow for _, narrow in titles)
@@ -43,6 +46,11 @@ def has_classes(figures: Mapping[str, Any]) -> bool:
     return any(variant["all"].get("accuracy") is not None for variant in figures.values())
 
 
+def has_correlations(figures: Mapping[str, Any]) -> bool:
+    """Whether rows were scored."""
+    return any(variant["all"].get("pearson") is not None for variant in figures.values())
+
+
 def table_rows(figures: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Cells under `table_columns`, one row a variant; – where there is no figure.
 
@@ -50,7 +58,9 @@ def table_rows(figures: Mapping[str, Any], training: Mapping[str, Mapping[str, A
         figures: what `summarize_scores` gave.
         training: per variant `minutes` (or None) and `peak_memory_bytes` (or None) of its training stages.
     """
-    cells = _of_classes if has_classes(figures) else _with_rouge if has_rouge(figures) else _of_losses
+    cells = _with_rouge if has_rouge(figures) else _of_losses
+    if has_classes(figures) or has_correlations(figures):
+        cells = _of_classes if has_classes(figures) else _of_correlations
     rows = []
     for name, variant in figures.items():
         minutes, memory = training[name]["minutes"], training[name]["peak_memory_bytes"]
@@ -69,6 +79,14 @@ def table_rows(figures: Mapping[str, Any], training: Mapping[str, Mapping[str, A
 def _of_classes(scores: _Figures) -> list[str]:
     shares = [f"{scores[key]['value']:.2f}" for key in ("f1", "mcc")]
     return [_with_half_width(scores["accuracy"]), *shares, _number(scores.get("loss_nats_per_row"), ".4f")]
+
+
+def _of_correlations(scores: _Figures) -> list[str]:
+    return [
+        _with_half_width(scores["pearson"]),
+        _with_half_width(scores["spearman"]),
+        _number(scores.get("mean_squared_error"), ".4f"),
+    ]
 
 
 def _with_rouge(scores: _Figures) -> list[str]:
@@ -95,11 +113,12 @@ def _short(value: float, form: str) -> str:
 
 
 def comparison_lines(figures: Mapping[str, Any], reference: str | None) -> list[str]:
-    """One sentence for every variant: its accuracy, or ROUGE-1 if any, beside the softmax baseline's, and its gap in
-    loss."""
+    """One sentence for every variant: its accuracy or correlation, or ROUGE-1 if any, beside the softmax baseline's,
+    and its gap in loss."""
     if reference is None:
         return []
-    compare = _compared_classes if has_classes(figures) else _compared_text
+    compare = _compared_correlations if has_correlations(figures) else _compared_text
+    compare = _compared_classes if has_classes(figures) else compare
     lines = []
     against = figures[reference]["label"]
     for name, variant in figures.items():
@@ -126,17 +145,32 @@ def _compared_text(scores: _Figures, against: str, with_rouge: bool) -> list[str
 
 def _compared_classes(scores: _Figures, against: str, _: bool) -> list[str]:
     difference, gap = scores.get("accuracy_difference"), scores.get("loss_gap_nats_per_row")
-    parts = []
-    if difference is not None:
-        value, low, high = (_points(difference[key]) for key in ("value", "low", "high"))
-        interval = f" ({low} to {high})" if low and high else ""
-        parts.append(f"accuracy is {value} points{interval} against {against}")
-    return parts + ([] if gap is None or difference is None else [_gap(gap, "row")])
+    if difference is None:
+        return []
+    return [_difference("accuracy", difference, against)] + ([] if gap is None else [_gap(gap, "row")])
+
+
+def _compared_correlations(scores: _Figures, against: str, _: bool) -> list[str]:
+    difference, gap = scores.get("pearson_difference"), scores.get("mean_squared_error_gap")
+    if difference is None:
+        return []
+    parts = [_difference("Pearson correlation", difference, against)]
+    return parts + ([] if gap is None else [f"squared error {_signed(gap)}"])
+
+
+def _difference(what: str, difference: Mapping[str, float | None], against: str) -> str:
+    value, low, high = (_points(difference[key]) for key in ("value", "low", "high"))
+    interval = f" ({low} to {high})" if low and high else ""
+    return f"{what} is {value} points{interval} against {against}"
 
 
 def _gap(gap: Mapping[str, float | None], unit: str) -> str:
+    return f"loss {_signed(gap, f' nats a {unit}')}"
+
+
+def _signed(gap: Mapping[str, float | None], unit: str = "") -> str:
     interval = "" if gap["low"] is None else f" ({gap['low']:+.4f} to {gap['high']:+.4f})"
-    return f"loss {gap['value']:+.4f} nats a {unit}{interval}"
+    return f"{gap['value']:+.4f}{unit}{interval}"
 
 
 def _points(value: float | None) -> str:

@@ -115,11 +115,13 @@ def _result(manifest: Manifest) -> tuple[str, float] | None:
     main = main if isinstance(main, dict) else {}
     found = {
         "distill": ("validation_kl_nats", summary.get("kl_mean")),
-        "finetune": ("validation_loss_nats", summary.get("validation_loss")),
+        "finetune": (summary.get("validation_figure", "validation_loss_nats"), summary.get("validation_loss")),
         "evaluate": ("reference_loss_nats", main.get("loss_nats_per_token")),
     }
     if manifest.stage == "evaluate" and "loss_nats_per_row" in main:
         found["evaluate"] = ("test_loss_nats", main["loss_nats_per_row"])
+    if manifest.stage == "evaluate" and "mean_squared_error" in main:
+        found["evaluate"] = ("test_loss_mse", main["mean_squared_error"])
     name, value = found.get(manifest.stage, ("", None))
     return (name, float(value)) if isinstance(value, (int, float)) else None
 
@@ -147,7 +149,7 @@ def _test_rows(
     Two kinds of batches take their own time each: those that generate, and those that measure a loss. Rows of text and
     rows to classify have the latter alone.
     """
-    only_reads = config.data.kind in ("text", "classification")
+    only_reads = config.data.kind == "text" or config.data.is_labelled
     num_made = _num_lines(place / ("reference_losses" if config.data.kind == "text" else "predictions"))
     num_rows = _num_rows(folder, "test")
     if num_rows is None:

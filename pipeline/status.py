@@ -38,7 +38,8 @@ class StageStatus:
     total_steps: int | None = None
     loss_name: str | None = None
     """`loss_nats`, the newest step's; of a finished stage `validation_kl_nats` (distill), `validation_loss_nats`
-    (finetune), `reference_loss_nats` or, of rows to classify, `test_loss_nats` (evaluate, of the main conversion)."""
+    (finetune), `reference_loss_nats` or, of rows to classify, `test_loss_nats` (evaluate, of the main conversion). Of
+    rows to score they end in `_mse`."""
     loss: float | None = None
     minutes: float | None = None
     artifacts: dict[str, str] = field(default_factory=dict)

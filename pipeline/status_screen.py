@@ -38,6 +38,8 @@ _RESULTS = {
     "validation_loss_nats": "valid.",
     "reference_loss_nats": "test",
     "test_loss_nats": "test",
+    "validation_loss_mse": "valid.",
+    "test_loss_mse": "test",
 }
 """Words before the figure that a finished stage is judged by."""
 _STYLES: dict[State, str] = {"running": "bold", "failed": "bold red", "cancelled": "yellow", "unfinished": "yellow"}

@@ -4,7 +4,7 @@
     then:              rouge.json, results.md, the table              (rank 0)
 
 What a pass makes, and how it is scored and told of, depends on the rows: `pipeline/evaluation/` has a task for
-dialogues (summaries and ROUGE, loss on the references), for running text (loss) and for rows to classify.
+dialogues (summaries and ROUGE, loss on the references), for running text (loss), for rows to classify and to score.
 
 Rows are written as they are made, so a killed evaluation goes on at the example where it stopped. A batch is always
 computed whole, and batches depend on the rows' lengths only: the rows that a resumed run adds are those that an
@@ -252,8 +252,10 @@ def _training_facts(variant: VariantInputs) -> dict[str, float | int | None]:
 _OF_TEXT = ("rouge1", "rouge2", "rougeL", "rougeLsum", "rouge1_ratio", "loss_nats_per_token", "perplexity")
 _OF_CLASSES = ("accuracy", "f1", "mcc", "accuracy_difference", "loss_nats_per_row")
 
+_OF_SCORES = ("pearson", "spearman", "pearson_difference", "mean_squared_error")
+
 
 def _headline(variant: dict[str, Any]) -> dict[str, Any]:
     scores = variant["all"]
-    keys = (key for key in (*_OF_TEXT, *_OF_CLASSES) if scores.get(key) is not None)
+    keys = (key for key in (*_OF_TEXT, *_OF_CLASSES, *_OF_SCORES) if scores.get(key) is not None)
     return {"label": variant["label"], **{key: scores[key]["value"] for key in keys}}

@@ -20,7 +20,7 @@ import torch
 
 from ..pipeline.class_drift import class_logits_in_clean_process, make_class_probe
 from ..pipeline.classification_head import class_logits
-from ..pipeline.config import RunConfig
+from ..pipeline.config import LABELLED_KINDS, RunConfig
 from ..pipeline.data.tokenize import TextEncoder, choose_pad_id, load_prepared_tokenizer
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.drift import answer_in_clean_process, answer_probe, logit_drift, make_probe, measure_drift
@@ -137,10 +137,10 @@ def _export(ctx: StageContext, folder: Path) -> dict[str, Any]:
             "tokenizer_adds_bos": adds_bos,
         }
         summary["scored_by"] = _write_card(ctx, unfinished, summary)
-    ctx.reporter.info(
-        f"loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}, equal "
-        f"{comparison.ANSWERS} {drift[comparison.EQUAL_SHARE]:.1%}"
-    )
+    said = f"loads with plain transformers; greatest logit difference {drift['logits_max_abs']:.3g}"
+    if config.data.kind != "regression":  # one output is always the likeliest
+        said += f", equal {comparison.ANSWERS} {drift[comparison.EQUAL_SHARE]:.1%}"
+    ctx.reporter.info(said)
     ctx.reporter.info(f"model     {folder}")
     return summary
 
@@ -203,7 +203,7 @@ class _Generation:
 
 
 class _Classification:
-    """The same on the same few rows: logits of the classes."""
+    """The same on the same few rows: logits of the classes, or the scores."""
 
     ANSWERS = "classes"
     EQUAL_SHARE = "equal_argmax_share"
@@ -217,7 +217,7 @@ class _Classification:
         self._probe = make_class_probe(split, prepare.artifact("examples_test"), pad_id, max_length)
 
     def ask(self, model: Any) -> None:
-        self._ctx.reporter.info(f"the unmerged model classifies {len(self._probe.rows)} test rows")
+        self._ctx.reporter.info(f"the unmerged model reads {len(self._probe.rows)} test rows")
         with torch.inference_mode():
             self._reference = class_logits(model, self._probe.batch).cpu()
 
@@ -227,7 +227,7 @@ class _Classification:
 
 
 def _comparison(ctx: StageContext, tokenizer: Any, pad_id: int) -> _Generation | _Classification:
-    if ctx.inputs["prepare"].summary.get("kind") == "classification":
+    if ctx.inputs["prepare"].summary.get("kind") in LABELLED_KINDS:
         return _Classification(ctx, pad_id)
     return _Generation(ctx, tokenizer, pad_id)
 

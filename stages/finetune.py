@@ -92,7 +92,7 @@ def run(ctx: StageContext) -> StageResult:
         ctx.folder / "checkpoints",
         ctx.fingerprint,
         ctx.world,
-        best_metric=_Finetuning.FIGURE,
+        best_metric=_validation_figure(ctx),
         warn=ctx.reporter.warning,
     )
     resumed = checkpoints.newest()
@@ -125,9 +125,10 @@ def run(ctx: StageContext) -> StageResult:
         reporter=ctx.reporter,
         cure=_CURE,
     )
-    validation_loss = outcome.validation[_Finetuning.FIGURE]
-    unit = "row" if is_encoder else "token"
-    ctx.reporter.info(f"loss on the validation rows: {validation_loss:.4f} nats a {unit}")
+    validation_loss = outcome.validation[_validation_figure(ctx)]
+    units = {"classification": "nats a row", "regression": "squared error a row"}
+    unit = units.get(config.data.kind, "nats a token")
+    ctx.reporter.info(f"loss on the validation rows: {validation_loss:.4f} {unit}")
     artifacts = _save(ctx, engine, module, model)
     engine.close()
     del engine, module, adapted, model
@@ -136,6 +137,7 @@ def run(ctx: StageContext) -> StageResult:
         artifacts=artifacts,
         summary={
             "validation_loss": validation_loss,
+            "validation_figure": _validation_figure(ctx),
             "best_step": outcome.best_step,
             "steps": outcome.num_steps,
             "tokens": outcome.num_tokens,
@@ -144,12 +146,16 @@ def run(ctx: StageContext) -> StageResult:
     )
 
 
+def _validation_figure(ctx: StageContext) -> str:
+    """What the loss on the validation rows is called in metrics and checkpoints."""
+    return "validation_loss_mse" if ctx.config.data.kind == "regression" else "validation_loss_nats"
+
+
 class _Finetuning:
     """Finetuning as the training loop sees it."""
 
-    FIGURE = "validation_loss_nats"
-
     def __init__(self, ctx: StageContext, engine: TrainingEngine, loss_on: LossOn) -> None:
+        self.figure = _validation_figure(ctx)
         self._ctx = ctx
         self._engine = engine
         self._loss_on: LossOn = loss_on
@@ -160,14 +166,14 @@ class _Finetuning:
         return share, {"loss": share}
 
     def figures(self, totals: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        return {"loss_nats": float(totals["loss"])}
+        return {self.figure.removeprefix("validation_"): float(totals["loss"])}
 
     def fault(self, totals: Mapping[str, torch.Tensor], first_fault: Callable[[], str | None]) -> str:
         first = first_fault()
         return f"the loss is {float(totals['loss'])}" + (f", first of all {first}" if first else "")
 
     def validate(self) -> dict[str, float]:
-        """Nats per summary token over the validation rows; of rows with labels, per row."""
+        """Nats per summary token over the validation rows; of labelled rows, nats or squared error a row."""
         world, settings = self._ctx.world, self._ctx.config.finetune
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         rows = validation_batches(self._validation, settings.micro_batch_size, PAD_ID, world, loss_on=self._loss_on)
@@ -178,7 +184,7 @@ class _Finetuning:
                 count = len(batch["row_labels"]) if self._loss_on == "row" else (batch["labels"] != NO_LOSS).sum()
                 sums += torch.stack([loss.double(), torch.as_tensor(count, device=world.device).double()])
         loss, count = sum_over_ranks({"sums": sums}, world)["sums"].tolist()
-        return {self.FIGURE: loss / count}
+        return {self.figure: loss / count}
 
 
 def _load(ctx: StageContext) -> HedgehogPreTrainedModel:

@@ -18,6 +18,7 @@ from ..pipeline.config import DataConfig, RunConfig
 from ..pipeline.data.base_fingerprint import fingerprint_base, fingerprint_local_inputs, fingerprint_tokenizer
 from ..pipeline.data.examples import LabelledExample, Split
 from ..pipeline.data.labelled_rows import base_names, check_some_classes, number_labels, unnamed_doubt
+from ..pipeline.data.scored_rows import OUTPUT_NAMES, check_some_scores, describe_scores
 from ..pipeline.data.sources import SPLITS, resolve_splits
 from ..pipeline.data.text_rows import describe_counts, read_text_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
@@ -87,6 +88,8 @@ def _prepare(ctx: StageContext) -> StageResult:
     splits = {} if data.kind == "text" else resolve_splits(data, ctx.rng)
     check_convertible(base, base_config.to_dict(), ctx.config)
     label_names = _number_labels(ctx, splits, base_config) if data.kind == "classification" else None
+    if data.kind == "regression":
+        label_names = OUTPUT_NAMES
     if label_names is not None:
         check_head(base, family_of_config(base_config), label_names)
     num_positions = table_length(base_config)
@@ -203,7 +206,7 @@ def _write_labelled(
     label_names: list[str],
     artifacts: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Write every split of rows to classify and enter it in `artifacts`; returns the counts of each."""
+    """Write every split of labelled rows and enter it in `artifacts`; returns the counts of each."""
     texts = [text for example in splits["train"].examples for text in (example.text, example.second_text) if text]
     for doubt in check_unknown_tokens(tokenizer, texts, "texts"):
         ctx.reporter.warning(doubt)
@@ -220,16 +223,45 @@ def _write_labelled(
                 "id": example.id,
                 "text": example.text,
                 **({} if example.second_text is None else {"second_text": example.second_text}),
-                "label": label_names[int(example.label)],
+                "label": example.label if isinstance(example.label, float) else label_names[int(example.label)],
                 "seen_in_train": example.seen_in_train,
             }
             for example in tokenized.examples
         )
         artifacts |= _write_rows(ctx.folder, name, tokenized, rows)
-        counts = Counter(label_names[int(example.label)] for example in tokenized.examples)
-        figures[name] = _figures(splits[name], tokenized) | {
-            "label_counts": {label: counts[label] for label in label_names}
-        }
+        labels: list[Any] = [example.label for example in tokenized.examples]
+        if data.kind == "regression":
+            figures[name] = _figures(splits[name], tokenized) | describe_scores(labels)
+        else:
+            counts = Counter(label_names[label] for label in labels)
+            told = {"label_counts": {label: counts[label] for label in label_names}}
+            figures[name] = _figures(splits[name], tokenized) | told
+    if data.kind == "regression":
+        _tell_scores(ctx, figures, splits)
+    else:
+        _tell_classes(ctx, figures, splits, label_names)
+    return figures
+
+
+def _tell_scores(ctx: StageContext, figures: Mapping[str, Mapping[str, Any]], splits: Mapping[str, Split[Any]]) -> None:
+    train, test = figures["train"], figures["test"]
+    check_some_scores(splits["train"].source, {train["score_min"], train["score_max"]})
+    if test["score_min"] == test["score_max"]:
+        ctx.reporter.warning(
+            f"every test score is {test['score_min']:g}: nothing correlates with them; evaluate will give 0"
+        )
+    _show(ctx, figures, {name: splits[name].source for name in SPLITS}, _LABELLED_TABLE_ROWS)
+    named = {"score_min": "smallest", "score_mean": "mean", "score_max": "greatest"}
+    table = [[title, *(f"{figures[name][key]:.4g}" for name in SPLITS)] for key, title in named.items()]
+    ctx.reporter.table("Scores", ["", *SPLITS], table)
+
+
+def _tell_classes(
+    ctx: StageContext,
+    figures: Mapping[str, Mapping[str, Any]],
+    splits: Mapping[str, Split[Any]],
+    label_names: list[str],
+) -> None:
     lost = [label for label, count in figures["train"]["label_counts"].items() if not count]
     if lost:
         named = ", ".join(lost[:_MOST_LABELS_SHOWN])
@@ -242,7 +274,6 @@ def _write_labelled(
         rest = [sum(list(figures[name]["label_counts"].values())[len(shown) :]) for name in SPLITS]
         table.append([f"{len(label_names) - len(shown)} more", *(f"{count:,}" for count in rest)])
     ctx.reporter.table("Rows of each label", ["", *SPLITS], table)
-    return figures
 
 
 def _write_text(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..manifest import StageInput, fingerprint, hash_file
+from .sources import file_suffixes
 
 if TYPE_CHECKING:
     from ..config import DataConfig, ModelConfig
@@ -54,9 +55,7 @@ def fingerprint_local_inputs(model: ModelConfig, data: DataConfig) -> dict[str, 
             if path is not None and path.is_file():
                 found[f"{key} {value}"] = hash_file(path)
             elif path is not None and path.is_dir():
-                more = {"text": (".txt",), "classification": (".tsv",)}.get(data.kind, ())
-                suffixes = (".json", ".jsonl", *more)
-                files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+                files = sorted(file for file in path.iterdir() if file.suffix in file_suffixes(data))
                 found[f"{key} {value}"] = _fingerprint_files(files)
     base = Path(model.base).expanduser() if model.base else None
     tokenizer = Path(model.tokenizer).expanduser() if model.tokenizer else base

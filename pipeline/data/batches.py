@@ -73,8 +73,9 @@ def collate(
       every row (nothing of that row precedes it) and, for loss_on="summary", at the prompt. The row's EOS is
       always a label, whatever `pad_id` is. For loss_on="row" there are none.
 
-    Of rows to classify, each a sequence by itself, there are two more:
-    - `token_type_ids`: 0 in the first text and in padding, 1 in the second. `row_labels` (B,): the row's class.
+    Of labelled rows, each a sequence by itself, there are two more:
+    - `token_type_ids`: 0 in the first text and in padding, 1 in the second. `row_labels` (B,): the row's class, or,
+      float32, its score.
     """
     assert loss_on != "row" or split.labels is not None
     length = max(sum(int(split.lengths[row]) for row in rows) for rows in sequences)
@@ -110,7 +111,8 @@ def collate(
         rows_B = torch.tensor([row for (row,) in sequences], dtype=torch.int64)
         first_B1 = split.prompt_lengths[rows_B].unsqueeze(1)
         batch["token_type_ids"] = ((torch.arange(length) >= first_B1) & mask_BL).to(torch.int64)
-        batch["row_labels"] = split.labels[rows_B].to(torch.int64)
+        labels_B = split.labels[rows_B]
+        batch["row_labels"] = labels_B if labels_B.is_floating_point() else labels_B.to(torch.int64)
     return batch
 
 

@@ -33,13 +33,13 @@ class Example:
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """A text, or a pair of them, and its class; lines end in \\n."""
+    """A text, or a pair of them, and its label, a class or a score; lines end in \\n."""
 
     id: str
     text: str
     second_text: str | None
-    label: int | str
-    """As the source has it, until `number_labels` has made it the class's number."""
+    label: int | str | float
+    """A class as the source has it, until `number_labels` has made it the class's number; or a score, a float."""
     seen_in_train: bool = False
     """The text (of a pair both) stands word for word in the training rows (validation and test only)."""
 
@@ -63,7 +63,7 @@ class SplitCounts:
 
     rows: int = 0
     dropped_empty: int = 0
-    """Rows without a dialogue, or without a text to classify."""
+    """Rows without a dialogue, or without a text that the label is of."""
     dropped_no_summary: int = 0
     """Rows without a summary."""
     dropped_no_label: int = 0
@@ -93,7 +93,7 @@ class Split(Generic[ExampleT]):
     examples: list[ExampleT]
     source: str
     counts: SplitCounts = field(default_factory=SplitCounts)
-    labels: dict[int | str, str] = field(default_factory=dict)
+    labels: dict[int | str | float, str] = field(default_factory=dict)
     """Each label that was read, and the place of the first row that has it."""
     label_names: tuple[str, ...] | None = None
     """What the source calls its labels 0, 1, … (the hub's), where it says so."""

@@ -1,4 +1,4 @@
-"""Rows to classify: a text, or a pair, and its label; and which number each label gets.
+"""Labelled rows: a text, or a pair, and its class or score; and which number each class gets.
 
 hub's names of its classes │ whole numbers │ text ──▶ one order of the classes, the base model's where it names them
 """
@@ -14,8 +14,9 @@ from ..config import DataConfig
 from ..errors import DataError
 from .examples import LabelledExample, Source, Split, check_encodable, missing_field, text_field
 from .json_rows import Row
+from .scored_rows import score_of
 
-Label = int | str
+Label = int | str | float
 _SECRET = -1
 """The hub's label of a row that has none."""
 _MANY_CLASSES = 50
@@ -30,8 +31,8 @@ def labelled_examples(source: Source, data: DataConfig, name: str) -> Split[Labe
 
     Raises:
         DataError: the first row that lacks a field, has something else than text where text belongs, or has no label
-            that could be a class; labels that are numbers in one row and text in another; the hub has no label of any
-            row. (Where it has none of some, those are counted.)
+            that could be a class, or a score; classes that are numbers in one row and text in another; the hub has no
+            label of any row. (Where it has none of some, those are counted.)
     """
     split: Split[LabelledExample] = Split([], source.name, label_names=source.label_names)
     names = [("text_field", data.text_field)]
@@ -51,8 +52,12 @@ def labelled_examples(source: Source, data: DataConfig, name: str) -> Split[Labe
             texts.append(text_field(row, field).strip())
             if texts[-1]:
                 check_encodable(row, field)
-        label = _label_of(row, data.label_field, source.label_names)
-        _check_alike(label, row.place, split)
+        label: Label
+        if data.kind == "regression":
+            label = score_of(row, data.label_field)
+        else:
+            label = _label_of(row, data.label_field, source.label_names)
+            _check_alike(label, row.place, split)
         if not all(texts):
             split.counts.dropped_empty += 1
             continue
@@ -80,8 +85,8 @@ def _label_of(row: Row, name: str, label_names: Sequence[str] | None) -> Label:
         raise DataError(f"{row.place}: field '{name}' has no label; label the row, or remove it")
     if isinstance(label, float):
         raise DataError(
-            f"{row.place}: field '{name}' is {label}, but a class is text or a whole number; scores cannot be learned "
-            "here"
+            f"{row.place}: field '{name}' is {label}, but a class is text or a whole number; to learn scores set "
+            "data.kind=regression"
         )
     if not isinstance(label, (int, str)):
         raise DataError(f"{row.place}: field '{name}' must be text or a whole number, not {type(label).__name__}")
@@ -164,7 +169,7 @@ def check_some_classes(source: str, label_counts: Mapping[str, int]) -> None:
 
 def show_label(label: Label) -> str:
     """A label as a message names it."""
-    return str(label) if isinstance(label, int) else f"'{label}'"
+    return f"'{label}'" if isinstance(label, str) else str(label)
 
 
 def base_names(base_config: Any) -> tuple[str, ...] | None:

@@ -1,7 +1,7 @@
 """Where the rows come from: a hub id, a folder, or single files; and which of them are used.
 
 train       ──▶ without empty rows and duplicates ──▶ without held-out rows ──▶ seeded sample
-validation  ──▶ its own file, or dialogues (texts to classify) held out of train
+validation  ──▶ its own file, or dialogues (labelled texts) held out of train
 test        ──▶ its own file; a row says whether its dialogue (text) also stands in train
 """
 
@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import DataConfig
+from ..config import LABELLED_KINDS, DataConfig
 from ..config_checks import Problem
 from ..errors import DataError
 from . import table_rows
 from .examples import Example, Source, Split, SplitCounts, check_encodable, missing_field, text_field
 from .json_rows import Row, read_rows, read_text
 from .labelled_rows import check_labels, check_some_classes, labelled_examples
+from .scored_rows import check_scores, check_some_scores
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,10 @@ _JSON_SUFFIXES = (*_FILE_SUFFIXES, ".ndjson")
 """Of files that are named themselves, where `data.kind` is text; dialogues are JSON whatever their file is called."""
 
 
+_LABELLED_KEYS = ("data.id_field", "data.text_field", "data.second_text_field", "data.label_field")
 _FIELD_KEYS = {
     "dialogues": ("data.id_field", "data.dialogue_field", "data.summary_field"),
-    "classification": ("data.id_field", "data.text_field", "data.second_text_field", "data.label_field"),
+    **dict.fromkeys(LABELLED_KINDS, (*_LABELLED_KEYS, "data.kind")),
 }
 """What a fault in a row may come from, beside its file."""
 
@@ -113,9 +115,10 @@ def missing_splits(data: DataConfig, sources: Mapping[str, Source], problems: It
     for split in ("train", "test"):
         if split not in sources and not told & {f"data.{split}_file", "data.dataset"}:
             where = f"{data.dataset} has no {split} split" if data.dataset else f"there is no {split} split"
-            stem, *others = [_FILE_STEMS[split][0] + _suffixes(data)[0], *_suffixes(data)[1:]]
+            suffixes = file_suffixes(data)
+            stem, *others = [_FILE_STEMS[split][0] + suffixes[0], *suffixes[1:]]
             message = (
-                f"{where}; set data.{split}_file to a {' or '.join(_suffixes(data))} file, or data.dataset to a folder "
+                f"{where}; set data.{split}_file to a {' or '.join(suffixes)} file, or data.dataset to a folder "
                 f"that holds {' or '.join([stem, *others])}"
             )
             found.append(Problem((f"data.{split}_file", "data.dataset"), message))
@@ -134,6 +137,8 @@ def select_examples(
     train = splits["train"]
     if data.kind == "classification":
         check_labels(splits)
+    if data.kind == "regression":
+        check_scores(splits)
     if data.drop_train_duplicates:
         _drop_duplicates(train)
     if "validation" in splits:
@@ -159,6 +164,8 @@ def select_examples(
             raise DataError(f"{split.source}: no usable {name} rows: {split.counts.described()}")
     if data.kind == "classification":
         check_some_classes(train.source, Counter(str(example.label) for example in train.examples))
+    if data.kind == "regression":
+        check_some_scores(train.source, [example.label for example in train.examples])
     return splits
 
 
@@ -203,16 +210,17 @@ def find_sources(data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
     return sources, problems
 
 
-def _suffixes(data: DataConfig) -> tuple[str, ...]:
-    more = {"text": (".txt",), "classification": table_rows.SUFFIXES}.get(data.kind, ())
+def file_suffixes(data: DataConfig) -> tuple[str, ...]:
+    """Endings of the files that `data.dataset` may hold as a folder."""
+    more = (".txt",) if data.kind == "text" else table_rows.SUFFIXES if data.is_labelled else ()
     return (*more, *_FILE_SUFFIXES)
 
 
 def _file_source(path: Path, data: DataConfig, key: str = "data.dataset") -> Source:
-    """JSON rows, or by what it is called a file of running text, or a table of rows to classify."""
+    """JSON rows, or by what it is called a file of running text, or a table of labelled rows."""
     if data.kind == "text" and path.suffix.lower() not in _JSON_SUFFIXES:
         return Source(str(path), partial(read_text, path, data.text_field), key, is_one_text=True)
-    if data.kind == "classification" and path.suffix.lower() in table_rows.SUFFIXES:
+    if data.is_labelled and path.suffix.lower() in table_rows.SUFFIXES:
         names = [name for name in (data.text_field, data.second_text_field, data.label_field) if name is not None]
         return Source(str(path), partial(table_rows.read_table, path, names), key)
     return Source(str(path), partial(read_rows, path), key)
@@ -221,13 +229,13 @@ def _file_source(path: Path, data: DataConfig, key: str = "data.dataset") -> Sou
 def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], list[Problem]]:
     sources: dict[str, Source] = {}
     problems = []
-    all_stems = _GLUE_STEMS if data.kind == "classification" else _FILE_STEMS
+    all_stems = _GLUE_STEMS if data.is_labelled else _FILE_STEMS
     for split in SPLITS:
         if getattr(data, f"{split}_file") is not None:
             continue
         own = getattr(data, f"{split}_split", None)
         stems = all_stems.get(own or split, (own,))
-        names = [f"{stem}{suffix}" for stem in stems for suffix in _suffixes(data)]
+        names = [f"{stem}{suffix}" for stem in stems for suffix in file_suffixes(data)]
         found = [folder / name for name in names if (folder / name).is_file()]
         if len(found) > 1:
             message = (
@@ -242,7 +250,8 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
             problems.append(Problem((key, "data.dataset"), f"{folder}: holds no {' or '.join(names)}"))
     if not sources and not problems and any(getattr(data, f"{split}_file") is None for split in ("train", "test")):
         also = " or ".join(all_stems["validation"][1:])
-        message = f"{folder}: holds no train, validation ({also}) or test file ending in {' or '.join(_suffixes(data))}"
+        message = f"{folder}: holds no train, validation ({also}) or test file ending in "
+        message += " or ".join(file_suffixes(data))
         problems.append(Problem(("data.dataset",), message))
     return sources, problems
 
@@ -250,7 +259,7 @@ def _folder_sources(folder: Path, data: DataConfig) -> tuple[dict[str, Source], 
 def _hub_sources(data: DataConfig) -> dict[str, Source]:
     import datasets
 
-    name, config, suffixes = str(data.dataset), data.dataset_config, _suffixes(data)
+    name, config, suffixes = str(data.dataset), data.dataset_config, file_suffixes(data)
     loaded: Any
     try:
         loaded = datasets.load_dataset(name) if config is None else datasets.load_dataset(name, config)
@@ -284,7 +293,7 @@ def _hub_sources(data: DataConfig) -> dict[str, Source]:
 
 def _clean(source: Source, data: DataConfig, name: str) -> Split[Any]:
     """The rows that something can be learned from, as examples. Others are counted."""
-    return labelled_examples(source, data, name) if data.kind == "classification" else _dialogues(source, data, name)
+    return labelled_examples(source, data, name) if data.is_labelled else _dialogues(source, data, name)
 
 
 def _dialogues(source: Source, data: DataConfig, name: str) -> Split[Example]:
@@ -364,14 +373,14 @@ def _keep_sample(split: Split[Any], size: int, generator: torch.Generator) -> No
 
 
 def _hold_out(train: Split[Any], data: DataConfig, generator: torch.Generator) -> Split[Any]:
-    """Move dialogues (texts to classify) from train to validation, and drop from train every row that repeats one."""
+    """Move dialogues (labelled texts) from train to validation, and drop from train every row that repeats one."""
     size = data.num_validation_examples
     different = list(dict.fromkeys(example.read for example in train.examples))
     if not different:
         raise DataError(f"{train.source}: no usable train rows: {train.counts.described()}")
     if size * 2 > len(different):
         raise DataError(
-            f"{train.source}: {len(different)} different {'texts' if data.kind == 'classification' else 'dialogues'} "
+            f"{train.source}: {len(different)} different {'texts' if data.is_labelled else 'dialogues'} "
             f"are too few to hold {size} out for validation; lower data.num_validation_examples or give "
             "data.validation_file"
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import DataConfig, ModelConfig
+from ..config import LABELLED_KINDS, DataConfig, ModelConfig
 from ..errors import ModelError
 from ..interrupts import stop_if_asked
 from ..manifest import StageInput
@@ -75,7 +75,7 @@ def load_prepared_tokenizer(prepare: StageInput, model: ModelConfig, report: Cal
         source,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        generates=prepare.summary.get("kind") != "classification",
+        generates=prepare.summary.get("kind") not in LABELLED_KINDS,
     )
     if prepare.summary.get("tokenizer_fingerprint") not in (None, fingerprint_tokenizer(tokenizer)):
         report(f"{source} is another tokenizer than the one that prepare read, or was changed")

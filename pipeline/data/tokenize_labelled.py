@@ -1,4 +1,4 @@
-"""Rows to classify become rows of tokens, with the tokenizer's own special tokens:
+"""Labelled rows become rows of tokens, with the tokenizer's own special tokens:
 
     [CLS] text [SEP]        or        [CLS] text [SEP] │ second text [SEP]
 
@@ -81,7 +81,8 @@ class RowEncoder:
 
 
 def tokenize_rows(tokenizer: Any, examples: Sequence[LabelledExample], data: DataConfig) -> TokenizedRows:
-    """Tokenize a split whose labels are numbers and apply `data.overlong` to rows beyond `data.max_length_tokens`.
+    """Tokenize a split whose labels are numbers (of classes, or scores) and apply `data.overlong` to rows beyond
+    `data.max_length_tokens`.
 
     Raises:
         ModelError: the tokenizer is no BERT's.
@@ -89,7 +90,7 @@ def tokenize_rows(tokenizer: Any, examples: Sequence[LabelledExample], data: Dat
     """
     encoder = RowEncoder(tokenizer)
     result = TokenizedRows(TokenizedSplit.from_rows([], []), [])
-    labels: list[int] = []
+    labels: list[int | float] = []
 
     def texts_of(some: Sequence[LabelledExample]) -> tuple[list[str], list[str] | None]:
         seconds = [example.second_text for example in some if example.second_text is not None]
@@ -107,7 +108,8 @@ def tokenize_rows(tokenizer: Any, examples: Sequence[LabelledExample], data: Dat
                     result.truncated += 1
                     (row,) = encoder.rows(*texts_of([example]), data.max_length_tokens)
                 result.examples.append(example)
-                labels.append(int(example.label))
+                assert not isinstance(example.label, str), "number_labels has made a class its number"
+                labels.append(example.label)
                 yield row
 
     result.split = TokenizedSplit.from_rows(rows(), labels)

@@ -3,7 +3,8 @@
 input_ids       int32 (T,)      prompt, summary and EOS of row 0, then of row 1, …
 offsets         int64 (N + 1,)  row i is input_ids[offsets[i] : offsets[i + 1]]
 prompt_lengths  int32 (N,)      tokens of row i that belong to the prompt
-labels          int32 (N,)      class of row i; of rows to classify only, whose prompt is the first text
+labels          (N,)            of labelled rows only, whose prompt is the first text: int32, the class of row i, or
+                                float32, its score
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ class TokenizedSplit:
         self.offsets = offsets
         self.prompt_lengths = prompt_lengths
         self.labels = labels
-        """int32 (N,): the class of each row, or None."""
+        """(N,): int32, the class of each row; or float32, its score; or None."""
         self.lengths = offsets[1:] - offsets[:-1]
         """int64 (N,): tokens of each row."""
 
     @classmethod
     def from_rows(
-        cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], labels: Sequence[int] | None = None
+        cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], labels: Sequence[int | float] | None = None
     ) -> TokenizedSplit:
-        """Rows in memory, from pairs (prompt tokens, summary tokens with EOS), or, where they have classes, pairs
+        """Rows in memory, from pairs (prompt tokens, summary tokens with EOS), or, where they have labels, pairs
         (tokens of the first text, of the second), each with its special tokens.
 
-        `labels` may grow with `rows`: it is looked at last.
+        `labels` may grow with `rows`: it is looked at last. One float among them makes all of them scores.
         """
         flat: list[int] = []
         offsets, prompt_lengths = [0], []
@@ -53,11 +54,12 @@ class TokenizedSplit:
             flat.extend(summary_ids)
             offsets.append(len(flat))
             prompt_lengths.append(len(prompt_ids))
+        label_type = torch.float32 if any(isinstance(label, float) for label in labels or ()) else torch.int32
         return cls(
             torch.tensor(flat, dtype=torch.int32),
             torch.tensor(offsets, dtype=torch.int64),
             torch.tensor(prompt_lengths, dtype=torch.int32),
-            None if labels is None else torch.tensor(labels, dtype=torch.int32),
+            None if labels is None else torch.tensor(labels, dtype=label_type),
         )
 
     @classmethod

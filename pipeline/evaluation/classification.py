@@ -1,110 +1,55 @@
-"""Rows to classify: one forward pass a batch; accuracy, F1, Matthews correlation and loss."""
+"""Rows to classify: accuracy, F1, Matthews correlation and loss."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..bootstrap import INTERVAL_LEVEL
-from ..classification_head import class_logits
 from ..classification_scores import ClassificationScores
-from ..data.batches import collate
-from ..data.tokens import TokenizedSplit
-from ..errors import ModelError
 from ..formatting import code_span
-from ..generation import length_sorted_batches
 from ..stage_context import StageContext, VariantInputs
+from .labelled import LabelledPass, LabelledTask
 from .losses import finite_losses
-from .task import Made, Pass, Row, Task, read_examples, variant_facts
+from .task import Row, variant_facts
 
 
-@dataclass(frozen=True)
-class ClassificationPass(Pass):
-    """Rows {index, id, label, prediction, loss_nats, seen_in_train}: label and prediction are names of classes."""
+class ClassificationPass(LabelledPass):
+    """Rows {…, loss_nats}: label and prediction are names of classes."""
 
-    folder: ClassVar[str] = "predictions"
-    examples: list[Row]
-    tokens: TokenizedSplit
-    label_names: list[str]
-    batches: list[list[int]]
-    is_wanted: bool = True
-
-    def start(self, model: torch.nn.Module, tools: int, known: Sequence[Row]) -> Callable[[list[int]], Made]:
-        """`tools` is the id of the padding."""
-        # over what was there and what this process measures, as LossPass does it
-        measured = {row["index"]: (row["loss_nats"], row["label"] == row["prediction"]) for row in known}
-
-        def classify(batch: list[int]) -> Made:
-            rows = self._rows(model, tools, batch)
-            measured.update({row["index"]: (row["loss_nats"], row["label"] == row["prediction"]) for row in rows})
-            metrics = {
-                "loss_nats": math.fsum(loss for loss, _ in measured.values()) / len(measured),
-                "accuracy_percent": 100 * sum(right for _, right in measured.values()) / len(measured),
-            }
-            return Made(rows, int(self.tokens.lengths[batch].sum()), metrics)
-
-        return classify
-
-    @torch.inference_mode()
-    def _rows(self, model: torch.nn.Module, pad_id: int, batch: list[int]) -> list[Row]:
-        """
-        Raises:
-            ModelError: the model's head is made for other classes.
-        """
-        collated = collate(self.tokens, [[index] for index in batch], pad_id, loss_on="row")
-        log_p_BC = F.log_softmax(class_logits(model, collated), dim=-1).cpu()
-        if log_p_BC.shape[1] != len(self.label_names):
-            raise ModelError(
-                f"the model tells {log_p_BC.shape[1]} classes apart, but the data have {len(self.label_names)}: its "
-                "head was trained on other labels; run finetune again with --force"
-            )
-        labels_B = collated["row_labels"]
+    def told(self, logits_BC: torch.Tensor, labels_B: torch.Tensor, batch: list[int]) -> list[dict[str, Any]]:
+        log_p_BC = F.log_softmax(logits_BC, dim=-1)
         loss_B = -log_p_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)
-        rows = []
-        for index, label, prediction, loss in zip(
-            batch, labels_B.tolist(), log_p_BC.argmax(1).tolist(), loss_B.tolist(), strict=True
-        ):
-            rows.append(
-                {
-                    "index": index,
-                    "id": self.examples[index]["id"],
-                    "label": self.label_names[label],
-                    "prediction": self.label_names[prediction],
-                    "loss_nats": loss,
-                    "seen_in_train": self.examples[index]["seen_in_train"],
-                }
+        return [
+            {"label": self.output_names[label], "prediction": self.output_names[prediction], "loss_nats": loss}
+            for label, prediction, loss in zip(
+                labels_B.tolist(), log_p_BC.argmax(1).tolist(), loss_B.tolist(), strict=True
             )
-        return rows
+        ]
+
+    def metrics(self, measured: Collection[Row]) -> dict[str, float]:
+        return {
+            "loss_nats": math.fsum(row["loss_nats"] for row in measured) / len(measured),
+            "accuracy_percent": 100 * sum(row["label"] == row["prediction"] for row in measured) / len(measured),
+        }
 
 
-class ClassificationTask(Task):
+class ClassificationTask(LabelledTask):
     """Test rows of a text, or of a pair, and its class."""
 
     kind = "classification"
-    rows_are = "rows"
     verb = "classifies"
-    made = "predictions"
+    pass_type = ClassificationPass
 
-    def __init__(self, ctx: StageContext, tokens: TokenizedSplit) -> None:
-        """
-        Raises:
-            DataError: there are no test rows.
-        """
-        prepare = ctx.inputs["prepare"]
-        assert tokens.labels is not None, "prepare gives every row to classify its class"
-        self.examples, self.tokens = read_examples(prepare, tokens), tokens
-        self.label_names: list[str] = prepare.summary["label_names"]
-        batches = length_sorted_batches(tokens.lengths.tolist(), ctx.config.evaluate.batch_size)
-        self.passes = (ClassificationPass(self.examples, tokens, self.label_names, batches),)
-
-    def load_tools(self, ctx: StageContext) -> int:
-        return ctx.inputs["prepare"].summary["pad_id"]
+    @property
+    def label_names(self) -> list[str]:
+        """The classes, by their number."""
+        return self.output_names
 
     def score(self, ctx: StageContext, variant: VariantInputs, rows: Mapping[str, list[Row]]) -> ClassificationScores:
         predictions = rows[ClassificationPass.folder]
@@ -141,9 +86,6 @@ class ClassificationTask(Task):
             "label. KL (nats): of the distilled from the softmax attention, after stage one. Train: minutes of distill "
             "+ finetune; memory: the peak of one process.",
         ]
-
-    def results(self) -> dict[str, str]:
-        return {"rows": ClassificationPass.folder}
 
     def _f1_class(self) -> str | None:
         """The class that F1 is of, or None where it is the mean over all."""

@@ -44,19 +44,19 @@ class LossPass(Pass):
         return measure
 
 
-def finite_losses(variant: VariantInputs, rows: Sequence[Row]) -> torch.Tensor:
-    """The rows' `loss_nats`, float64 (N,).
+def finite_losses(variant: VariantInputs, rows: Sequence[Row], key: str = "loss_nats") -> torch.Tensor:
+    """The rows' losses, float64 (N,).
 
     Raises:
         ModelError: one is not finite.
     """
-    bad = [row["index"] for row in rows if not math.isfinite(row["loss_nats"])]
+    bad = [row["index"] for row in rows if not math.isfinite(row[key])]
     if bad:
         raise ModelError(
             f"{variant.label}: the loss of {len(bad)} test rows is not finite (first: row {bad[0]}); the "
             "model's weights or feature maps hold NaN or overflow: look at its distill and finetune metrics"
         )
-    return torch.tensor([row["loss_nats"] for row in rows], dtype=torch.float64)
+    return torch.tensor([row[key] for row in rows], dtype=torch.float64)
 
 
 def token_losses(variant: VariantInputs, rows: Sequence[Row] | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

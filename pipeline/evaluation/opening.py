@@ -6,11 +6,12 @@ from ..data.tokens import TokenizedSplit
 from ..stage_context import StageContext
 from .classification import ClassificationTask
 from .dialogues import DialogueTask
+from .regression import RegressionTask
 from .task import Task
 from .text import TextTask
 
-_TASKS: dict[str, type[DialogueTask | TextTask | ClassificationTask]] = {
-    task.kind: task for task in (DialogueTask, TextTask, ClassificationTask)
+_TASKS: dict[str, type[DialogueTask | TextTask | ClassificationTask | RegressionTask]] = {
+    task.kind: task for task in (DialogueTask, TextTask, ClassificationTask, RegressionTask)
 }
 
 

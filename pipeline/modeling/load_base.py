@@ -48,8 +48,8 @@ def load_base(
     dtype          of the weights (a torch dtype or its name); with `quantization` of the computation
     quantization   None, "nf4" (4 bit, double quantization) or "int8", through bitsandbytes; works on a CPU
     device         where to put it; None leaves it where transformers puts it (the CPU, or ZeRO-3's shards)
-    label_names    the classes that an encoder tells, in their order; where it lacks a head, or half of one, that is
-                   drawn from `seed`
+    label_names    the classes that an encoder tells, in their order, or one name: of the score that it gives; where it
+                   lacks a head, or half of one, that is drawn from `seed`
 
     Raises ModelError, with the cure, for: a missing folder, a kind of model that cannot be converted, a missing shard,
     a truncated file, pickled weights only, weights quantized already, tensors that are missing or of another shape than
@@ -76,7 +76,7 @@ def load_base(
     if label_names is not None:
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: index for index, label in enumerate(label_names)}
-        config.problem_type = "single_label_classification"
+        config.problem_type = "regression" if len(label_names) == 1 else "single_label_classification"
     if device is not None and (quantization is not None or torch.device(device).type != "cpu"):
         # file by file to where it belongs: eight ranks of a node would else hold eight copies in its memory
         options["device_map"] = {"": str(device)}

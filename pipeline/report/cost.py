@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..config import LABELLED_KINDS
 from ..formatting import format_bytes
 from .blocks import count, notes, section, table
 from .markup import Markup
@@ -61,7 +62,7 @@ def _row(run: RunFiles, files: StageFiles, is_stale: bool) -> list[str]:
 
 def _reads(run: RunFiles) -> bool:
     """Whether evaluate only reads its rows."""
-    return run.kind == "classification"
+    return run.kind in LABELLED_KINDS
 
 
 def tokens_per_s(records: Iterable[Mapping[str, Any]], *, generating: bool = False) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..config import LABELLED_KINDS
 from ..go_on import shown
 from ..model_card import base_name, short_name
 from ..run_folder import MAIN, STAGES
@@ -99,6 +100,12 @@ def _result(scores: Scores) -> str:
             f"MCC {row['MCC']}",
             f"loss {row['loss']} nats a row",
         ]
+    elif "Pearson" in row:
+        said = [
+            f"Pearson correlation is {row['Pearson']}",
+            f"Spearman {row['Spearman']}",
+            f"squared error {row['sq. error']}",
+        ]
     else:
         said = [f"ROUGE-1 is {row['ROUGE-1']}"] if "ROUGE-1" in row else []
         said += [f"loss {row['loss']} nats a token"] if row["loss"] != "–" else []
@@ -137,7 +144,7 @@ def _state(status: StageStatus, run: RunFiles) -> str:
         return "had nothing to do"
     if status.state != "unfinished" or status.step is None:
         return status.state
-    rows = "rows" if run.kind in ("text", "classification") else "summaries"
+    rows = "rows" if run.kind in ("text", *LABELLED_KINDS) else "summaries"
     what = rows if status.stage == "evaluate" else "steps"
     return f"unfinished, {status.step:,} of {status.total_steps:,} {what}" if status.total_steps else status.state
 

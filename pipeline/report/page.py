@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from ..config import LABELLED_KINDS
 from .cost import cost
 from .headline import headline
 from .markup import Markup, raw, tag
@@ -54,4 +55,4 @@ def _samples(run: RunFiles, scores: Scores | str) -> Markup | None:
     """What the conversions made of some test rows: of running text nothing that could be shown."""
     if run.kind == "text":
         return None
-    return mistakes(run, scores) if run.kind == "classification" else summaries(run)
+    return mistakes(run, scores) if run.kind in LABELLED_KINDS else summaries(run)

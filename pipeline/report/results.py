@@ -17,8 +17,10 @@ from .staleness import Stale
 _CHARTS = (
     ("rouge1", "ROUGE-1 of every variant", "ROUGE-1, points; more is better", 2),
     ("accuracy", "Accuracy of every variant", "accuracy, %; more is better", 2),
+    ("pearson", "Pearson correlation of every variant", "Pearson correlation × 100; more is better", 2),
     ("loss_nats_per_token", "Loss of every variant", "loss, nats a token; less is better", 3),
     ("loss_nats_per_row", "Loss of every variant", "loss, nats a row; less is better", 3),
+    ("mean_squared_error", "Squared error of every variant", "mean squared error; less is better", 3),
 )
 """Figure, title, unit and decimals; what was not measured has none."""
 _TRAINING_COLUMNS = (
@@ -101,7 +103,12 @@ def _outdated(stale: Stale) -> Markup | None:
 
 
 def _how_measured(scores: Scores) -> Iterator[str]:
-    told = {"text": _how_text_was, "classification": _how_classes_were, "dialogues": _how_dialogues_were}
+    told = {
+        "text": _how_text_was,
+        "classification": _how_classes_were,
+        "regression": _how_scores_were,
+        "dialogues": _how_dialogues_were,
+    }
     return told[scores.file.kind](scores)
 
 
@@ -125,6 +132,18 @@ def _how_classes_were(scores: Scores) -> Iterator[str]:
     if file.settings.intervals.samples:
         yield _HALF_WIDTH
     yield f"Loss: nats a row, of its label. {_TRAINING_COLUMNS}"
+
+
+def _how_scores_were(scores: Scores) -> Iterator[str]:
+    file = scores.file
+    seen = file.num_examples_seen_in_train
+    yield f"{file.num_examples} test rows, {seen} of which stand word for word in train, {file.settings.precision}."
+    yield from _without_seen(scores, "pearson", "Pearson correlation")
+    yield f"Who always says their mean, {file.score_mean:.4g}, has a squared error of {file.score_variance:.4g}."
+    yield "Pearson and Spearman: correlation of the predicted with the rows' scores, × 100."
+    if file.settings.intervals.samples:
+        yield _HALF_WIDTH
+    yield f"Squared error: the mean over the rows. {_TRAINING_COLUMNS}"
 
 
 def _how_dialogues_were(scores: Scores) -> Iterator[str]:

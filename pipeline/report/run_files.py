@@ -22,6 +22,7 @@ from ..run_folder import MAIN, RunFolder
 from ..slurm.job_records import read_records
 from ..stage_progress import JUST_NOW, read_metrics
 from ..status import StageStatus, find_run_folder, resolved_config, stages_on_disk
+from .scale import is_drawable
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,17 @@ def _submitted(folder: RunFolder, statuses: tuple[StageStatus, ...]) -> tuple[st
 
 
 def read_predictions(evaluate: Path, name: str) -> dict[int, dict[str, Any]] | str:
-    """Summaries, or predicted labels, of `main` or a variant, by the test row's index, or why they cannot be read."""
+    """Summaries, or predicted labels or scores, of `main` or a variant, by the test row's index, or why they cannot be
+    read."""
     file = evaluate / "predictions" / f"{name}.jsonl"
     try:
         rows = read_complete_rows(file)
     except OSError as error:
         return f"{file.name} cannot be read ({error.strerror})"
     return {
-        row["index"]: row for row in rows if isinstance(row["index"], int) and isinstance(row.get("prediction"), str)
+        row["index"]: row
+        for row in rows
+        if isinstance(row["index"], int) and (isinstance(row.get("prediction"), str) or is_drawable(row["prediction"]))
     }
 
 

@@ -9,7 +9,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-_KINDS = {"dialogues": "dialogues", "text": "running text", "classification": "rows that were classified"}
+_KINDS = {
+    "dialogues": "dialogues",
+    "text": "running text",
+    "classification": "rows that were classified",
+    "regression": "rows that were scored",
+}
 
 
 class _Read(BaseModel):
@@ -37,6 +42,11 @@ class _Subset(_Read):
     accuracy_difference: _Figure | None = None
     loss_nats_per_row: _Figure | None = None
     loss_gap_nats_per_row: _Figure | None = None
+    pearson: _Figure | None = None
+    spearman: _Figure | None = None
+    mean_squared_error: _Figure | None = None
+    pearson_difference: _Figure | None = None
+    mean_squared_error_gap: _Figure | None = None
 
 
 class _Variant(_Read):
@@ -64,13 +74,16 @@ class _Settings(_Read):
 
 
 class _File(_Read):
-    kind: Literal["dialogues", "text", "classification"] = "dialogues"
+    kind: Literal["dialogues", "text", "classification", "regression"] = "dialogues"
     settings: _Settings
     num_examples: int
     num_examples_seen_in_train: int = 0
     num_references_that_rouge_cannot_score: int = 0
     label_counts: dict[str, int] = {}
     """How many test rows each class has."""
+    score_mean: float | None = None
+    score_variance: float | None = None
+    """Of the test rows' scores."""
     softmax_reference: str | None = None
     variants: dict[str, _Variant]
 
@@ -86,6 +99,10 @@ class _File(_Read):
             complete = all(None not in (one.accuracy, one.f1, one.mcc, one.loss_nats_per_row) for one in subsets)
             if not complete or not sum(self.label_counts.values()) or self.num_examples < 1:
                 raise ValueError("accuracy, F1, MCC, a loss, or how many rows each label has, is missing")
+        if self.kind == "regression":
+            complete = all(None not in (one.pearson, one.spearman, one.mean_squared_error) for one in subsets)
+            if not complete or None in (self.score_mean, self.score_variance):
+                raise ValueError("a correlation, the squared error, or the mean of the rows' scores, is missing")
         return self
 
 

@@ -19,11 +19,13 @@ _KL = "KL to softmax attention, nats"
 _LOSSES = {
     "text": "loss, nats a token",
     "classification": "loss, nats a row",
+    "regression": "squared error a row",
     "dialogues": "loss, nats a token of the summary",
 }
 _LEARNT = {
     "text": "LoRA adapters learn on running text; the loss is that of all tokens but each row's first.",
     "classification": "LoRA adapters and the head learn to classify; the loss is that of each row's label.",
+    "regression": "LoRA adapters and the head learn to score; the loss is the squared error of each row's score.",
     "dialogues": "LoRA adapters learn to summarize dialogues; the loss is that of the summaries' tokens.",
 }
 """By `data.kind`; nothing else was known before there was that key."""
@@ -58,8 +60,9 @@ def stage_one(run: RunFiles) -> Markup:
 
 def stage_two(run: RunFiles) -> Markup:
     """The training loss by step of every variant."""
-    curves = _curves(run, "finetune", "loss_nats", "validation_loss_nats")
     kind = run.kind if run.kind in _LEARNT else "dialogues"
+    name = "loss_mse" if kind == "regression" else "loss_nats"
+    curves = _curves(run, "finetune", name, f"validation_{name}")
     chart = _by_step("loss-by-step", curves, "Training loss by step", _LOSSES[kind])
     return section(
         "stage-two",

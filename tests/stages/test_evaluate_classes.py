@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hedgehog.pipeline.config import RunConfig
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.errors import CheckpointError, DataError, Interrupted, ModelError
-from hedgehog.pipeline.evaluation import classification
+from hedgehog.pipeline.evaluation import labelled
 from hedgehog.pipeline.manifest import Manifest, StageInput, describe_artifact, read_manifest
 from hedgehog.pipeline.report.writing import write_report
 from hedgehog.pipeline.row_log import read_complete_rows
@@ -238,7 +238,7 @@ class Killed(BaseException):
 
 
 def test_killed_and_resumed_gives_the_same_files(run, uninterrupted, monkeypatch):
-    original, calls = classification.class_logits, 0
+    original, calls = labelled.class_logits, 0
 
     def dies_in_the_second_variant(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -247,7 +247,7 @@ def test_killed_and_resumed_gives_the_same_files(run, uninterrupted, monkeypatch
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(classification, "class_logits", dies_in_the_second_variant)
+    monkeypatch.setattr(labelled, "class_logits", dies_in_the_second_variant)
     with pytest.raises(Killed):
         run_stage(run, "evaluate")
     half = folder(run) / "predictions" / "softmax.jsonl"
@@ -270,7 +270,7 @@ def test_resumes_inside_a_batch_after_a_torn_line(run, uninterrupted):
 
 def test_two_ranks_finish_what_one_began(run, uninterrupted, in_two_threads: Callable[..., Any], monkeypatch):
     computed: dict[int, int] = {}
-    original = classification.class_logits
+    original = labelled.class_logits
 
     def count_by_thread(*arguments: Any) -> torch.Tensor:
         computed[threading.get_ident()] = computed.get(threading.get_ident(), 0) + 1
@@ -282,7 +282,7 @@ def test_two_ranks_finish_what_one_began(run, uninterrupted, in_two_threads: Cal
     (predictions / "main.jsonl").write_text(lines[4])
     (predictions / "main.rank3.jsonl").write_text(lines[6] + lines[3] + "{")
     monkeypatch.setattr(evaluate, "run", in_two_threads(evaluate.run))
-    monkeypatch.setattr(classification, "class_logits", count_by_thread)
+    monkeypatch.setattr(labelled, "class_logits", count_by_thread)
     run_stage(run, "evaluate")
     assert results(run) == uninterrupted
     assert len(computed) == 2 and min(computed.values()) >= 3
@@ -343,7 +343,7 @@ def test_an_adapter_of_data_prepared_before_is_refused(converted: RunConfig, tmp
 
 def test_a_head_of_other_classes_is_refused(run, models):
     models["main"] = bert(2, 0)
-    with pytest.raises(ModelError, match="the model tells 2 classes apart, but the data have 3"):
+    with pytest.raises(ModelError, match="head has 2 outputs, but the data need 3"):
         run_stage(run, "evaluate")
 
 
@@ -354,7 +354,7 @@ def test_logits_in_bfloat16_become_float32():
         "mask": torch.ones(1, 3, dtype=torch.bool),
         "token_type_ids": torch.zeros(1, 3, dtype=torch.long),
     }
-    assert classification.class_logits(model.to(torch.bfloat16), batch).dtype == torch.float32
+    assert labelled.class_logits(model.to(torch.bfloat16), batch).dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_bad_tables_are_named_with_line_and_cure(folder: Path, content: bytes, m
     [
         (row(1, None), "3: field 'label' has no label"),
         (row(1, "  "), "3: field 'label' has no label"),
-        (row(1, 1.0), r"3: field 'label' is 1\.0, but a class is text or a whole number; scores"),
+        (row(1, 1.0), r"3: field 'label' is 1\.0, but a class is text or a whole number; to learn scores"),
         (row(1, math.nan), "3: field 'label' is nan"),
         (row(1, [1]), "3: field 'label' must be text or a whole number, not list"),
         (row(1, "1"), r"3: its label is '1', that of .*rows\.jsonl:1 0: take numbers or text, not both"),

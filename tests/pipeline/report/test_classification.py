@@ -262,7 +262,7 @@ MISSING = "Value error, accuracy, F1, MCC, a loss, or how many rows each label h
         (scores_file(label_counts={"no": 0}), MISSING),
         (scores_file(num_examples=0), MISSING),
         (without(scores_file(), "settings"), "settings: Field required"),
-        (scores_file(kind="regression"), "kind: Input should be 'dialogues', 'text' or 'classification'"),
+        (scores_file(kind="tagging"), "kind: Input should be 'dialogues', 'text', 'classification' or 'regression'"),
         (without(scores_file(), "kind"), "Value error, a figure of ROUGE, or how summaries were generated"),
     ],
 )
