@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (ValueError, ValidationError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: not a manifest of format {FORMAT} ({str(error).splitlines()[0]}). "
-            f"Remove the folder {folder} to run the stage anew."
+            "Remove this file: the stage then begins with what else its folder holds, or says that it cannot."
         ) from error
 
 

@@ -143,6 +143,11 @@ def run_stage(
     if shard is not None:
         check_shard(shard)
     effective = config if variant is None else apply_variant(config, variant)
+    if effective.distill.layers != config.distill.layers is not None:
+        raise ConfigError(
+            f"distill.layers: {config.distill.layers} is asked for, but variants.{variant}.overrides.distill.layers is "
+            f"{effective.distill.layers}; remove that."
+        )
     layers = layers_folder(effective, stage)
     return _run_stage(
         config,

@@ -12,12 +12,13 @@ from typing import Literal
 from .config import RunConfig
 from .config_loading import load_config
 from .errors import CheckpointError, ConfigError
-from .go_on import commands_to_finish, shown
+from .go_on import commands_to_finish, commands_to_renew, shown
 from .manifest import read_manifest
 from .run_folder import SHARED_STAGES, STAGES, VARIANT_STAGES, RunFolder
 from .slurm.job_status import JobView, view_jobs
 from .slurm.measured_cost import measured_trained_layer_cost
 from .stage_progress import last_sign, read_progress
+from .stale_inputs import outdated_stages
 
 State = Literal["not started", "unfinished", "done", "skipped", "queued", "running", "failed", "cancelled"]
 """The first four are the manifest's word; the others are Slurm's about a stage that is not done."""
@@ -59,6 +60,8 @@ class StageStatus:
     """What its newest attempt was begun with."""
     directory: str = ""
     """Where that was."""
+    outdated: bool = False
+    """Whether it was made from what is not there any more: an input ran anew since, or is outdated itself."""
 
     @property
     def title(self) -> str:
@@ -83,8 +86,9 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether every whole stage is done."""
-        return all(stage.state in ("done", "skipped") for stage in self.stages if not stage.layers and not stage.shard)
+        """Whether every whole stage is done, of what there is now."""
+        whole = [stage for stage in self.stages if not stage.layers and not stage.shard]
+        return all(stage.state in ("done", "skipped") and not stage.outdated for stage in whole)
 
     @property
     def live(self) -> bool:
@@ -105,14 +109,19 @@ def read_status(run: str) -> RunStatus:
     folder = RunFolder(find_run_folder(run))
     config = resolved_config(folder)
     jobs, notes, records = view_jobs(folder)
-    stages = tuple(_stages(folder, config, jobs))
+    stages, reasons = _with_outdated(folder, tuple(_stages(folder, config, jobs)))
     measured = None if config is None else measured_trained_layer_cost(folder, config)
-    if not jobs:
-        commands = tuple(shown(command) for command in commands_to_finish(folder, config, stages))
-        return RunStatus(str(folder.root), stages, commands, trained_layer_cost=measured)
-    stages = _with_jobs(stages, jobs)
+    in_doubt = [
+        f"Slurm gave no answer about the job of {intent.name}, and shows none now; `hedgehog submit` finds out"
+        for intent in records.intents
+    ]
+    if not jobs and not in_doubt:
+        renewing = commands_to_renew(folder, config, [stage for stage in stages if stage.outdated])
+        commands = (*renewing, *commands_to_finish(folder, config, stages))
+        return RunStatus(str(folder.root), stages, tuple(map(shown, commands)), reasons, trained_layer_cost=measured)
     unknown = any(note.startswith("squeue") for note in notes)
-    status = RunStatus(str(folder.root), stages, (), tuple(notes), unknown, measured)
+    stages = _with_jobs(stages, jobs, answered=not unknown)
+    status = RunStatus(str(folder.root), stages, (), (*reasons, *notes, *in_doubt), unknown, measured)
     waits_for_a_failure = any(stage.state in ("failed", "cancelled") for stage in stages)
     if not status.finished and (waits_for_a_failure or not status.live):
         status = replace(status, commands=(shown(records.command),))
@@ -166,7 +175,25 @@ def resolved_config(folder: RunFolder) -> RunConfig | None:
         raise CheckpointError(f"{error}\nThe file belongs to another version, or was edited; correct it.") from error
 
 
-def _with_jobs(stages: tuple[StageStatus, ...], jobs: list[JobView]) -> tuple[StageStatus, ...]:
+def _with_outdated(
+    folder: RunFolder, stages: tuple[StageStatus, ...]
+) -> tuple[tuple[StageStatus, ...], tuple[str, ...]]:
+    """The stages, those marked that were made from what is not there any more; and why they were."""
+    keys = {(stage.stage, stage.variant, stage.layers) for stage in stages if stage.shard is None}
+    ordered = sorted(keys, key=lambda key: (STAGES.index(key[0]), key[1] or "", key[2] is None, key[2] or ""))
+    outdated = outdated_stages(folder, ordered)
+    marked, reasons = [], []
+    for stage in stages:
+        key = (stage.stage, stage.variant, stage.layers)
+        if stage.shard is None and key in outdated and stage.state in ("done", "unfinished"):
+            stage = replace(stage, outdated=True, detail="out of date")
+            if outdated[key]:
+                reasons.append(f"{stage.title} is out of date: {' and '.join(outdated[key])} ran anew since")
+        marked.append(stage)
+    return tuple(marked), tuple(reasons)
+
+
+def _with_jobs(stages: tuple[StageStatus, ...], jobs: list[JobView], *, answered: bool) -> tuple[StageStatus, ...]:
     """The stages with what Slurm says of their newest jobs; where a manifest says done, that is the last word."""
     newest = {(job.stage, job.variant, job.part): job for job in jobs}
     found = []
@@ -184,9 +211,8 @@ def _with_jobs(stages: tuple[StageStatus, ...], jobs: list[JobView]) -> tuple[St
                 detail = stage.detail if job.activity == "running" else word
                 stage = replace(stage, state=job.activity, detail=detail)
             elif job.activity == "unknown":
-                stage = replace(
-                    stage, detail=f"{stage.detail or 'nothing written'}; job {job.job_id} is not in the queue"
-                )
+                said = "is not in the queue" if answered else "may wait or run: Slurm does not answer"
+                stage = replace(stage, detail=f"{stage.detail or 'nothing written'}; job {job.job_id} {said}")
             stage = replace(stage, error=job.error, eta_s=stage.eta_s if job.activity == "running" else None)
         found.append(stage)
     return tuple(found)

@@ -10,7 +10,7 @@ from ..run_folder import RunFolder, fenced, storage_errors
 from ..status import find_run_folder
 from .job_records import JobRecords, read_records, write_records
 from .queue_lease import changing_the_queue
-from .scheduler import ENDING_STATE, LIVE_STATES, queue_states, scancel
+from .scheduler import ENDING_STATE, queue_states, scancel
 
 
 def cancel(run: str) -> None:
@@ -57,7 +57,7 @@ def _cancel_recorded(folder: RunFolder, records: JobRecords) -> None:
         job_id if index is None else f"{job_id}_{index}": state.state
         for (job_id, index), state in states.items()
         # a job that is being queued again is COMPLETING too, and would start anew; to one that ends it does no harm
-        if state.state in LIVE_STATES or state.state == ENDING_STATE
+        if state.is_live or state.state == ENDING_STATE
     }
     if not live:
         print(f"{folder.root}: no job waits or runs.")

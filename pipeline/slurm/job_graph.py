@@ -8,19 +8,21 @@ What is done already is read from the manifests; what is waiting or running is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..base_folder import known_shape
 from ..config import RunConfig
 from ..config_loading import apply_variant, config_differences, flatten
+from ..data.base_fingerprint import fingerprint_local_inputs
 from ..errors import ConfigError
 from ..feature_map_checks import UNTRAINED_MAPS
-from ..manifest import read_manifest
+from ..manifest import Manifest, read_manifest
 from ..model_shape import ModelShape
 from ..preflight import HUB_TRAIN_ROWS
 from ..run_folder import STAGES, RunFolder
+from ..stale_inputs import changed_inputs
 from .gpu_hours import finetune_gpu_hours, num_training_tokens
 from .layer_groups import (
     DistillCost,
@@ -117,15 +119,17 @@ def build_graph(
     """The graph of a run as it stands; jobs of other than these stages are in it, but not wanted.
 
     Raises:
-        ConfigError: layers cannot be grouped; a finished or begun stage has another config.
+        ConfigError: layers cannot be grouped; a finished or begun stage has another config or input, or lacks files.
         ModelError: the base model's folder cannot be read.
         CheckpointError: a manifest cannot be read.
     """
     queued = queued or Queued()
-    if config.distill.layers is not None:
-        raise ConfigError(
-            "distill.layers: `submit` chooses the layers of each element; remove the key, and set slurm.layer_groups."
-        )
+    for variant in (None, *config.variants):
+        if (config if variant is None else apply_variant(config, variant)).distill.layers is not None:
+            key = "distill.layers" if variant is None else f"variants.{variant}.overrides.distill.layers"
+            raise ConfigError(
+                f"{key}: `submit` chooses the layers of each element; remove the key, and set slurm.layer_groups."
+            )
     jobs = [Job("prepare", "prepare", None, ("prepare",), (), done=_done(folder.stage("prepare")))]
     costs: list[GroupCosts] = []
     hours: dict[str, float] = {}
@@ -176,7 +180,7 @@ def build_graph(
     jobs += _evaluation(config, folder, tuple(last), queued)
     jobs.append(Job("export", "export", None, ("export",), ("evaluate",), done=_done(folder.stage("export"))))
     jobs = [replace(job, wanted=job.run_stage in stages) for job in jobs]
-    _check_manifests(config, folder, [job for job in jobs if job.wanted])
+    _check_manifests(config, folder, [job for job in jobs if job.wanted or job.name == "prepare"])
     return JobGraph(tuple(jobs), tuple(costs) if "distill" in stages else (), hours if "finetune" in stages else {})
 
 
@@ -287,7 +291,8 @@ def _train_rows(config: RunConfig, folder: RunFolder) -> tuple[int | None, float
 
 
 def _check_manifests(config: RunConfig, folder: RunFolder, jobs: Sequence[Job]) -> None:
-    """Refuse what the stages themselves would refuse after hours in a queue: a stage of another config.
+    """Refuse what the stages themselves would refuse after hours in a queue: a stage of another config or input, or
+    whose files are gone.
 
     Raises:
         ConfigError: with the differences.
@@ -308,16 +313,34 @@ def _check_manifests(config: RunConfig, folder: RunFolder, jobs: Sequence[Job]) 
                 file.name not in ("manifest.json", "metrics.jsonl") for file in path.iterdir()
             ):
                 continue
-            known = {key: values[key] for key in manifest.config if key in values}
+            known = {key: values[key] for key in manifest.config if key in values} if job.wanted else manifest.config
             if stage == "evaluate":  # a variant that came later is in no manifest
                 known |= {key: value for key, value in values.items() if key.startswith("variants.")}
             for line in config_differences(manifest.config, known):
                 state = "finished" if manifest.status == "done" else "begun"
                 faults.append(f"  {path} was {state} with another config: {line}")
+            conversion = config if job.variant is None else apply_variant(config, job.variant)
+            faults += [f"  {path} {fault}" for fault in _input_faults(conversion, folder, job, path, manifest)]
     if faults:
         raise ConfigError(
-            "the run folder holds stages of another config:\n"
+            "the run folder holds stages of another config or input:\n"
             + "\n".join(dict.fromkeys(faults))
-            + "\nUndo the change, choose another name=…, or begin those stages anew with `hedgehog <stage> CONFIG "
-            "--force`."
+            + "\nUndo the change, or choose another name=…. Or move the folders of those stages away and submit again, "
+            "which makes them anew; `hedgehog <stage> CONFIG --force` does it without Slurm."
         )
+
+
+def _input_faults(conversion: RunConfig, folder: RunFolder, job: Job, path: Path, manifest: Manifest) -> Iterator[str]:
+    """What a stage was made of and is another thing now; of a finished one, what is gone of it."""
+    state = "finished" if manifest.status == "done" else "begun"
+    for source in changed_inputs(folder, manifest, job.variant):
+        yield f"was {state} with an earlier {source}: it ran anew since"
+    if job.name == "prepare":
+        now = fingerprint_local_inputs(conversion.model, conversion.data)
+        for name in sorted(now.keys() | manifest.consumed.keys()):
+            if now.get(name) != manifest.consumed.get(name):
+                yield f"was {state} with another input: {name}: the file changed"
+    if manifest.status == "done" and job.name != "export":  # what nothing consumes may have been moved away
+        gone = [artifact.path for artifact in manifest.artifacts.values() if not (path / artifact.path).exists()]
+        if gone:
+            yield f"has lost {', '.join(gone[:3])}{' …' if len(gone) > 3 else ''}"

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..run_folder import RunFolder
 from .job_records import JobRecord, JobRecords, read_records
-from .scheduler import ENDING_STATE, FAILED_STATES, RUNNING_STATES, WAITING_STATES, JobState, SchedulerError, observe
+from .scheduler import ENDING_STATE, FAILED_STATES, RUNNING_STATES, JobState, Observation, SchedulerError, observe
 
 Activity = Literal["queued", "running", "failed", "cancelled", "ended", "unknown"]
 _TAIL_BYTES = 1 << 16
@@ -72,10 +72,15 @@ def view_jobs(folder: RunFolder) -> tuple[list[JobView], list[str], JobRecords]:
         records.adopt()
     seen = observe(records.submitted)
     newest = list(records.newest())
-    views = [_view(folder, record, index, seen.states.get((record.job_id, index))) for record, index in newest]
+    views = [_view(folder, record, index, _state_of(seen, record, index)) for record, index in newest]
     parents = {record.job_id: record.parents for record, _ in newest}
     views = [replace(view, failed_parents=_failed_parents(view, views, parents)) for view in views]
     return views, seen.notes, records
+
+
+def _state_of(seen: Observation, record: JobRecord, index: int | None) -> JobState | None:
+    """An element that was cancelled before it began has no row of its own: the whole array has one."""
+    return seen.states.get((record.job_id, index)) or seen.states.get((record.job_id, None))
 
 
 def _failed_parents(view: JobView, views: Sequence[JobView], parents: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -121,7 +126,7 @@ def _view(folder: RunFolder, record: JobRecord, index: int | None, state: JobSta
 def _activity(state: JobState | None) -> Activity:
     if state is None:
         return "unknown"
-    if state.state in WAITING_STATES:
+    if state.waits:
         return "queued"
     if state.state in RUNNING_STATES:
         return "running"

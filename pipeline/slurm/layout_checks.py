@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from ..config import RunConfig
@@ -22,7 +23,7 @@ _START_S = 60
 def layout_errors(reading: Reading) -> list[Problem]:
     """Everything that `submit` refuses of the section `slurm`, the variants' batches included."""
     main = reading.conversions[0]
-    whole = [*_time_errors(main.config), *_cluster_errors(main.config)]
+    whole = [*_time_errors(main.config), *_cluster_errors(main.config), *_option_errors(main.config)]
     return [*of_all_conversions(reading, _world_errors), *untouched(whole, main.unknown)]
 
 
@@ -68,14 +69,60 @@ def _cluster_errors(config: RunConfig) -> Iterator[Problem]:
                 )
 
 
+_OWN_OPTIONS = {
+    "--array": "-a",
+    "--chdir": "-D",
+    "--dependency": "-d",
+    "--error": "-e",
+    "--open-mode": "",
+    "--output": "-o",
+    "--parsable": "",
+    "--signal": "",
+    "--test-only": "",
+    "--wait": "-W",
+    "--wrap": "",
+}
+"""Options of sbatch, and their letters, that `submit`, `status` and the scripts rely on as they give them."""
+
+
+def _option_errors(config: RunConfig) -> Iterator[Problem]:
+    """Lines for sbatch that take out of a job what `submit` and `status` know it by."""
+    told = set()
+    for stage in _JOB_KINDS:
+        key = _owner(config, stage, "sbatch_lines")
+        for line in stage_settings(config, stage)["sbatch_lines"] or ():
+            for name in line_options(line):
+                own = next((option for option, letter in _OWN_OPTIONS.items() if name in (option, letter)), None)
+                if own is not None and (key, line) not in told:
+                    told.add((key, line))
+                    yield Problem(
+                        (key,), f"{line}: `submit` itself decides {own}, and relies on it; remove it from this line."
+                    )
+
+
+def _time_limit(config: RunConfig, stage: str) -> tuple[str, str | None]:
+    """The key that a kind of jobs has its time limit from, and the limit: the last line for sbatch that has one, the
+    key `time`, or what the environment says to sbatch."""
+    settings = stage_settings(config, stage)
+    for line in reversed(settings["sbatch_lines"] or ()):
+        options = line_options(line)
+        if "--time" in options or "-t" in options:
+            return _owner(config, stage, "sbatch_lines"), options.get("--time", options.get("-t"))
+    if settings["time"] is None:
+        return _owner(config, stage, "time"), os.environ.get("SBATCH_TIMELIMIT")
+    return _owner(config, stage, "time"), settings["time"]
+
+
 def _time_errors(config: RunConfig) -> Iterator[Problem]:
     """Time limits whose warning may come before the first step, at every start anew."""
     grace = config.slurm.grace_period_s
     told = set()
     for stage in _JOB_KINDS:
-        time = stage_settings(config, stage)["time"]
-        limit_s = None if time is None else time_limit_s(time)
-        key = _owner(config, stage, "time")
+        key, time = _time_limit(config, stage)
+        try:
+            limit_s = None if time is None else time_limit_s(time)
+        except ValueError:  # UNLIMITED, or what sbatch will refuse
+            limit_s = None
         if limit_s is not None and limit_s < grace + _EARLY_SIGNAL_S + _START_S and key not in told:
             told.add(key)
             yield Problem(

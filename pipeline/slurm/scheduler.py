@@ -13,14 +13,13 @@ from pathlib import Path
 
 from ..errors import ConfigError, HedgehogError
 
-WAITING_STATES = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 RUNNING_STATES = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"})
-LIVE_STATES = WAITING_STATES | RUNNING_STATES
 ENDING_STATE = "COMPLETING"
 """The job's processes may still be there, but what they have not finished stays so."""
 FAILED_STATES = frozenset(
     {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "REVOKED"}
 )
+_ENDED_STATES = FAILED_STATES | {"COMPLETED", "DELETED"}
 _TIMEOUT_S = 60
 _POLICY = r"accounting/qos policy|MaxSubmit|QOS\w*Limit|Assoc\w*Limit"
 """A limit on how much a user, account or QOS may ask for; it names an account that may well be the right one."""
@@ -44,7 +43,11 @@ _KEYS = (
 )
 """What Slurm's complaint mentions, and the keys under `slurm` that it may be about."""
 _RUN_WIDE_KEYS = ("layer_groups", "evaluate_shards")
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "HEDGEHOG_SUBMITTED_CONFIG")
+_RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "HEDGEHOG_SUBMITTED_CONFIG"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
+)
+"""Of the ranks that this process is one of; and where they meet, which a job's ranks would look for in vain."""
 _DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 """Slurm sets them in an allocation with GPUs, and a job without GPUs would inherit them."""
 _SITE_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
@@ -62,9 +65,15 @@ _FILTER_VARIABLES = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_")
 """They hide jobs, change columns, or ask before they cancel."""
 _FORMAT_VARIABLES = ("SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_JSON", "SLURM_YAML", "SLURM_DEBUG_FLAGS")
 """They change what several commands print."""
-_DOUBTFUL = re.compile(r"timed out|zero bytes|connection (reset|refused|closed)|communication", re.IGNORECASE)
+_DOUBTFUL = re.compile(
+    r"timed out|zero bytes|connection (reset|refused|closed)|communication|unable to contact", re.IGNORECASE
+)
 """sbatch lost the controller, which may have taken the job all the same."""
 _ALREADY_ENDED = re.compile(r"already completing or completed|invalid job id", re.IGNORECASE)
+
+
+TOKEN_PREFIX = "hedgehog:"
+"""Begins the last word of a job's comment, by which `submit` knows it again."""
 
 
 class SchedulerError(HedgehogError):
@@ -88,8 +97,9 @@ class SubmittedJob:
 
     def is_shown_as(self, name: str, comment: str | None = None) -> bool:
         """Whether a job of this id with this name and comment (None: not shown) is this one."""
-        if comment is not None and self.token and comment.split()[-1:] == [self.token]:
-            return True
+        last = (comment or "").split()[-1:]
+        if self.token and last and last[0].startswith(TOKEN_PREFIX):
+            return last[0] == self.token  # another's says that the id is another cluster's, or was given anew
         return not self.name or name == self.name
 
 
@@ -101,6 +111,17 @@ class JobState:
     """`RUNNING`, `FAILED`, … as squeue and sacct write it."""
     reason: str = ""
     """Why it waits, or its exit code."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it waits or runs: all but known ends. Slurm has states that are shown to few (RESV_DEL_HOLD), and
+        gets more; a job that is taken for ended would be submitted twice."""
+        return self.state not in ("", ENDING_STATE) and self.state not in _ENDED_STATES
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is live and has no processes."""
+        return self.is_live and self.state not in RUNNING_STATES
 
 
 @dataclass
@@ -143,9 +164,10 @@ def sbatch(script: Path, options: Sequence[str], *, stage: str, settings: Mappin
         done = _run(["sbatch", "--parsable", *options, str(script)], environment)
     except _NoAnswerError as error:
         raise _in_doubt(stage, str(error)) from None
-    lines = done.stdout.split()
-    if done.returncode == 0 and lines:
-        return lines[-1].split(";")[0]
+    # `12` or `12;cluster`, perhaps among the words of a site's own
+    found = re.findall(r"^\s*(\d+)(?:;\S*)?\s*$", done.stdout, flags=re.MULTILINE)
+    if done.returncode == 0 and found:
+        return found[-1]
     if done.returncode == 0 or _DOUBTFUL.search(_words(done)):
         raise _in_doubt(stage, _words(done))
     raise ConfigError(refusal(stage, _words(done), settings))
@@ -295,10 +317,10 @@ def accounted_states(jobs: Iterable[SubmittedJob]) -> dict[tuple[str, int | None
         job_id, _, index = shown_id.partition("_")
         if job_id not in wanted or not wanted[job_id].is_shown_as(name):
             continue
-        if index and not index.isdigit():  # the elements that wait, in one row: squeue has them
-            continue
+        if index and not index.isdigit() and JobState(state.split(" ")[0]).is_live:
+            continue  # the elements that wait, in one row: squeue has them
         reason = "" if exit_code in ("0:0", "") else f"exit code {exit_code.removesuffix(':0')}"
-        states[job_id, int(index) if index else None] = JobState(state.split(" ")[0], reason)
+        states[job_id, int(index) if index.isdigit() else None] = JobState(state.split(" ")[0], reason)
     return states
 
 
@@ -315,7 +337,7 @@ def observe(jobs: Iterable[SubmittedJob]) -> Observation:
         seen.num_sources += 1
         for key, state in states.items():
             recorded = seen.states.get(key)
-            if recorded is None or recorded.state != state.state or state.state in LIVE_STATES:
+            if recorded is None or recorded.state != state.state or state.is_live:
                 seen.states[key] = state  # of an end that both know, sacct has the exit code
     return seen
 
@@ -343,6 +365,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",  # a site's own messages, and others' comments
             timeout=_TIMEOUT_S,
             env=command_environment(os.environ if environment is None else environment),
         )

@@ -80,10 +80,11 @@ def _directives(
     job: Job, config: RunConfig, settings: dict[str, Any], folder: RunFolder, launch: Launch
 ) -> Iterator[str]:
     slurm = config.slurm
-    log = folder.logs.absolute() / log_name(job.name, is_array=bool(job.elements))
+    # Slurm puts something of its own in place of %j there, and of %% a percent sign
+    log = f"{str(folder.logs.absolute()).replace('%', '%%')}/{log_name(job.name, is_array=bool(job.elements))}"
     yield _option("job-name", f"{config.name}.{job.name}")
     yield _option("chdir", str(launch.working_dir))
-    yield _option("output", str(log))
+    yield _option("output", log)
     yield "#SBATCH --open-mode=append"
     yield "#SBATCH --requeue" if slurm.requeue else "#SBATCH --no-requeue"
     yield f"#SBATCH --signal={slurm.signal}@{slurm.grace_period_s}"
@@ -110,7 +111,11 @@ def _directives(
 
 
 def _option(name: str, value: str) -> str:
-    return f"#SBATCH --{name}={value}" if _PLAIN.fullmatch(value) else f'#SBATCH --{name}="{value}"'
+    """As sbatch reads it: in quotation marks a backslash stands before one, and before a backslash."""
+    if _PLAIN.fullmatch(value):
+        return f"#SBATCH --{name}={value}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#SBATCH --{name}="{escaped}"'
 
 
 def _fill(script: str, block: str, lines: list[str]) -> str:

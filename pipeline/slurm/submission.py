@@ -31,8 +31,7 @@ from .resources import stage_settings
 from .scheduler import (
     ENDING_STATE,
     FAILED_STATES,
-    LIVE_STATES,
-    WAITING_STATES,
+    TOKEN_PREFIX,
     DoubtfulSubmission,
     JobState,
     SchedulerError,
@@ -117,7 +116,10 @@ def submit(
     with ExitStack() as held:
         plans = []
         for run in runs:
-            config = load_run(run.config, (*overrides, *run.overrides))
+            try:
+                config = load_run(run.config, (*overrides, *run.overrides))
+            except ConfigError as error:
+                raise ConfigError(f"{sweep}: {run.described}: {error}" if sweep else str(error)) from None
             lease = None if dry_run else held.enter_context(changing_the_queue(RunFolder.of(config), "submit"))
             plan = look_at_run(config, run.config, (*overrides, *run.overrides), stages, dry_run=dry_run)
             plan.lease = lease
@@ -177,10 +179,10 @@ def look_at_run(
         if state is None:
             continue
         entry = Live(record, index, state)
-        if state.state in WAITING_STATES and _waits_in_vain(record, states, doomed):
+        if state.waits and _waits_in_vain(record, states, doomed):
             doomed.add(record.job_id)
             ending.append(entry)
-        elif state.state in LIVE_STATES:
+        elif state.is_live:
             live.append(entry)
         elif state.state == ENDING_STATE:
             ending.append(entry)
@@ -321,7 +323,7 @@ def _submit_plan(plan: Plan, command: list[str]) -> None:
             dependency=dependency,
             script=str(script_file(job, folder)),
             submitted_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            token=f"hedgehog:{uuid.uuid4().hex}",
+            token=f"{TOKEN_PREFIX}{uuid.uuid4().hex}",
             slurm_name=_name_in_slurm(script_file(job, folder)),
         )
         try:

@@ -68,7 +68,10 @@ def read_sweep(file: Path, config_path: str, overrides: Sequence[str] = ()) -> l
         given = tuple(f"{key}={_as_text(value)}" for key, value in values.items())
         described = described or f"name: {name}"
         run = SweepRun(path, (*given, f"name={name}"), f"{path}: {described}" if others else described)
-        config = load_config(path, [*overrides, *run.overrides])  # every fault is told before a job is submitted
+        try:
+            config = load_config(path, [*overrides, *run.overrides])  # every fault is told before a job is submitted
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {run.described}: {error}") from None
         folder = (Path(config.output_dir) / config.name).absolute()
         _check_folder(folder, run, owners, file)
         owners[folder] = run
