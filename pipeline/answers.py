@@ -7,6 +7,7 @@ cache of softmax attention.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -299,10 +300,10 @@ def _generation_config(config: RunConfig, tokenizer: Any, temperature: float) ->
 
 def _warm_up(model: PreTrainedModel, token_ids: Sequence[int], settings: GenerationConfig) -> None:
     """What the first tokens of a process take, threads to start and kernels to try, is not the model's time."""
-    most = settings.max_new_tokens
-    settings.max_new_tokens = _NUM_WARM_UP_TOKENS
-    _generate(model, token_ids, settings, None)
-    settings.max_new_tokens = most
+    few = copy.deepcopy(settings)
+    few.max_new_tokens = _NUM_WARM_UP_TOKENS
+    few.min_new_tokens = min(few.min_new_tokens or 0, _NUM_WARM_UP_TOKENS)
+    _generate(model, token_ids, few, None)
 
 
 @torch.inference_mode()

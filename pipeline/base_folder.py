@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +156,40 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
     ]
     if wrong:
         raise ModelError(f"{folder}: config.json and the weights are of different models: {_some(wrong, '; ')}")
+    without = without_place((name for name in found if name not in expected), shape)
+    if without:
+        raise ModelError(no_place(str(folder), without))
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ModelError(f"{folder}: the weights lack {_some(missing, ', ')}; the folder is incomplete: fetch it again")
+
+
+_HARMLESS = (
+    "rotary_emb.inv_freq",
+    "attn.bias",
+    "attn.masked_bias",
+    "attention.self.position_ids",
+)
+"""Ends of names of tensors that older versions of transformers saved and compute anew."""
+
+
+def without_place(names: Iterable[str], shape: ModelShape) -> list[str]:
+    """Those of the tensors that stand in a layer, though a model of this shape has none there.
+
+    Biases, norms of q and k, adapters: such a model is another than the one that config.json makes.
+    """
+    layers = shape.layer_prefix.removeprefix(f"{shape.decoder_prefix}.")
+    inside = re.compile(rf"(^|\.){re.escape(layers)}\d+\.")
+    return sorted(name for name in names if inside.search(name) and not name.endswith(_HARMLESS))
+
+
+def no_place(name: str, tensors: list[str]) -> str:
+    """What is said of a base with such tensors."""
+    return (
+        f"{name}: the weights hold {_some(tensors, ', ')}, which a model of this config.json has no place for: without "
+        "them it would be another model. Merge an adapter into the weights first; a model of another family that was "
+        "saved as this one cannot be converted"
+    )
 
 
 def check_head(base: str, family: type[ModelShape], label_names: Sequence[str]) -> None:

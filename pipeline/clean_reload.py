@@ -112,7 +112,7 @@ def generate(model: Any, tokenizer: Any, tensors: dict[str, Any], request: dict[
         "encoded_prompts": [
             tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts
         ],
-        "encoded_with_special_tokens": [tokenizer(text).input_ids for text in texts],
+        "encoded_with_special_tokens": [tokenizer(text, split_special_tokens=True).input_ids for text in texts],
     }
     return {"logits": logits.float(), "tokens": tokens}, facts
 

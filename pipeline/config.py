@@ -61,7 +61,7 @@ class DataConfig(Section):
     rows of a text, or of a pair, and its class, which `evaluate` counts right or wrong; or `regression`: and its score,
     with which `evaluate` correlates those that the model gives."""
     dataset: str | None = None
-    """Hub id, or a folder with train, validation (val) and test files (.json, .jsonl; of text also .txt; of
+    """Hub id, or a folder with train, validation (val, valid) and test files (.json, .jsonl; of text also .txt; of
     labelled rows also .tsv and .csv, and dev for validation). Instead of the files below."""
     dataset_config: str | None = None
     """Which of its configurations, where a dataset on the hub has several."""
@@ -366,7 +366,7 @@ class RunConfig(Section):
     """Name of the run folder: letters, digits and . _ - behind a letter or digit."""
     output_dir: str = "runs"
     """Folder that holds the run folders, relative to the working directory."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of every named random generator."""
     label: str | None = None
     """Name of the main conversion in tables. Null: `main`."""

@@ -23,7 +23,13 @@ from ..pipeline.data.sources import SPLITS, resolve_splits
 from ..pipeline.data.text_rows import describe_counts, read_text_splits
 from ..pipeline.data.tokenize import TokenizedExamples, choose_pad_id, load_tokenizer, tokenize_examples
 from ..pipeline.data.tokenize_labelled import TokenizedRows, tokenize_rows
-from ..pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
+from ..pipeline.data.tokenizer_fit import (
+    check_rotation,
+    check_template,
+    check_text_rows,
+    check_unknown_tokens,
+    check_vocabulary,
+)
 from ..pipeline.errors import ConfigError, DataError
 from ..pipeline.families import family_of_config, shape_from_fields, table_length
 from ..pipeline.generation import check_room
@@ -135,6 +141,9 @@ def _prepare(ctx: StageContext) -> StageResult:
             f"rows of up to {longest_row} tokens, but the base model was made for {longest_input}: "
             "lower data.max_length_tokens"
         )
+    doubt = check_rotation(base_config, longest_row)
+    if doubt is not None:
+        ctx.reporter.warning(doubt)
     summary: dict[str, Any] = {
         "kind": data.kind,
         **({} if label_names is None else {"label_names": label_names}),
@@ -160,7 +169,7 @@ def _write_dialogues(
 ) -> dict[str, dict[str, int]]:
     """Write every split and enter it in `artifacts`; returns the counts of each."""
     dialogues = [example.dialogue for example in splits["train"].examples]
-    for doubt in check_unknown_tokens(tokenizer, dialogues):
+    for doubt in (*check_unknown_tokens(tokenizer, dialogues), *check_template(tokenizer, data.prompt_template)):
         ctx.reporter.warning(doubt)
     unscorable = num_unscorable(example.summary for example in splits["test"].examples)
     if unscorable:
@@ -285,6 +294,11 @@ def _write_text(
         artifacts[f"tokens_{name}"] = f"tokens_{name}.safetensors"
         split.rows.write(ctx.folder / artifacts[f"tokens_{name}"])
     figures = describe_counts(splits)
+    for doubt in check_text_rows(tokenizer, splits["train"].rows):
+        ctx.reporter.warning(doubt)
+    test = figures["test"]
+    if test["seen_in_train"]:
+        ctx.reporter.warning(f"{test['seen_in_train']} of {test['used']} test rows stand token for token in train")
     _show(ctx, figures, {name: split.source for name, split in splits.items()}, _TEXT_TABLE_ROWS)
     return figures
 
@@ -378,6 +392,7 @@ _TEXT_TABLE_ROWS = {
     "held_out": "held out for validation",
     "left_out": "left out (sampled)",
     "used": "rows used",
+    "seen_in_train": "  row also in train",
     "tokens": "tokens",
     "length_p50": "  a row: median",
     "length_max": "  a row: longest",

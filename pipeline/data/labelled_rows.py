@@ -64,6 +64,8 @@ def labelled_examples(source: Source, data: DataConfig, name: str) -> Split[Labe
         split.labels.setdefault(label, row.place)
         text, second_text = (*texts, None)[:2]
         identifier = row.fields.get(data.id_field)
+        if isinstance(identifier, str):
+            check_encodable(row, data.id_field)
         example_id = f"{name}-{number}" if identifier is None else str(identifier)
         split.examples.append(LabelledExample(example_id, str(text), second_text, label))
     if secret is not None and not split.examples:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 SPLITS = ("train", "validation", "test")
-_FILE_STEMS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
-_GLUE_STEMS = _FILE_STEMS | {"validation": ("validation", "val", "dev")}
+_FILE_STEMS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+_GLUE_STEMS = _FILE_STEMS | {"validation": ("validation", "val", "valid", "dev")}
 _FILE_SUFFIXES = (".json", ".jsonl")
 _JSON_SUFFIXES = (*_FILE_SUFFIXES, ".ndjson")
 """Of files that are named themselves, where `data.kind` is text; dialogues are JSON whatever their file is called."""
@@ -314,7 +314,11 @@ def _dialogues(source: Source, data: DataConfig, name: str) -> Split[Example]:
         elif not summary:
             split.counts.dropped_no_summary += 1
         else:
+            for field in (data.dialogue_field, data.summary_field):
+                check_encodable(row, field)
             identifier = row.fields.get(data.id_field)
+            if isinstance(identifier, str):
+                check_encodable(row, data.id_field)
             example_id = f"{name}-{number}" if identifier is None else str(identifier)
             split.examples.append(Example(example_id, dialogue, summary))
     if split.counts.rows and not any_summary_field:

@@ -8,6 +8,7 @@ language modelling, each row by itself. BOS stands where the tokenizer has one.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -70,9 +71,28 @@ def read_text_splits(
     if data.max_test_examples is not None and len(test.rows) > data.max_test_examples:
         test.counts.left_out = len(test.rows) - data.max_test_examples
         test.rows = _take(test.rows, list(range(data.max_test_examples)))
-    for split in splits.values():
+    in_train = RowSet(train.rows)
+    for name, split in splits.items():
         split.counts.used = len(split.rows)
+        if name != "train":
+            split.counts.seen_in_train = sum(in_train.holds(split.rows))
     return {name: splits[name] for name in SPLITS}
+
+
+class RowSet:
+    """Which rows of tokens there are."""
+
+    def __init__(self, rows: TokenizedSplit) -> None:
+        self._rows = {_digest(rows, number) for number in range(len(rows))}
+
+    def holds(self, rows: TokenizedSplit) -> list[bool]:
+        """Whether each row of another split is one of these, token for token."""
+        return [_digest(rows, number) in self._rows for number in range(len(rows))]
+
+
+def _digest(rows: TokenizedSplit, number: int) -> bytes:
+    start, end = int(rows.offsets[number]), int(rows.offsets[number + 1])
+    return hashlib.blake2b(rows.input_ids[start:end].numpy().tobytes(), digest_size=16).digest()
 
 
 def _cut(tokenizer: Any, source: Source, data: DataConfig) -> tuple[TokenizedSplit, int, int]:
@@ -94,9 +114,10 @@ def _cut(tokenizer: Any, source: Source, data: DataConfig) -> tuple[TokenizedSpl
 
     counts = _Counts()
     end = tokenizer.eos_token_id if data.text_end == "eos" else None
-    for texts, ends in _batches(source, data, counts):
+    is_one = source.is_one_text or data.text_end == "nothing"
+    for texts, go_on, ends in _batches(source, data, counts, is_one):
         stop_if_asked("tokenizing begins anew")
-        for ids, is_end in zip(encoder.pieces(texts), ends, strict=True):
+        for ids, is_end in zip(encoder.pieces(texts, go_on), ends, strict=True):
             waiting.extend(ids)
             if is_end and end is not None:
                 waiting.append(end)
@@ -120,28 +141,37 @@ class _Counts:
     empty: int = 0
 
 
-def _batches(source: Source, data: DataConfig, counts: _Counts) -> Iterator[tuple[list[str], list[bool]]]:
-    """Texts to tokenize together, and behind which of them a document ends."""
+def _batches(
+    source: Source, data: DataConfig, counts: _Counts, is_one: bool
+) -> Iterator[tuple[list[str], list[bool], list[bool]]]:
+    """Texts to tokenize together, which of them go on with what came before, and behind which a document ends.
+
+    Args:
+        is_one: whether all rows are one text.
+    """
     texts: list[str] = []
+    go_on: list[bool] = []
     ends: list[bool] = []
-    num_characters = 0
+    num_characters, begun = 0, False
     for row in source.read():
         counts.texts += 1
         text = text_of(row, data)
         # an empty line of one text is a part of it; a text of white space is none
-        if not text or not (source.is_one_text or data.text_end == "nothing" or text.strip()):
+        if not text or not (is_one or text.strip()):
             counts.empty += 1
             continue
         pieces = _pieces(text)
         for number, piece in enumerate(pieces, start=1):
             texts.append(piece)
+            go_on.append(number > 1 or (is_one and begun))
+            begun = True
             ends.append(number == len(pieces) and not source.is_one_text)
             num_characters += len(piece)
             if num_characters >= _CHARACTERS_AT_ONCE:
-                yield texts, ends
-                texts, ends, num_characters = [], [], 0
+                yield texts, go_on, ends
+                texts, go_on, ends, num_characters = [], [], [], 0
     if texts:
-        yield texts, ends
+        yield texts, go_on, ends
 
 
 def _pieces(text: str) -> list[str]:
@@ -201,4 +231,4 @@ def describe_counts(splits: Mapping[str, TextSplit]) -> dict[str, dict[str, int]
     return figures
 
 
-__all__ = ["TextSplit", "describe_counts", "read_text_splits"]
+__all__ = ["RowSet", "TextSplit", "describe_counts", "read_text_splits"]

@@ -133,9 +133,26 @@ class TextEncoder:
         """Tokens of whole texts, with BOS and EOS: what a base model is pretrained on."""
         return [self._prefix + ids for ids in self.summaries(texts)]
 
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of texts that are parts of something longer: neither BOS nor EOS."""
-        return self._encode(texts)
+    def pieces(self, texts: Sequence[str], go_on: Sequence[bool]) -> list[list[int]]:
+        """Tokens of texts that are parts of something longer: neither BOS nor EOS.
+
+        A sentencepiece tokenizer puts a space before whatever it is given. Where a text goes on with what came before
+        (`go_on`), it does not get one.
+        """
+        if not any(go_on) or not self._puts_a_space_first():
+            return self._encode(texts)
+        (before,) = self._encode(["\n"])
+        rows = self._encode(["\n" * goes_on + text for text, goes_on in zip(texts, go_on, strict=True)])
+        for number, goes_on in enumerate(go_on):
+            if goes_on:
+                row = rows[number]
+                rows[number] = row[len(before) :] if row[: len(before)] == before else self._encode([texts[number]])[0]
+        return rows
+
+    def _puts_a_space_first(self) -> bool:
+        """Whether a word has other tokens at the beginning of what is encoded than behind a line's end."""
+        alone, end, behind = self._encode(["word", "\n", "\nword"])
+        return behind[: len(end)] == end and behind[len(end) :] != alone
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bootstrap import INTERVAL_LEVEL
+from ..data.text_rows import RowSet
 from ..data.tokens import TokenizedSplit
 from ..errors import ConfigError
 from ..generation import length_sorted_batches
@@ -32,7 +33,8 @@ class TextTask(Task):
         settings = ctx.config.evaluate
         if not settings.perplexity:
             raise ConfigError("evaluate.perplexity: false leaves nothing to measure on running text; set it to true.")
-        self.examples = [{"id": f"row-{number}", "seen_in_train": False} for number in range(len(tokens))]
+        seen = RowSet(TokenizedSplit.open(ctx.inputs["prepare"].artifact("tokens_train"))).holds(tokens)
+        self.examples = [{"id": f"row-{number}", "seen_in_train": is_seen} for number, is_seen in enumerate(seen)]
         self.tokens = tokens
         self.passes = (LossPass(tokens, length_sorted_batches(tokens.lengths.tolist(), settings.batch_size)),)
 
@@ -57,9 +59,10 @@ class TextTask(Task):
         intervals = f" {INTERVAL_LEVEL:.0%} bootstrap intervals over rows: `rouge.json`." * bool(
             ctx.config.evaluate.bootstrap_samples
         )
+        longest, precision = int(self.tokens.lengths.max()), ctx.config.engine.precision
         return [
-            f"{len(self.examples)} rows of at most {int(self.tokens.lengths.max()):,} tokens, each read by itself, "
-            f"{ctx.config.engine.precision}. Loss (nats) and perplexity: per token, each row's first one "
+            f"{len(self.examples)} rows of at most {longest:,} tokens, each read by itself, {self.num_seen_in_train()} "
+            f"of them the same as in train, {precision}. Loss (nats) and perplexity: per token, each row's first one "
             f"aside.{intervals} KL (nats): of the distilled from the softmax attention, after stage one. Train: "
             "minutes of distill + finetune; memory: the peak of one process."
         ]

@@ -37,6 +37,13 @@ class HedgehogLlamaRotaryEmbedding(LlamaRotaryEmbedding):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         return super()._apply(keeping_float32(fn), recurse)
 
+    def forward(self, *args, **kwargs):
+        """As Llama's; but "dynamic" frequencies are those of this batch, whatever came before: transformers keeps those
+        of the longest row that it has seen, and so a run that went on would differ from one that was never stopped."""
+        if "dynamic" in str(self.rope_type):
+            self.max_seq_len_cached = 0
+        return super().forward(*args, **kwargs)
+
 
 class HedgehogLlamaAttention(HedgehogAttention, LlamaAttention):
     """Linear attention with Llama's projections and RoPE."""

@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..base_folder import check_not_quantized, check_weights, other_classes, read_base_config
+from ..base_folder import check_not_quantized, check_weights, no_place, other_classes, read_base_config, without_place
 from ..classification_head import draw_head
 from ..data.base_fingerprint import check_base_unchanged
 from ..errors import ModelError
@@ -107,6 +107,9 @@ def load_base(
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{name}: the weights lack {shown}; the folder is incomplete: fetch it again")
+    without = without_place(info["unexpected_keys"], shape_from_fields(config.to_dict()))
+    if without:
+        raise ModelError(no_place(name, without))
     if quantization == "nf4":
         _keep_weights_differentiable(base)
     if new:

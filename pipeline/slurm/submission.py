@@ -397,8 +397,11 @@ def _dependency(plan: Plan, job: Job, submitted: dict[str, list[str]]) -> str:
 
 
 def _check_place(config: RunConfig) -> None:
-    """Refuse a run folder inside another run's: cleaning up there would take this one along."""
+    """Refuse a run folder inside another run's: cleaning up there would take this one along. And one that no job could
+    write its log to."""
     folder = RunFolder.of(config).root
+    if "\\" in str(folder.absolute()):
+        raise ConfigError(f"output_dir: {folder.absolute()} has a backslash, which Slurm takes out of a log's place.")
     for parent in folder.absolute().parents:
         if RunFolder(parent).config_file.is_file():
             raise ConfigError(f"output_dir: {folder} lies in the run folder {parent}; choose another output_dir.")

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import LlamaConfig
 
-from hedgehog.pipeline.config import RunConfig
+from hedgehog.pipeline.config import DataConfig, RunConfig
 from hedgehog.pipeline.data import tiny_pretrain
 from hedgehog.pipeline.data.base_fingerprint import fingerprint_base
 from hedgehog.pipeline.data.dialogue_corpus import generate_dialogues
+from hedgehog.pipeline.data.sources import resolve_splits
 from hedgehog.pipeline.data.tiny_tokenizer import save_tokenizer, train_tokenizer
 from hedgehog.pipeline.data.tokenize import load_prepared_tokenizer, load_tokenizer
 from hedgehog.pipeline.data.tokens import TokenizedSplit
@@ -305,3 +306,28 @@ def test_overlong_rows_are_counted_and_a_split_of_only_such_rows_is_refused(base
     test = manifest.summary["splits"]["test"]
     assert (test["truncated"], test["dropped_overlong"], test["used"]) == (1, 0, 1)
     assert test["length_max"] <= 90
+
+
+def test_a_base_whose_inner_tensors_changed_is_another(tmp_path):
+    """A merged adapter changes neither a file's size nor its ends."""
+    file = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {name: torch.zeros(500, 1000) for name in ("a", "b", "c", "d")}
+    save_file(tensors, file)
+    config = LlamaConfig()
+    before = fingerprint_base(str(tmp_path), None, config)
+    save_file(tensors, file)
+    assert fingerprint_base(str(tmp_path), None, config) == before
+    save_file(tensors | {"c": torch.full((500, 1000), 0.5)}, file)
+    assert fingerprint_base(str(tmp_path), None, config) != before
+    file.write_bytes(b"no safetensors" * 400_000)
+    fingerprint_base(str(tmp_path), None, config)
+
+
+@pytest.mark.parametrize("field", ["id", "dialogue", "summary"])
+def test_half_of_a_surrogate_pair_is_named(field, tmp_path):
+    row = {"id": "1", "dialogue": "Ann: hi", "summary": "Ann says hi."}
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([row, row | {field: "hi \ud83d there"}]))
+    with pytest.raises(DataError, match=rf"train\.json:1 \(row 2\): field '{field}' is no text at character 4"):
+        resolve_splits(DataConfig(train_file=str(file), test_file=str(file)), lambda _: torch.Generator())

@@ -14,7 +14,8 @@ from hedgehog.pipeline.data import json_rows, text_rows
 from hedgehog.pipeline.data.text_rows import describe_counts, read_text_splits
 from hedgehog.pipeline.data.tiny_tokenizer import make_tokenizer
 from hedgehog.pipeline.data.tokenize import load_tokenizer
-from hedgehog.pipeline.errors import DataError
+from hedgehog.pipeline.data.tokenizer_fit import check_text_rows
+from hedgehog.pipeline.errors import DataError, ModelError
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "that", "ran", "to", "park", "Friday", "\n"]
 
@@ -68,8 +69,7 @@ def test_parts_of_a_long_file_are_put_together_again(tokenizer, files, monkeypat
     monkeypatch.setattr(text_rows, "_CHARACTERS_AT_ONCE", 250)
     monkeypatch.setattr(text_rows, "_LONGEST_PIECE", 60)
     in_parts = tokenizer.decode(stream(splits(tokenizer, files)["test"], tokenizer.bos_token_id))
-    # sentencepiece begins each part with a space of its own
-    assert in_parts.replace(" ", "")[:900] == whole.replace(" ", "")[:900]
+    assert in_parts[:900] == whole[:900], "sentencepiece would begin each part with a space of its own"
 
 
 @pytest.mark.parametrize("text_end", ["eos", "nothing"])
@@ -82,8 +82,9 @@ def test_each_text_of_a_json_file_ends(tokenizer, files, text_end):
     ids = stream(found, tokenizer.bos_token_id)
     eos = tokenizer.eos_token_id
     expected: list[int] = []
-    for one in texts:
-        expected += tokenizer(one.replace("\r\n", "\n"), add_special_tokens=False).input_ids
+    read = [one.replace("\r\n", "\n") for one in texts]
+    for one in read if text_end == "eos" else ["".join(read)]:
+        expected += tokenizer(one, add_special_tokens=False).input_ids
         expected += [eos] * (text_end == "eos")
     head = 0 if tokenizer.bos_token_id is None else 1
     rest = len(expected) % (32 - head)
@@ -183,3 +184,45 @@ def test_what_cannot_be_used_is_told(tokenizer, files, name, content, message):
 def test_too_few_rows_to_hold_some_out(tokenizer, files):
     with pytest.raises(DataError, match=r"are too few to hold 5000 out for validation; lower data\.num_validation"):
         splits(tokenizer, files, num_validation_examples=5000)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_lines_of_one_text_are_the_tokens_of_the_whole(tokenizer, files, suffix, monkeypatch):
+    """However it is read, empty lines included."""
+    monkeypatch.setattr(json_rows, "_TEXT_BYTES", 64)
+    whole = "".join(text(9, seed) + "\n" * (seed % 3) for seed in range(40))
+    (files / "test.txt").unlink()
+    (files / f"test.{suffix}").write_text(
+        whole if suffix == "txt" else "".join(json.dumps({"text": line}) + "\n" for line in whole.splitlines(True))
+    )
+    found = splits(tokenizer, files, text_end="nothing")["test"]
+    ids = stream(found, tokenizer.bos_token_id)
+    expected = tokenizer(whole, add_special_tokens=False).input_ids
+    same = [number for number, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b]
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:  # a byte-level BPE joins line ends, which are cut here
+        assert not same, f"token {same[0]} of {len(ids)}"
+    assert tokenizer.decode(ids) == whole[: len(tokenizer.decode(ids))]
+
+
+def test_rows_that_stand_in_train_are_counted(tokenizer, files):
+    (files / "test.txt").write_text((files / "train.txt").read_text())
+    found = splits(tokenizer, files)
+    counts = found["test"].counts
+    assert counts.used - found["validation"].counts.used <= counts.seen_in_train <= counts.used
+    (files / "test.txt").write_text(text(400, seed=5))
+    assert splits(tokenizer, files)["test"].counts.seen_in_train == 0
+
+
+def test_names_of_ends_and_unknown_words_are_told_of(tokenizer, files):
+    (files / "train.txt").write_text("<|endoftext|>\n".join(text(30, seed) for seed in range(60)))
+    (doubt,) = check_text_rows(tokenizer, splits(tokenizer, files)["train"].rows)
+    assert "hold <|endoftext|> " in doubt and "JSONL" in doubt
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 has one token for both
+        rows = splits(tokenizer, files)["test"].rows
+        assert check_text_rows(tokenizer, rows) == []
+        rows.input_ids[::20] = tokenizer.unk_token_id
+        (doubt,) = check_text_rows(tokenizer, rows)
+        assert "are unknown to the tokenizer" in doubt
+        rows.input_ids[: 3 * len(rows.input_ids) // 4] = tokenizer.unk_token_id
+        with pytest.raises(ModelError, match="made for other text"):
+            check_text_rows(tokenizer, rows)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 
-from hedgehog.pipeline.data.tokenizer_fit import check_unknown_tokens, check_vocabulary
+from hedgehog.pipeline.data.tiny_tokenizer import make_tokenizer
+from hedgehog.pipeline.data.tokenize import load_tokenizer
+from hedgehog.pipeline.data.tokenizer_fit import check_rotation, check_template, check_unknown_tokens, check_vocabulary
 from hedgehog.pipeline.errors import ModelError
 
 MODEL = SimpleNamespace(vocab_size=100, bos_token_id=1, eos_token_id=[2, 7])
@@ -59,3 +62,23 @@ def test_unknown_tokens():
     assert "20% of the tokens of the first 1 dialogues are unknown" in doubt
     with pytest.raises(ModelError, match=r"75% .* made for other text"):
         check_unknown_tokens(Tokenizer(), ["abc1"])
+
+
+def test_special_tokens_in_a_template_are_told_of(tmp_path):
+    make_tokenizer("llama", ["some words to learn from"], 300, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert check_template(tokenizer, "Summarize.\n{dialogue}\n") == []
+    (doubt,) = check_template(tokenizer, "<s>[INST] {dialogue} [/INST]")
+    assert doubt == "data.prompt_template holds <s>: read as plain characters, not as special tokens"
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "told"),
+    [("dynamic", 65, True), ("longrope", 65, True), ("dynamic", 64, False), ("yarn", 900, False)],
+)
+def test_rotations_that_depend_on_the_batch_are_told_of(kind, longest, told):
+    config = LlamaConfig(max_position_embeddings=64)
+    config.rope_parameters = {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 64}
+    doubt = check_rotation(config, longest)
+    assert (doubt is not None) == told
+    assert doubt is None or ("beyond 64 tokens" in doubt and "data.max_length_tokens at 64" in doubt)

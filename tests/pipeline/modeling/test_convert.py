@@ -178,3 +178,18 @@ def test_files_that_are_no_maps(base, tmp_path):
     base.save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match="not a file of feature maps"):
         load_feature_maps(tmp_path / "base" / "model.safetensors", model)
+
+
+def test_dynamic_rotations_depend_on_nothing_that_came_before(new_llama):
+    """transformers keeps the frequencies of the longest row it has seen: a resumed run would end otherwise."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = convert_base(new_llama(max_position_embeddings=16, rope_parameters=scaling), attention="softmax").eval()
+    plain = new_llama(max_position_embeddings=16, rope_parameters=scaling).eval()
+    ids = torch.arange(3, 43).remainder(50).unsqueeze(0)
+    with torch.no_grad():
+        first = [model(ids[:, :length]).logits for length in (10, 24, 16)]
+        model(ids)
+        again = [model(ids[:, :length]).logits for length in (10, 24, 16)]
+        torch.testing.assert_close(first[1], plain(ids[:, :24]).logits)
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, RobertaConfig
 
+from hedgehog.pipeline.base_folder import check_weights
 from hedgehog.pipeline.errors import ModelError
+from hedgehog.pipeline.families import shape_from_fields
 from hedgehog.pipeline.modeling import load_base as load_base_module
 from hedgehog.pipeline.modeling.convert import convert_base
 from hedgehog.pipeline.modeling.load_base import check_base, load_base
@@ -226,3 +230,20 @@ def test_unknown_quantization_and_no_bitsandbytes(folder, monkeypatch):
     refused(folder, "quantization 'nf3' is unknown; known: nf4, int8", quantization="nf3")
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     refused(folder, "needs bitsandbytes, which cannot be imported here", quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.1.self_attn.q_norm.weight"]
+)
+def test_tensors_that_the_config_has_no_place_for(folder, name):
+    """transformers drops them: what is left is another model."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    harmless = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {harmless: torch.ones(4)}, file, metadata={"format": "pt"})
+    load_base(folder, dtype="float32")
+    save_file(tensors | {name: torch.ones(4, 4)}, file, metadata={"format": "pt"})
+    shape = shape_from_fields(json.loads((folder / "config.json").read_text()))
+    for look in (lambda: load_base(folder, dtype="float32"), lambda: check_weights(folder, shape)):
+        with pytest.raises(ModelError, match=rf"the weights hold {re.escape(name)}, which .* has no place for"):
+            look()
