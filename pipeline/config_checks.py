@@ -281,6 +281,13 @@ def _notes(config: RunConfig) -> Iterator[Problem]:
             "3 shards the weights while training only; evaluate and export hold the whole model in every process "
             "(for them alone: model.quantization=nf4 engine.zero_stage=1, or engine.device=cpu).",
         )
+    distill, longest = config.distill, config.data.max_length_tokens
+    if distill.query_fraction < 1 and longest <= distill.query_block:
+        yield Problem(
+            ("distill.query_fraction", "distill.query_block", "data.max_length_tokens"),
+            f"has no effect on rows of at most {longest} tokens, which are one block of {distill.query_block}; lower "
+            "distill.query_block.",
+        )
     if config.distill.layers is not None:
         yield Problem(
             ("distill.layers",),

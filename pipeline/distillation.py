@@ -188,6 +188,16 @@ class FeatureMapDistillation(nn.Module):
 
         self._run_teacher(batch, False, see)
 
+    def base_fault(self) -> str | None:
+        """The first weight of the base that is not finite, which no maps can be blamed for; None where all are, or
+        ZeRO-3 has them in parts."""
+        teacher: Any = self._teacher[0]
+        base = getattr(getattr(teacher, "module", teacher), "base", None)
+        for name, weight in () if base is None else base.named_parameters():
+            if weight.is_floating_point() and weight.numel() and not bool(torch.isfinite(weight).all()):
+                return name
+        return None
+
     def _run_teacher(self, batch: Batch, packed: bool, visit: Callable[[TeacherLayer], None], **entering: Any) -> None:
         # a dict of its own: ZeRO-3 puts other tensors in the places of those in a dict that goes through a module
         self._teacher[0](dict(batch), packed, visit, **entering)

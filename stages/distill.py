@@ -19,7 +19,7 @@ from ..pipeline.checkpoints import Checkpoints
 from ..pipeline.data.batches import BatchPlan, validation_batches
 from ..pipeline.data.tokens import TokenizedSplit
 from ..pipeline.engine import TrainingEngine, build_engine, release_deepspeed, shard_frozen, sharded_loading
-from ..pipeline.errors import CheckpointError, ConfigError
+from ..pipeline.errors import CheckpointError, ConfigError, ModelError
 from ..pipeline.feature_map_file import read_feature_maps, write_feature_maps
 from ..pipeline.hidden_state_cache import open_cache, remove_cache
 from ..pipeline.manifest import Manifest, StageInput, read_manifest
@@ -280,6 +280,14 @@ class _Distillation:
         }
 
     def fault(self, totals: Mapping[str, torch.Tensor], first_fault: Callable[[], str | None]) -> str:
+        """
+        Raises:
+            ModelError: it is the base model's.
+        """
+        weight = self._module.base_fault()
+        if weight is not None:
+            base = self._ctx.inputs["prepare"].summary["base_model"]
+            raise ModelError(f"{base}: {weight} holds NaN or infinity: nothing can be learned from it; fetch it again")
         for name, what in (("kl_LH", "loss"), ("grad_norm_LH", "gradient")):
             bad = (~torch.isfinite(totals[name])).nonzero()
             if len(bad):

@@ -30,7 +30,7 @@ SPLITS = ("train", "validation", "test")
 _FILE_STEMS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 _GLUE_STEMS = _FILE_STEMS | {"validation": ("validation", "val", "valid", "dev")}
 _FILE_SUFFIXES = (".json", ".jsonl")
-_JSON_SUFFIXES = (*_FILE_SUFFIXES, ".ndjson")
+_JSON_SUFFIXES = (*_FILE_SUFFIXES, ".ndjson", ".jsonlines", ".jl")
 """Of files that are named themselves, where `data.kind` is text; dialogues are JSON whatever their file is called."""
 
 

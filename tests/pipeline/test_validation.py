@@ -324,6 +324,10 @@ def test_what_a_tiny_encoder_does_not_look_at_is_noted(override, why):
         (["distill.max_steps=3", "distill.epochs=2"], "distill.epochs: has no effect while max_steps is set"),
         (["model.attention=softmax", "model.feature_dim=8"], "has no effect while model.attention is softmax"),
         (
+            ["distill.query_fraction=0.5", "data.max_length_tokens=64"],
+            "distill.query_fraction: has no effect on rows of at most 64 tokens, which are one block of 64",
+        ),
+        (
             ["data.kind=text", "data.text_field=dialogue", "data.overlong=truncate_dialogue"],
             "overlong: has no effect while data.kind is text",
         ),

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hedgehog.pipeline import distillation
-from hedgehog.pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError
+from hedgehog.pipeline.errors import CheckpointError, ConfigError, ModelError, NonFiniteLossError
 from hedgehog.pipeline.feature_map_file import read_feature_maps
 from hedgehog.pipeline.manifest import read_manifest
+from hedgehog.pipeline.modeling import load_base
 from hedgehog.pipeline.run_folder import RunFolder
 from hedgehog.pipeline.runner import merge_layers
 
@@ -181,6 +182,21 @@ def test_what_is_not_finite_names_layer_and_head(
     assert "learning_rate" in message
     kept = [folder.name for folder in (run.root / "distill/checkpoints").iterdir()]
     assert kept == ["step-000002"]
+
+
+def test_a_base_that_is_not_finite_is_named(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maps have not moved at the first step: no rate of theirs is to blame."""
+    run, load, name = new_run(), load_base.load_prepared_base, "model.layers.1.mlp.up_proj.weight"
+
+    def poisoned(*arguments: Any, **options: Any) -> Any:
+        base = load(*arguments, **options)
+        with torch.no_grad():
+            base.get_parameter(name)[3, 4] = torch.nan
+        return base
+
+    monkeypatch.setattr(load_base, "load_prepared_base", poisoned)
+    with pytest.raises(ModelError, match=rf"{name} holds NaN or infinity: nothing can be learned from it"):
+        run.stage("distill")
 
 
 @pytest.mark.parametrize("packing", [False, True])

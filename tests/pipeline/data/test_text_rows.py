@@ -113,7 +113,7 @@ def test_pieces_are_the_text(text, monkeypatch):
         assert all(piece.startswith(" ") for piece in pieces[1:])
 
 
-@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.json"])
+@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.json", "a.jsonlines", "a.jl"])
 def test_rows_of_json_are_not_taken_for_text(tokenizer, files, name):
     (files / name).write_text(json.dumps({"text": text(60)}))
     ids = stream(splits(tokenizer, files, test_file=str(files / name))["test"], tokenizer.bos_token_id)
