@@ -41,8 +41,8 @@ def score_of(row: Row, name: str) -> float:
         )
     if not abs(value) <= _LARGEST:
         raise DataError(
-            f"{row.place}: field '{name}' is {value:g}; a score is a finite number of at most ±{_LARGEST:,.0f}: mend "
-            "the row, or divide all scores"
+            f"{row.place}: field '{name}' is {str(value)[:40]}; a score is a finite number of ±{_LARGEST:,.0f}; "
+            "mend the row, or divide all scores"
         )
     return float(value)
 
@@ -50,7 +50,7 @@ def score_of(row: Row, name: str) -> float:
 def check_scores(splits: Mapping[str, Split[LabelledExample]]) -> None:
     """
     Raises:
-        DataError: train has one score only, or all of a split are -1 and those of train are not.
+        DataError: train has one score only, or all scores of a split are -1.
     """
     train = splits["train"]
     for name, split in splits.items():
