@@ -41,7 +41,7 @@ def score_of(row: Row, name: str) -> float:
         )
     if not abs(value) <= _LARGEST:
         raise DataError(
-            f"{row.place}: field '{name}' is {str(value)[:40]}; a score is a finite number of ±{_LARGEST:,.0f}; "
+            f"{row.place}: field '{name}' is {str(value)[:40]}; a score is a finite number up to ±{_LARGEST:,.0f}: "
             "mend the row, or divide all scores"
         )
     return float(value)
