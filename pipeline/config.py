@@ -366,7 +366,7 @@ class RunConfig(Section):
     """Name of the run folder: letters, digits and . _ - behind a letter or digit."""
     output_dir: str = "runs"
     """Folder that holds the run folders, relative to the working directory."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0)
     """Seed of every named random generator."""
     label: str | None = None
     """Name of the main conversion in tables. Null: `main`."""
@@ -392,3 +392,10 @@ class RunConfig(Section):
     """What `hedgehog submit` asks of Slurm. Without effect on any result."""
     variants: dict[str, VariantConfig] = Field(default_factory=dict)
     """Baselines for the table, by name."""
+
+    @field_validator("seed")
+    @classmethod
+    def _seed_fits_a_generator(cls, value: int) -> int:
+        if value >= 2**63:
+            raise ValueError("must be below 2^63")
+        return value

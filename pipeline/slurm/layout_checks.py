@@ -77,7 +77,6 @@ _OWN_OPTIONS = {
     "--open-mode": "",
     "--output": "-o",
     "--parsable": "",
-    "--signal": "",
     "--test-only": "",
     "--wait": "-W",
     "--wrap": "",

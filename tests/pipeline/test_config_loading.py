@@ -109,6 +109,7 @@ variants:
     [
         ("seed: true", "seed (line 4): expected a whole number ≥ 0, got true."),
         ("seed: 1.5", "seed (line 4): expected a whole number ≥ 0, got 1.5."),
+        ("seed: 9223372036854775808", "must be below 2^63"),
         ("logging: {tensorboard: 1}", "logging.tensorboard (line 4): expected true or false, got 1."),
         ("distill: {epochs: .inf}", "distill.epochs (line 4): expected a number > 0, got Infinity."),
         ("distill: {layers: 9-8}", "the range 9-8 runs backwards"),
@@ -164,7 +165,7 @@ def test_a_tiny_bert_is_for_classification_and_classification_for_a_tiny_bert(tm
         (
             "dialogues",
             "data.overlong=truncate",
-            "is for rows to classify; of dialogues take truncate_dialogue, or drop.",
+            "is for labelled rows; of dialogues take truncate_dialogue, or drop.",
         ),
         ("classification", "data.second_text_field=text", "text is the text or the label already"),
         ("classification", "data.second_text_field=label", "label is the text or the label already"),

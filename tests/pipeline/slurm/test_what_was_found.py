@@ -165,7 +165,7 @@ def test_a_percent_sign_in_the_logs_folder(slurm, write_config):
     assert f"--output={Path('50%%j/trial/logs').absolute()}/prepare-%j.log" in script
 
 
-@pytest.mark.parametrize("line", ["--array=0-1", "-o out.txt", "--wait", "--signal=USR1@5", "--dependency afterok:3"])
+@pytest.mark.parametrize("line", ["--array=0-1", "-o out.txt", "--wait", "--dependency afterok:3"])
 def test_lines_that_break_what_submit_relies_on(line, slurm, write_config):
     write_config(slurm={"sbatch_lines": [line]})
     with pytest.raises(ConfigError, match=r"slurm\.sbatch_lines \(line \d+\): .* `submit` itself decides --"):
