@@ -1,58 +1,85 @@
-"""Whether a stage was made from what its inputs hold now: manifests alone are compared. Imports no torch."""
+"""Whether stages were made from what their inputs hold now: manifests alone are compared. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from .errors import CheckpointError
 from .manifest import Manifest, read_manifest
 from .run_folder import MAIN, SHARED_STAGES, STAGES, RunFolder
 
 
-def changed_inputs(folder: RunFolder, manifest: Manifest, variant: str | None) -> tuple[str, ...]:
-    """Titles (`distill`, `t2r/finetune`) of the finished stages that ran anew since this one consumed them.
+class Place(NamedTuple):
+    """A stage of the main conversion (None) or of a variant, or a subset of its layers."""
 
-    A stage that had nothing to do is the same whatever it would have consumed: none. An input that is not finished,
-    or whose manifest cannot be read, says nothing yet.
+    stage: str
+    variant: str | None
+    layers: str | None = None
+
+    @property
+    def title(self) -> str:
+        """`distill`, `t2r/finetune`, `distill/0-15`."""
+        return "/".join(part for part in (self.variant, self.stage, self.layers) if part)
+
+
+class Outdated(NamedTuple):
+    """Why a stage is out of date."""
+
+    anew: tuple[Place, ...]
+    """Inputs that ran anew since, or are not finished again."""
+    follows: bool
+    """Whether an input is out of date itself."""
+
+
+def outdated_stages(wanted: Iterable[Place], manifests: Mapping[Place, Manifest]) -> dict[Place, Outdated]:
+    """Those of the stages, in the order of a run, that were made from what is not there any more.
+
+    What had nothing to do is the same whatever it would have consumed, and never out of date.
+
+    Args:
+        manifests: of all stages that have begun.
     """
-    if manifest.skipped:
-        return ()
+    found: dict[Place, Outdated] = {}
+    for place in wanted:
+        manifest = manifests[place]
+        if manifest.skipped:
+            continue
+        anew, follows = [], False
+        for source, digest in _inputs(manifest, place.variant):
+            given = manifests.get(source)
+            if given is None:
+                continue
+            if source in found:
+                follows = True
+            elif given.status != "done" or given.output_fingerprint != digest:
+                anew.append(source)
+        if anew or follows:
+            found[place] = Outdated(tuple(dict.fromkeys(anew)), follows)
+    return found
+
+
+def changed_inputs(folder: RunFolder, manifest: Manifest, variant: str | None) -> tuple[str, ...]:
+    """Titles of the finished stages that ran anew since this one consumed them.
+
+    An input that is not finished, or whose manifest cannot be read, says nothing yet: it may end as it was.
+    """
     found = []
-    for stage, own, digest in _sources(manifest, variant):
+    for source, digest in () if manifest.skipped else _inputs(manifest, variant):
         try:
-            now = read_manifest(folder.stage(stage, own))
+            now = read_manifest(folder.stage(source.stage, source.variant))
         except CheckpointError:
             continue
         if now is not None and now.status == "done" and now.output_fingerprint != digest:
-            found.append(stage if own is None else f"{own}/{stage}")
+            found.append(source.title)
     return tuple(dict.fromkeys(found))
 
 
-def _sources(manifest: Manifest, variant: str | None) -> Iterator[tuple[str, str | None, str]]:
-    """Stage, variant and fingerprint of what was consumed of the run itself."""
+def _inputs(manifest: Manifest, variant: str | None) -> Iterator[tuple[Place, str]]:
+    """What was consumed of the run itself, and its fingerprint then: `distill` is that of the same conversion,
+    `t2r/distill` a variant's."""
     for source, digest in manifest.consumed.items():
         name, _, stage = source.rpartition("/")
         if stage in STAGES:  # else a file from outside the run
             given = name or variant
-            yield stage, None if stage in SHARED_STAGES or given == MAIN else given, digest
-
-
-def outdated_stages(
-    folder: RunFolder, stages: Iterable[tuple[str, str | None, str | None]]
-) -> dict[tuple[str, str | None, str | None], tuple[str, ...]]:
-    """Of these (stage, variant, layers), in the order of the run: those that were made from what is not there any
-    more, and why; those that only follow from such a one have no reason of their own.
-
-    Raises:
-        CheckpointError: a manifest cannot be read.
-    """
-    found: dict[tuple[str, str | None, str | None], tuple[str, ...]] = {}
-    for stage, variant, layers in stages:
-        manifest = read_manifest(folder.stage(stage, variant, layers))
-        if manifest is None or manifest.skipped:
-            continue
-        changed = changed_inputs(folder, manifest, variant)
-        follows = any((source, own, None) in found for source, own, _ in _sources(manifest, variant))
-        if changed or follows:
-            found[stage, variant, layers] = changed
-    return found
+            yield Place(stage, None if stage in SHARED_STAGES or given == MAIN else given), digest

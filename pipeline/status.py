@@ -18,7 +18,7 @@ from .run_folder import SHARED_STAGES, STAGES, VARIANT_STAGES, RunFolder
 from .slurm.job_status import JobView, view_jobs
 from .slurm.measured_cost import measured_trained_layer_cost
 from .stage_progress import last_sign, read_progress
-from .stale_inputs import outdated_stages
+from .stale_inputs import Place, outdated_stages
 
 State = Literal["not started", "unfinished", "done", "skipped", "queued", "running", "failed", "cancelled"]
 """The first four are the manifest's word; the others are Slurm's about a stage that is not done."""
@@ -109,7 +109,7 @@ def read_status(run: str) -> RunStatus:
     folder = RunFolder(find_run_folder(run))
     config = resolved_config(folder)
     jobs, notes, records = view_jobs(folder)
-    stages, reasons = _with_outdated(folder, tuple(_stages(folder, config, jobs)))
+    stages, reasons, input_unfinished = _with_outdated(folder, config, tuple(_stages(folder, config, jobs)))
     measured = None if config is None else measured_trained_layer_cost(folder, config)
     in_doubt = [
         f"Slurm gave no answer about the job of {intent.name}, and shows none now; `hedgehog submit` finds out"
@@ -117,8 +117,10 @@ def read_status(run: str) -> RunStatus:
     ]
     if not jobs and not in_doubt:
         renewing = commands_to_renew(folder, config, [stage for stage in stages if stage.outdated])
-        commands = (*renewing, *commands_to_finish(folder, config, stages))
-        return RunStatus(str(folder.root), stages, tuple(map(shown, commands)), reasons, trained_layer_cost=measured)
+        both = [list(renewing), list(commands_to_finish(folder, config, stages))]
+        first, then = reversed(both) if input_unfinished else both
+        commands = tuple(shown(command) for command in (*first, *then))
+        return RunStatus(str(folder.root), stages, commands, reasons, trained_layer_cost=measured)
     unknown = any(note.startswith("squeue") for note in notes)
     stages = _with_jobs(stages, jobs, answered=not unknown)
     status = RunStatus(str(folder.root), stages, (), (*reasons, *notes, *in_doubt), unknown, measured)
@@ -176,21 +178,33 @@ def resolved_config(folder: RunFolder) -> RunConfig | None:
 
 
 def _with_outdated(
-    folder: RunFolder, stages: tuple[StageStatus, ...]
-) -> tuple[tuple[StageStatus, ...], tuple[str, ...]]:
-    """The stages, those marked that were made from what is not there any more; and why they were."""
-    keys = {(stage.stage, stage.variant, stage.layers) for stage in stages if stage.shard is None}
-    ordered = sorted(keys, key=lambda key: (STAGES.index(key[0]), key[1] or "", key[2] is None, key[2] or ""))
-    outdated = outdated_stages(folder, ordered)
-    marked, reasons = [], []
-    for stage in stages:
-        key = (stage.stage, stage.variant, stage.layers)
-        if stage.shard is None and key in outdated and stage.state in ("done", "unfinished"):
-            stage = replace(stage, outdated=True, detail="out of date")
-            if outdated[key]:
-                reasons.append(f"{stage.title} is out of date: {' and '.join(outdated[key])} ran anew since")
-        marked.append(stage)
-    return tuple(marked), tuple(reasons)
+    folder: RunFolder, config: RunConfig | None, stages: tuple[StageStatus, ...]
+) -> tuple[tuple[StageStatus, ...], tuple[str, ...], bool]:
+    """The stages, those marked that were made from what is not there any more; why they were; and whether that is
+    still being made anew.
+
+    Raises:
+        CheckpointError: a manifest cannot be read.
+    """
+    whole = {Place(stage.stage, stage.variant, stage.layers): stage for stage in stages if stage.shard is None}
+    read = {place: read_manifest(folder.stage(*place)) for place, s in whole.items() if s.state != "not started"}
+    manifests = {place: manifest for place, manifest in read.items() if manifest is not None}
+    known = None if config is None else (None, *config.variants)
+    wanted = [place for place in manifests if known is None or place.variant in known]
+    outdated = outdated_stages(sorted(wanted, key=lambda place: STAGES.index(place.stage)), manifests)
+    reasons = tuple(
+        f"{place.title} is out of date: {' and '.join(source.title for source in why.anew)} ran anew since"
+        for place, why in outdated.items()
+        if not why.follows
+    )
+    marked = tuple(
+        replace(stage, outdated=True, detail="out of date")
+        if stage.shard is None and Place(stage.stage, stage.variant, stage.layers) in outdated
+        else stage
+        for stage in stages
+    )
+    unfinished = any(manifests[source].status != "done" for why in outdated.values() for source in why.anew)
+    return marked, reasons, unfinished
 
 
 def _with_jobs(stages: tuple[StageStatus, ...], jobs: list[JobView], *, answered: bool) -> tuple[StageStatus, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..go_on import commands_to_renew, shown
-from ..run_folder import MAIN, SHARED_STAGES, STAGES
+from ..run_folder import MAIN, STAGES
+from ..stale_inputs import Place, outdated_stages
 from .run_files import RunFiles, StageFiles
 
 
@@ -35,43 +36,29 @@ class Stale:
 
 def find_stale(run: RunFiles) -> Stale:
     """Compare what every stage consumed with what its inputs hold now; the order of stages is that of inputs."""
-    first: dict[str, tuple[str, ...]] = {}
-    titles: list[str] = []
-    found: list[StageFiles] = []
-    input_unfinished = False
-    for files in _in_question(run):
-        anew, stale = [], False
-        for source, digest in files.manifest.consumed.items():
-            given = _input(run, files, source)
-            if given is None:
-                continue
-            unfinished = given.status.state == "unfinished"
-            if given.status.title in titles:
-                stale = True
-            elif unfinished or given.manifest.output_fingerprint != digest:
-                anew.append(given.status.title)
-                input_unfinished |= unfinished
-        if anew and not stale:
-            first[files.status.title] = tuple(dict.fromkeys(anew))
-        if anew or stale:
-            found.append(files)
-            titles.append(files.status.title)
-    commands = commands_to_renew(run.folder, run.config, [files.status for files in found])
-    return Stale(first, tuple(titles), tuple(shown(command) for command in commands), input_unfinished)
+    begun = {_place(files): files for files in run.begun if files.status.shard is None}
+    manifests = {place: files.manifest for place, files in begun.items()}
+    outdated = outdated_stages((_place(files) for files in _in_question(run)), manifests)
+    first = {
+        place.title: tuple(source.title for source in why.anew) for place, why in outdated.items() if not why.follows
+    }
+    commands = commands_to_renew(run.folder, run.config, [begun[place].status for place in outdated])
+    return Stale(
+        first,
+        tuple(place.title for place in outdated),
+        tuple(shown(command) for command in commands),
+        any(manifests[source].status != "done" for why in outdated.values() for source in why.anew),
+    )
+
+
+def _place(files: StageFiles) -> Place:
+    return Place(files.status.stage, files.status.variant, files.status.layers)
 
 
 def _in_question(run: RunFiles) -> Iterator[StageFiles]:
-    """Not what had nothing to do, for it is the same whatever it would have consumed; nor what the config has not."""
+    """Not what the config does not have."""
     known: Sequence[str] = list(run.labels) if run.config is None else [MAIN, *run.config.variants]
     for stage in STAGES:  # `begun` has a variant's finetune before the next variant's distill
         for files in run.of_stage(stage):
-            if files.status.state != "skipped" and files.status.shard is None and files.variant in known:
+            if files.status.shard is None and files.variant in known:
                 yield files
-
-
-def _input(run: RunFiles, files: StageFiles, source: str) -> StageFiles | None:
-    """The stage that a key of `consumed` means: `distill` is that of the same conversion, `t2r/distill` a variant's."""
-    name, _, stage = source.rpartition("/")
-    if stage not in STAGES:
-        return None  # a file from outside the run
-    return run.whole(stage, MAIN if stage in SHARED_STAGES else name or files.variant)
