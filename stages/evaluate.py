@@ -251,7 +251,6 @@ def _training_facts(variant: VariantInputs) -> dict[str, float | int | None]:
 
 _OF_TEXT = ("rouge1", "rouge2", "rougeL", "rougeLsum", "rouge1_ratio", "loss_nats_per_token", "perplexity")
 _OF_CLASSES = ("accuracy", "f1", "mcc", "accuracy_difference", "loss_nats_per_row")
-
 _OF_SCORES = ("pearson", "spearman", "pearson_difference", "mean_squared_error")
 
 

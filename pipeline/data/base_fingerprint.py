@@ -47,9 +47,8 @@ def fingerprint_base(path_or_id: str, revision: str | None, config: Any) -> str:
 def fingerprint_local_inputs(model: ModelConfig, data: DataConfig) -> dict[str, str]:
     """Config key and path to SHA-256, for every local file and folder that `model` and `data` name and that exists.
 
-    Data and tokenizer files are hashed whole; a base folder as `config.json` and the weight files as `fingerprint_base`
-    has them.
-    What cannot be read is left out: the stage itself says so, with the cure.
+    Data and tokenizer files are hashed whole; of a base folder, `config.json` and what `fingerprint_base` reads of the
+    weights. What cannot be read is left out: the stage itself says so, with the cure.
     """
     found: dict[str, str] = {}
     named = {f"data.{key}": getattr(data, key) for key in ("dataset", "train_file", "validation_file", "test_file")}

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hedgehog.pipeline import drift
-from hedgehog.pipeline.clean_reload import HedgehogIsHidden
+from hedgehog.pipeline.clean_reload import HedgehogIsHidden, generate
+from hedgehog.pipeline.data.tiny_tokenizer import save_tokenizer, train_tokenizer
+from hedgehog.pipeline.data.tokenize import TextEncoder
 from hedgehog.pipeline.data.tokens import TokenizedSplit
 from hedgehog.pipeline.drift import ProbeAnswer, answer_in_clean_process, make_probe, measure_drift
 from hedgehog.pipeline.errors import ModelError
@@ -87,3 +90,20 @@ def test_an_export_that_decodes_without_its_cache_is_refused():
     """Both sides of the comparison would be wrong alike, and agree."""
     with pytest.raises(ModelError, match=r"model decodes other tokens from its cache than without one .equal 10%"):
         drift._check_decoding(Path("model"), {"equal_uncached_share": 0.1})
+
+
+def test_a_special_tokens_name_in_a_prompt_does_not_hide_that_bos_is_added(tmp_path: Path):
+    """Else the card would tell to put another BOS before it."""
+    texts = ["Ann: read </s> as text", "Bob: gladly"]
+    save_tokenizer(train_tokenizer(texts * 20, 300), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True)
+    encoder = TextEncoder(tokenizer)
+    assert tokenizer(texts[0]).input_ids != encoder.prompts(texts)[0], "read as a special token here"
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.tensor([encoder.prompts(texts)[1]])
+    tensors = {"input_ids": ids, "attention_mask": ids.ne(-1), "prompt_ids": ids, "prompt_mask": ids.ne(-1)}
+    request = {"logits_to_keep": 1, "max_new_tokens": 2, "texts": texts}
+    with torch.inference_mode():
+        _, facts = generate(model, tokenizer, tensors, request)
+    assert facts["encoded_with_special_tokens"] == encoder.prompts(texts)

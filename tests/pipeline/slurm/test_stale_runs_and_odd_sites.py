@@ -1,4 +1,4 @@
-"""Faults that a review proved on a real Slurm: stale inputs, states that few see, words of a site's own."""
+"""What submit must not take for done, ended or its own: stale stages, unknown states, a site's words and options."""
 
 from __future__ import annotations
 
